@@ -1,0 +1,66 @@
+# Sourced by the other scripts: `ensure_env [extras]` makes .venv and installs the project into it.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+
+_is_supported() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+}
+
+_find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if _is_supported "$candidate"; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "vidattn needs Python 3.10 or newer; none found (python3 is $(python3 --version 2>&1))." >&2
+  echo "Install one, or name it: PYTHON=/path/to/python bash $0" >&2
+  return 1
+}
+
+_make_venv() {
+  local python
+  python="$(_find_python)" || return 1
+  echo "Making $VENV with $("$python" --version)" >&2
+  if ! "$python" -m venv "$VENV.new"; then
+    rm -rf "$VENV.new"
+    echo "$python has no working venv module; on Debian or Ubuntu: apt install python3-venv" >&2
+    return 1
+  fi
+  # venv scripts name their folder, so the finished one is made in place; .new only proved it works.
+  rm -rf "$VENV.new"
+  "$python" -m venv "$VENV"
+}
+
+# Everything an install depends on; a matching stamp means there is nothing to do.
+_fingerprint() {
+  "$VENV/bin/python" - "$ROOT" <<'PY'
+import hashlib, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+print(hashlib.sha256((root / "pyproject.toml").read_bytes() + f"{root}{sys.version}".encode()).hexdigest())
+PY
+}
+
+ensure_env() {
+  local extras="${1:-}" fingerprint stamp
+  if [ -e "$VENV" ] && ! _is_supported "$VENV/bin/python"; then
+    echo "$VENV exists but its Python does not run or is older than 3.10; remove it and run again." >&2
+    return 1
+  fi
+  [ -e "$VENV" ] || _make_venv || return 1
+  fingerprint="$(_fingerprint)" || return 1
+  stamp="$VENV/.vidattn-installed${extras:+-$extras}"
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; then
+    return 0
+  fi
+  echo "Installing vidattn${extras:+[$extras]} into $VENV (PyTorch is a few GB the first time)" >&2
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade || return 1
+  "$VENV/bin/python" -m pip install --quiet --editable "$ROOT${extras:+[$extras]}" || {
+    echo "The installation failed; nothing is marked as installed, so running again resumes it." >&2
+    return 1
+  }
+  echo "$fingerprint" >"$VENV/.vidattn-installed"
+  echo "$fingerprint" >"$stamp"
+}

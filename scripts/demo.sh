@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Installs the project into .venv where needed, then generates one clip densely and one sparsely
+# with the bundled model. Videos and report land in outputs/demo; arguments go to `vidattn compare`.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+ensure_env
+cd "$ROOT"
+exec .venv/bin/vidattn compare --method dense --method radial --frames 65 --output outputs/demo "$@"

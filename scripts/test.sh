@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs the project into .venv where needed, then lints it and runs the default test suite.
+# Arguments go to pytest: bash scripts/test.sh tests/test_imports.py -x
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+ensure_env test
+cd "$ROOT"
+.venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
+exec .venv/bin/python -m pytest "$@"

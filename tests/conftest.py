@@ -1,4 +1,4 @@
-"""Every test starts from the same seed, on the threads of this worker, with poisoned torch.empty."""
+"""Every test: one seed, the threads of this worker, and torch.empty poisoned with NaN."""
 
 import os
 import random

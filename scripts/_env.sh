@@ -44,7 +44,7 @@ PY
 }
 
 ensure_env() {
-  local extras="${1:-}" fingerprint stamp
+  local extras="${1:-}" fingerprint stamp quiet=""
   if [ -e "$VENV" ] && ! _is_supported "$VENV/bin/python"; then
     echo "$VENV exists but its Python does not run or is older than 3.10; remove it and run again." >&2
     return 1
@@ -57,7 +57,9 @@ ensure_env() {
   fi
   echo "Installing vidattn${extras:+[$extras]} into $VENV (PyTorch is a few GB the first time)" >&2
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade || return 1
-  "$VENV/bin/python" -m pip install --quiet --editable "$ROOT${extras:+[$extras]}" || {
+  # Progress bars for a person, a short log for anything else.
+  [ -t 2 ] || quiet=--quiet
+  "$VENV/bin/python" -m pip install $quiet --editable "$ROOT${extras:+[$extras]}" || {
     echo "The installation failed; nothing is marked as installed, so running again resumes it." >&2
     return 1
   }

@@ -24,14 +24,11 @@ _make_venv() {
   local python
   python="$(_find_python)" || return 1
   echo "Making $VENV with $("$python" --version)" >&2
-  if ! "$python" -m venv "$VENV.new"; then
-    rm -rf "$VENV.new"
-    echo "$python has no working venv module; on Debian or Ubuntu: apt install python3-venv" >&2
+  if ! "$python" -m venv "$VENV"; then
+    rm -rf "$VENV"
+    echo "$python could not make it; on Debian or Ubuntu: apt install python3-venv" >&2
     return 1
   fi
-  # venv scripts name their folder, so the finished one is made in place; .new only proved it works.
-  rm -rf "$VENV.new"
-  "$python" -m venv "$VENV"
 }
 
 # Everything an install depends on; a matching stamp means there is nothing to do.
@@ -57,9 +54,10 @@ ensure_env() {
   fi
   echo "Installing vidattn${extras:+[$extras]} into $VENV (PyTorch is a few GB the first time)" >&2
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade || return 1
-  # Progress bars for a person, a short log for anything else.
+  # Progress bars for a person, a short log for anything else. Compiling every module of PyTorch
+  # ahead of its import would take longer than all the imports of a run.
   [ -t 2 ] || quiet=--quiet
-  "$VENV/bin/python" -m pip install $quiet --editable "$ROOT${extras:+[$extras]}" || {
+  "$VENV/bin/python" -m pip install $quiet --no-compile --editable "$ROOT${extras:+[$extras]}" || {
     echo "The installation failed; nothing is marked as installed, so running again resumes it." >&2
     return 1
   }

@@ -1,0 +1,121 @@
+"""Block lists: which key blocks each query block reads, as tensors any kernel can take.
+
+Letters: R rows (plan batch x plan heads x query blocks), E listed blocks, N slots, n slots to a
+block, M distinct masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """A predicate: the key's position lies in a box that depends on the query.
+
+    Every position is three small integers packed in one int32 with a guard bit above each, so one
+    subtraction compares three axes: ``guard`` survives where no axis borrowed.
+    """
+
+    key: Tensor  # (N,) int32, position of each slot
+    low: Tensor  # (N,) int32, first visible position of each query slot, guard bits cleared below
+    high: Tensor  # (N,) int32, last visible position of each query slot, guard bits set
+    guard: int
+
+    def visible(self, query_slots: Tensor, key_slots: Tensor) -> Tensor:
+        """Bool of the two slot tensors broadcast together."""
+        key = self.key[key_slots]
+        above = (key - self.low[query_slots]).bitwise_and_(self.high[query_slots] - key)
+        return above.bitwise_and_(self.guard) == self.guard
+
+    def num_visible(self, query_slots: Tensor) -> Tensor:
+        """(Q,) int64, the positions in the box of each of Q query slots."""
+        low, high = self.low[query_slots].long() + self.guard, self.high[query_slots].long()
+        count, shift = torch.ones_like(low), 0
+        for bit in range(self.guard.bit_length()):
+            if self.guard >> bit & 1:
+                field = (1 << bit) - (1 << shift)
+                count *= ((high & field) >> shift) - ((low & field) >> shift) + 1
+                shift = bit + 1
+        return count
+
+    def to(self, device: torch.device | str) -> Box:
+        """The same box with its tensors on ``device``."""
+        return Box(self.key.to(device), self.low.to(device), self.high.to(device), self.guard)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLists:
+    """Key blocks of every query block in compressed rows, whole blocks first, partial ones after.
+
+    Row ``(b * heads + h) * num_blocks + i`` lists the key blocks that query block ``i`` reads;
+    ``batch`` and ``heads`` are 1 where the plan is shared. A partial block is decided by ``box``,
+    or by ``masks[mask_id]`` where the rule is no box. Keys in empty slots are never read.
+    """
+
+    batch: int
+    heads: int
+    row_start: Tensor  # (R + 1,) int64
+    num_full: Tensor  # (R,) int32, how many of a row's blocks need no predicate
+    key_block: Tensor  # (E,) int32
+    box: Box | None = None
+    mask_id: Tensor | None = None  # (E,) int32, -1 for a whole block
+    masks: Tensor | None = None  # (M, n, n) bool, query by key
+    # what an engine derives from the lists once; never changes a result
+    cache: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.num_full.numel()
+
+    @property
+    def counts(self) -> Tensor:
+        """(R,) int64, listed blocks of each row."""
+        return self.row_start.diff()
+
+    @property
+    def row_of_entry(self) -> Tensor:
+        """(E,) int64, the row each listed block belongs to."""
+        rows = torch.arange(self.num_rows, device=self.row_start.device)
+        return rows.repeat_interleave(self.counts)
+
+    @property
+    def is_partial(self) -> Tensor:
+        """(E,) bool, whether a listed block needs its predicate."""
+        rank = torch.arange(self.key_block.numel(), device=self.row_start.device)
+        rows = self.row_of_entry
+        return rank - self.row_start[rows] >= self.num_full[rows]
+
+    def to(self, device: torch.device | str) -> BlockLists:
+        """The same lists with their tensors on ``device``."""
+
+        def move(x: Tensor | Box | None) -> Tensor | Box | None:
+            return None if x is None else x.to(device)
+
+        return BlockLists(
+            self.batch,
+            self.heads,
+            self.row_start.to(device),
+            self.num_full.to(device),
+            self.key_block.to(device),
+            move(self.box),
+            move(self.mask_id),
+            move(self.masks),
+        )
+
+
+def partial_mask(lists: BlockLists, block: int, rows: Tensor, entries: Tensor) -> Tensor:
+    """(G, n, P, n) bool predicate of P listed blocks for each of G query blocks.
+
+    ``rows`` (G,) are query block numbers, ``entries`` (G, P) positions in ``key_block``.
+    """
+    if lists.box is None:
+        return lists.masks[lists.mask_id[entries].long()].transpose(1, 2)
+    inside = torch.arange(block, device=rows.device)
+    query_slots = rows[:, None] * block + inside  # (G, n)
+    key_slots = lists.key_block[entries].long()[..., None] * block + inside  # (G, P, n)
+    return lists.box.visible(query_slots[:, :, None, None], key_slots[:, None])

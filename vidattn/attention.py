@@ -1,0 +1,137 @@
+"""Runs a plan: the only place where an engine is chosen.
+
+Letters: B batch, H heads, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidattn.kernels import block_sparse_torch, flex, reference
+from vidattn.plan import Plan
+from vidattn.registry import unknown
+
+BACKENDS = ("auto", "torch", "flex", "reference")
+log = logging.getLogger("vidattn")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the pairs that a plan keeps.
+
+    Gradients reach q, k and v, also through the log-sum-exp. A query without keys gives 0.
+
+    Args:
+        q: (B, H, S, D) queries in sequence order.
+        k: (B, Hk, S, D) keys; H must be a multiple of Hk (grouped-query attention).
+        v: (B, Hk, S, D) values.
+        plan: for the grid of these S tokens, with 1 or B samples and 1 or H heads.
+        scale: factor of the scores; D ** -0.5 by default.
+        key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
+        backend: "torch" (any device; fast on a CPU), "flex" (compiled FlexAttention), "reference"
+            (float64, dense memory), or "auto": dense plans run on PyTorch's own attention, others
+            on "torch" on a CPU and on "flex" on a GPU.
+        return_lse: also return the (B, H, S) float32 log-sum-exp of the scaled scores.
+
+    Returns:
+        (B, H, S, D) in the dtype of ``q``, and the log-sum-exp if asked for.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
+
+    >>> grid = vidattn.Grid(5, 8, 8)
+    >>> q = k = v = torch.randn(1, 4, grid.num_tokens, 64)
+    >>> attend(q, k, v, vidattn.plan("radial", grid)).shape
+    torch.Size([1, 4, 320, 64])
+    """
+    _check(q, k, v, plan, key_mask)
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if plan.layout.order.device != q.device:
+        plan = plan.to(q.device)
+    if backend == "auto" and plan.is_dense and not return_lse:
+        mask = None if key_mask is None else key_mask[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    engine = _auto_engine(q.device.type) if backend == "auto" else backend
+    out, lse = _ENGINES[engine](q, k, v, plan, scale, key_mask)
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"q, k and v must be (batch, heads, tokens, head dim), got {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q, k and v must agree in batch, tokens and head dim, and the heads of q be a multiple "
+            f"of the heads of k, got {shapes}"
+        )
+    if q.shape[2] != plan.grid.num_tokens:
+        raise ValueError(
+            f"q has {q.shape[2]} tokens but the plan is for {plan.grid.num_tokens} ({plan.grid}): "
+            "make the plan for the grid of this sequence; tokens are the third axis"
+        )
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or len({q.device, k.device, v.device}) > 1:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k and v must share one dtype and one device, got {kinds}")
+    lists = plan.lists
+    if lists.batch not in (1, q.shape[0]) or lists.heads not in (1, q.shape[1]):
+        raise ValueError(
+            f"the plan is for {lists.batch} samples and {lists.heads} heads, q has {q.shape[0]} and "
+            f"{q.shape[1]}: each must be equal, or 1 in the plan"
+        )
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool or key_mask.shape != (q.shape[0], q.shape[2])
+    ):
+        raise ValueError(
+            f"key_mask must be bool of shape (batch, tokens) = {(q.shape[0], q.shape[2])}, "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
+
+
+@lru_cache
+def _auto_engine(device: str) -> str:
+    engine = "torch" if device == "cpu" else "flex"
+    log.info("attention on %s runs on the %r engine", device, engine)
+    return engine
+
+
+def _torch(q, k, v, plan, scale, key_mask):
+    layout, lists = plan.layout, plan.lists
+    return block_sparse_torch.block_sparse_attention(
+        q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
+    )
+
+
+def _flex(q, k, v, plan, scale, key_mask):
+    layout, lists = plan.layout, plan.lists
+    return flex.block_sparse_attention(
+        q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
+    )
+
+
+def _reference(q, k, v, plan, scale, key_mask):
+    mask = plan.mask()
+    if key_mask is not None:
+        mask = mask & key_mask[:, None, None]
+    return reference.masked_attention(q, k, v, mask, scale)
+
+
+_ENGINES = {"torch": _torch, "flex": _flex, "reference": _reference}

@@ -1,0 +1,182 @@
+"""Where the tokens of one video sit, in a grid of (t, h, w) positions with optional text beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The token grid of one video: ``t`` latent frames of ``h`` rows and ``w`` columns, row-major.
+
+    ``text`` tokens that share the sequence stand after the video, or before it when
+    ``text_first`` is set. Equal grids hash alike, so a grid serves as a cache key.
+
+    Raises:
+        ValueError: a size is not a positive integer, or ``text`` is negative.
+
+    >>> Grid(21, 30, 52, text=226, text_first=True).num_tokens
+    32986
+    """
+
+    t: int
+    h: int
+    w: int
+    text: int = 0
+    text_first: bool = False
+
+    def __post_init__(self):
+        for axis in ("t", "h", "w", "text"):
+            least, value = (0 if axis == "text" else 1), getattr(self, axis)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"Grid.{axis} must be an integer of at least {least}, got {value!r}"
+                )
+
+    @property
+    def size(self) -> Size:
+        """(t, h, w)."""
+        return self.t, self.h, self.w
+
+    @property
+    def num_video_tokens(self) -> int:
+        """t * h * w."""
+        return self.t * self.h * self.w
+
+    @property
+    def num_tokens(self) -> int:
+        """Video and text tokens together: the length of the sequence."""
+        return self.num_video_tokens + self.text
+
+    @property
+    def video_start(self) -> int:
+        """Position of the first video token in the sequence."""
+        return self.text if self.text_first else 0
+
+    @property
+    def text_start(self) -> int:
+        """Position of the first text token in the sequence."""
+        return 0 if self.text_first else self.num_video_tokens
+
+    def coords(self) -> Tensor:
+        """(S, 3) int64 (t, h, w) of every token in sequence order; text tokens are (-1, -1, -1)."""
+        axes = [torch.arange(extent) for extent in self.size]
+        video = torch.cartesian_prod(*axes).view(-1, 3)
+        text = torch.full((self.text, 3), -1)
+        return torch.cat([text, video] if self.text_first else [video, text])
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The order in which attention visits the tokens, cut into blocks of equal length.
+
+    ``order`` is (N,) int32, the token in each slot, -1 where a slot is empty. Text tokens fill
+    blocks of their own behind the ``num_video_blocks`` blocks of the video.
+    """
+
+    order: Tensor
+    block: int
+    num_video_blocks: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of video and text together."""
+        return self.order.numel() // self.block
+
+    @cached_property
+    def live(self) -> Tensor:
+        """(N,) bool, whether a slot holds a token."""
+        return self.order >= 0
+
+    @cached_property
+    def tokens_per_block(self) -> Tensor:
+        """(num_blocks,) int64, the true number of tokens in each block."""
+        return self.live.view(-1, self.block).sum(-1)
+
+    @cached_property
+    def slot_of_token(self) -> Tensor:
+        """(S,) int64, the slot in which each token sits: the inverse of ``order``."""
+        slots = self.live.nonzero().flatten()
+        inverse = torch.empty_like(slots)
+        inverse[self.order[slots].long()] = slots
+        return inverse
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout with its tensor on ``device``."""
+        return Layout(self.order.to(device), self.block, self.num_video_blocks)
+
+
+def raster_layout(grid: Grid, block: int) -> Layout:
+    """Video tokens in sequence order, ``block`` at a time."""
+    video = torch.arange(grid.num_video_tokens) + grid.video_start
+    return _with_text(grid, _pad(video, block), block)
+
+
+def frame_layout(grid: Grid, block: int) -> Layout:
+    """Video tokens in sequence order, ``block`` at a time, no block reaching into the next frame."""
+    frames = (torch.arange(grid.num_video_tokens) + grid.video_start).view(grid.t, -1)
+    return _with_text(grid, _pad(frames, block).flatten(), block)
+
+
+def tile_layout(grid: Grid, tile: Size, dilation: Size = (1, 1, 1)) -> Layout:
+    """One 3-D tile of the video to a block; tiles cut by the edge keep empty slots.
+
+    With a dilation, each axis is first sorted by dilation group (position modulo dilation), so a
+    tile holds positions that are neighbors in the sense of the dilated window.
+    """
+    counts = [-(-extent // edge) for extent, edge in zip(grid.size, tile)]
+    ids = torch.full([count * edge for count, edge in zip(counts, tile)], -1)
+    tokens = torch.arange(grid.num_video_tokens).view(grid.size) + grid.video_start
+    for axis, (extent, step) in enumerate(zip(grid.size, dilation)):
+        tokens = tokens.index_select(axis, dilation_order(extent, step))
+    ids[: grid.t, : grid.h, : grid.w] = tokens
+    split = [length for pair in zip(counts, tile) for length in pair]
+    video = ids.view(split).permute(0, 2, 4, 1, 3, 5).flatten()
+    return _with_text(grid, video, math.prod(tile))
+
+
+def dilation_order(extent: int, dilation: int) -> Tensor:
+    """(extent,) int64, the positions of an axis sorted by dilation group, then by position."""
+    positions = torch.arange(extent)
+    return torch.cat([positions[group::dilation] for group in range(min(dilation, extent))])
+
+
+def fit_tile(size: Size, tile: Size) -> Size:
+    """The tile of as many tokens as ``tile`` that wastes few slots on a grid and keeps its shape.
+
+    Among the boxes with power-of-two edges it weighs the slots left empty at the edges of the grid
+    against the distance from the wanted shape; a ``tile`` with other edges is returned as it is.
+    """
+    volume = math.prod(tile)
+    exponent = volume.bit_length() - 1
+    if any(edge & (edge - 1) for edge in tile):
+        return tile
+
+    def cost(edges: Size) -> float:
+        slots = math.prod(-(-extent // edge) * edge for extent, edge in zip(size, edges))
+        shape = sum(abs(math.log2(edge / want)) for edge, want in zip(edges, tile))
+        return slots / math.prod(size) + 0.05 * shape
+
+    shapes = [
+        (2**i, 2**j, 2 ** (exponent - i - j))
+        for i in range(exponent + 1)
+        for j in range(exponent + 1 - i)
+    ]
+    return min(shapes, key=cost)
+
+
+def _pad(ids: Tensor, block: int) -> Tensor:
+    return torch.nn.functional.pad(ids, (0, -ids.shape[-1] % block), value=-1)
+
+
+def _with_text(grid: Grid, video: Tensor, block: int) -> Layout:
+    text = torch.arange(grid.text) + grid.text_start
+    order = torch.cat([video, _pad(text, block)]).int()
+    return Layout(order, block, video.numel() // block)

@@ -1,0 +1,73 @@
+"""The sparse-attention methods, one file each; the file name is the registered name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+
+from torch import Tensor
+
+from vidattn.grid import Grid
+from vidattn.method import Method
+from vidattn.plan import Plan
+from vidattn.registry import unknown
+
+
+def list_methods() -> list[str]:
+    """Names of the registered methods, in alphabetical order."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def method_class(name: str) -> type[Method]:
+    """The dataclass registered under a name.
+
+    Raises:
+        ValueError: no such method; the nearest names are listed.
+    """
+    if name not in list_methods():
+        raise unknown("method", name, list_methods())
+    module = importlib.import_module(f"{__name__}.{name}")
+    return next(
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, Method) and cls.__module__ == module.__name__
+    )
+
+
+def create_method(name: str, **options: object) -> Method:
+    """A method with its options set.
+
+    Raises:
+        ValueError: no such method, no such option (the nearest are listed), or a bad value.
+    """
+    cls = method_class(name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of method {name!r}", option, known)
+    return cls(**options)
+
+
+def plan(
+    name: str, grid: Grid, q: Tensor | None = None, k: Tensor | None = None, **options: object
+) -> Plan:
+    """The plan of a method on a grid.
+
+    Args:
+        name: one of ``list_methods()``.
+        q: (B, H, S, D) queries, for methods that read content.
+        k: (B, H, S, D) keys, likewise.
+        options: fields of the method's dataclass.
+
+    Raises:
+        ValueError: unknown method or option, a bad value, or q and k missing where they are read.
+
+    >>> plan("neighborhood", Grid(5, 8, 8), window=(3, 5, 5)).density
+    0.234375
+    """
+    method = create_method(name, **options)
+    if method.reads_content and (q is None or k is None):
+        raise ValueError(f"method {name!r} reads content: give q and k, (B, H, S, D)")
+    return method.plan(grid, q, k)

@@ -1,0 +1,23 @@
+"""Every token reads every token: the yardstick, and what the guards fall back to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidattn.grid import Grid, raster_layout
+from vidattn.method import Method
+from vidattn.plan import Plan
+
+
+@dataclass(frozen=True)
+class Dense(Method):
+    """Full attention over the whole sequence."""
+
+    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
+        """All pairs, in blocks of 128 tokens."""
+        layout = raster_layout(grid, 128)
+        nv = layout.num_video_blocks
+        return Plan.from_blocks(grid, layout, torch.ones(1, 1, nv, nv, dtype=torch.bool))

@@ -1,0 +1,251 @@
+"""A plan: which key blocks every query block reads, resolved for one grid.
+
+Letters: B batch, H heads, S tokens, N slots, n slots to a block, nv video blocks, nb all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vidattn.grid import Grid, Layout, Size, dilation_order, tile_layout
+from vidattn.kernels.block_lists import BlockLists, Box, partial_mask
+
+Window = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Who reads whom on one grid: block lists over a layout of its tokens.
+
+    ``mask()`` defines what ``attend`` computes. A plan is shared by all samples, or all heads,
+    where ``lists.batch``, or ``lists.heads``, is 1. Memory grows with the listed blocks.
+    """
+
+    grid: Grid
+    layout: Layout
+    lists: BlockLists
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token reads every token."""
+        entries = self.lists.num_rows * self.layout.num_blocks
+        return self.lists.key_block.numel() == entries and not bool(self.lists.is_partial.any())
+
+    @cached_property
+    def density(self) -> float:
+        """Kept pairs over all pairs of video tokens, counted exactly."""
+        lists, layout = self.lists, self.layout
+        if lists.box is not None:
+            video = layout.live[: layout.num_video_blocks * layout.block].nonzero().flatten()
+            return lists.box.num_visible(video).sum().item() / self.grid.num_video_tokens**2
+        pairs, video = self._visited_pairs()
+        if lists.masks is not None:
+            partial = lists.is_partial
+            pairs[partial] = lists.masks.sum((1, 2))[lists.mask_id[partial].long()]
+        return self._share(pairs[video])
+
+    @cached_property
+    def visited_density(self) -> float:
+        """Pairs in visited blocks over all pairs of video tokens: what an engine has to compute."""
+        pairs, video = self._visited_pairs()
+        return self._share(pairs[video])
+
+    def _visited_pairs(self) -> tuple[Tensor, Tensor]:
+        """(E,) token pairs of every listed block, and whether both its sides are video."""
+        query = self.lists.row_of_entry % self.layout.num_blocks
+        key = self.lists.key_block.long()
+        tokens = self.layout.tokens_per_block
+        video = (query < self.layout.num_video_blocks) & (key < self.layout.num_video_blocks)
+        return tokens[query] * tokens[key], video
+
+    def _share(self, pairs: Tensor) -> float:
+        rows = self.lists.batch * self.lists.heads
+        return pairs.sum().item() / (self.grid.num_video_tokens**2 * rows)
+
+    def mask(self) -> Tensor:
+        """(B|1, H|1, S, S) bool in sequence order, query by key; for tests and pictures."""
+        lists, n, nb = self.lists, self.layout.block, self.layout.num_blocks
+        blocks = torch.zeros(
+            lists.num_rows * nb, n, n, dtype=torch.bool, device=lists.row_start.device
+        )
+        cell = lists.row_of_entry * nb + lists.key_block
+        blocks[cell] = True
+        partial = lists.is_partial.nonzero().flatten()
+        if partial.numel():
+            query = lists.row_of_entry[partial] % nb
+            blocks[cell[partial]] = partial_mask(lists, n, query, partial[:, None])[:, :, 0]
+        slots = blocks.view(-1, nb, nb, n, n).transpose(2, 3).reshape(-1, nb * n, nb * n)
+        slot = self.layout.slot_of_token
+        tokens = slots[:, slot[:, None], slot]
+        return tokens.view(lists.batch, lists.heads, self.grid.num_tokens, self.grid.num_tokens)
+
+    def summary(self) -> dict[str, float | int]:
+        """Figures worth printing: densities, blocks and memory."""
+        tensors = [
+            self.layout.order,
+            self.lists.row_start,
+            self.lists.num_full,
+            self.lists.key_block,
+        ]
+        if self.lists.box is not None:
+            tensors += [self.lists.box.key, self.lists.box.low, self.lists.box.high]
+        if self.lists.masks is not None:
+            tensors += [self.lists.mask_id, self.lists.masks]
+        return {
+            "num_tokens": self.grid.num_tokens,
+            "density": self.density,
+            "visited_density": self.visited_density,
+            "block": self.layout.block,
+            "num_blocks": self.lists.key_block.numel(),
+            "num_partial_blocks": int(self.lists.is_partial.sum()),
+            "memory_mib": sum(x.numel() * x.element_size() for x in tensors) / 2**20,
+        }
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan with its tensors on ``device``."""
+        return Plan(self.grid, self.layout.to(device), self.lists.to(device))
+
+    @classmethod
+    def from_blocks(cls, grid: Grid, layout: Layout, blocks: Tensor) -> Plan:
+        """A plan of whole blocks; text reads, and is read by, everything.
+
+        Args:
+            blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block of the video.
+
+        Raises:
+            ValueError: ``blocks`` does not fit the layout.
+        """
+        nv, nb = layout.num_video_blocks, layout.num_blocks
+        if blocks.dim() != 4 or blocks.shape[-2:] != (nv, nv) or blocks.dtype != torch.bool:
+            raise ValueError(
+                f"blocks must be bool of shape (batch, heads, {nv}, {nv}) for this layout, "
+                f"got {blocks.dtype} {tuple(blocks.shape)}"
+            )
+        blocks = torch.nn.functional.pad(blocks, (0, nb - nv, 0, nb - nv), value=True)
+        counts = blocks.sum(-1).flatten()
+        lists = BlockLists(
+            batch=blocks.shape[0],
+            heads=blocks.shape[1],
+            row_start=_row_start(counts),
+            num_full=counts.int(),
+            key_block=blocks.flatten(0, 2).nonzero()[:, 1].int(),
+        )
+        return cls(grid, layout, lists)
+
+    @classmethod
+    def from_windows(
+        cls, grid: Grid, windows: tuple[Window, Window, Window], *, tile: Size, dilation: Size
+    ) -> Plan:
+        """An exact plan in which a pair is visible when it is visible on every axis.
+
+        Args:
+            windows: for each axis two int64 tensors over its places in dilation order: the first
+                and the last place that the query at a place reads.
+            tile: edges of a block.
+            dilation: step of each axis; it sets the order (see ``dilation_order``).
+        """
+        layout = tile_layout(grid, tile, dilation)
+        pad = layout.num_blocks - layout.num_video_blocks
+        touched, whole = [], []
+        for (first, last), edge in zip(windows, tile):
+            some, every = _tile_pairs(first, last, edge)
+            touched.append(some)
+            whole.append(every)
+        full = _every_axis(whole)
+        partial = _every_axis(touched) & ~full
+        full = torch.nn.functional.pad(full, (0, pad, 0, pad), value=True)
+        partial = torch.nn.functional.pad(partial, (0, pad, 0, pad), value=False)
+        row_start, num_full, key_block, _ = _full_first(full, partial)
+        box = _pack(grid, layout, windows, dilation)
+        return cls(grid, layout, BlockLists(1, 1, row_start, num_full, key_block, box=box))
+
+    @classmethod
+    def from_rule(
+        cls, grid: Grid, layout: Layout, rule: Callable[[Tensor, Tensor], Tensor]
+    ) -> Plan:
+        """An exact plan for any rule on two positions; it visits every pair, so for small grids.
+
+        Args:
+            rule: takes (..., 3) query and key positions, gives a bool tensor of their shape
+                broadcast together. Text is not asked about: it reads, and is read by, everything.
+        """
+        n, nv, nb = layout.block, layout.num_video_blocks, layout.num_blocks
+        live = layout.live.view(nb, n)
+        coords = grid.coords()[layout.order.long().clamp_min(0)].view(nb, n, 3)
+        coords, keys = coords[:nv], live[:nv]
+        visible = torch.stack([rule(q[None, :, None], coords[:, None]) for q in coords])
+        visible = visible & keys[:, None, :, None] & keys[None, :, None, :]
+        full = (visible | ~(keys[:, None, :, None] & keys[None, :, None, :])).all(-1).all(-1)
+        partial = visible.any(-1).any(-1) & ~full
+        masks, mask_of_pair = torch.unique(visible[partial], dim=0, return_inverse=True)
+        mask_id = torch.full((nb, nb), -1, dtype=torch.int32)
+        mask_id[:nv, :nv][partial] = mask_of_pair.int()
+        full = torch.nn.functional.pad(full, (0, nb - nv, 0, nb - nv), value=True)
+        partial = torch.nn.functional.pad(partial, (0, nb - nv, 0, nb - nv), value=False)
+        row_start, num_full, key_block, row = _full_first(full, partial)
+        lists = BlockLists(
+            1,
+            1,
+            row_start,
+            num_full,
+            key_block,
+            mask_id=mask_id[row, key_block.long()],
+            masks=masks,
+        )
+        return cls(grid, layout, lists)
+
+
+def _row_start(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _full_first(full: Tensor, partial: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compressed rows of two disjoint (rows, nb) bool tables: starts, full counts, blocks, rows."""
+    row, key_block = (full | partial).nonzero(as_tuple=True)
+    order = (row * 2 + partial[row, key_block]).argsort(stable=True)
+    row, key_block = row[order], key_block[order]
+    return _row_start((full | partial).sum(-1)), full.sum(-1).int(), key_block.int(), row
+
+
+def _tile_pairs(first: Tensor, last: Tensor, edge: int) -> tuple[Tensor, Tensor]:
+    """Two (tiles, tiles) bool tables of one axis: some pair is visible, every pair is."""
+    begin = torch.arange(0, first.numel(), edge)
+    end = (begin + edge).clamp(max=first.numel()) - 1
+    some = (first[:, None] <= end) & (last[:, None] >= begin)
+    every = (first[:, None] <= begin) & (last[:, None] >= end)
+    by_tile = [(s.any(0), e.all(0)) for s, e in zip(some.split(edge), every.split(edge))]
+    return torch.stack([s for s, _ in by_tile]), torch.stack([e for _, e in by_tile])
+
+
+def _every_axis(tables: list[Tensor]) -> Tensor:
+    """(nv, nv) bool: the tables of the three axes, all of them true."""
+    t, h, w = tables
+    joint = t[:, None, None, :, None, None] & h[None, :, None, None, :, None]
+    joint = joint & w[None, None, :, None, None, :]
+    return joint.reshape(t.shape[0] * h.shape[0] * w.shape[0], -1)
+
+
+def _pack(grid: Grid, layout: Layout, windows: tuple[Window, ...], dilation: Size) -> Box:
+    """The windows as one packed box to a query slot; the slots of text are never asked about."""
+    coords = grid.coords()[layout.order.long().clamp_min(0)]
+    key, low, high, guard, shift = 0, 0, 0, 0, 0
+    for axis, (extent, (first, last)) in enumerate(zip(grid.size, windows)):
+        place = torch.empty(extent, dtype=torch.long)
+        place[dilation_order(extent, dilation[axis])] = torch.arange(extent)
+        here = place[coords[:, axis].clamp_min(0)]
+        key = key + (here << shift)
+        low = low + (first[here] << shift)
+        high = high + (last[here] << shift)
+        shift += (extent - 1).bit_length() + 1
+        guard += 1 << (shift - 1)
+    if shift > 31:
+        raise ValueError(
+            f"the grid {grid.size} needs {shift} bits to pack a position, 31 are there: "
+            "attend to it in pieces"
+        )
+    return Box(key.int(), (low - guard).int(), (high | guard).int(), guard)

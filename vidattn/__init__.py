@@ -9,29 +9,27 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
     # A wheel nests kernels/, pipelines/ and backbones/ in vidattn; a checkout has them beside it.
     __path__.append(str(_HERE.parent))
 
+from vidattn.attention import attend
+from vidattn.grid import Grid
+
+# Importing the module vidattn.plan, which the lines above do, binds its name here. The function
+# takes the name over, for good: Python binds a submodule only when it first loads it.
+from vidattn.methods import list_methods, plan
+
 if TYPE_CHECKING:
-    from vidattn.attention import attend
-    from vidattn.grid import Grid
-    from vidattn.methods import list_methods, plan
     from vidattn.pipelines.patch import patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "__version__", "attend", "list_methods", "patch", "plan", "unpatch"]
+__all__ = ["Grid", "attend", "list_methods", "patch", "plan", "unpatch"]
 
-_HOMES = {
-    "Grid": "vidattn.grid",
-    "attend": "vidattn.attention",
-    "list_methods": "vidattn.methods",
-    "patch": "vidattn.pipelines.patch",
-    "plan": "vidattn.methods",
-    "unpatch": "vidattn.pipelines.patch",
-}
+# These import diffusers, which takes longer than everything else together.
+_LAZY = {"patch": "vidattn.pipelines.patch", "unpatch": "vidattn.pipelines.patch"}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _LAZY:
         raise AttributeError(f"module 'vidattn' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

@@ -1,0 +1,74 @@
+"""What `import vidattn` offers, and what it leaves alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+import vidattn
+from tests.packaging.conftest import ROOT
+
+PUBLIC = {"Grid", "attend", "list_methods", "patch", "plan", "unpatch"}
+
+
+def run(code):
+    """Run code in a fresh interpreter at the root of the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_listed_and_resolve():
+    assert set(vidattn.__all__) == PUBLIC
+    assert PUBLIC <= set(dir(vidattn))
+    assert all(callable(getattr(vidattn, name)) for name in PUBLIC)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'vidattn' has no attribute 'atend'"):
+        _ = vidattn.atend
+
+
+# The function vidattn.plan and the module vidattn.plan share a name; the function keeps it.
+ORDERS = {
+    "module first": "import vidattn.plan",
+    "type first": "from vidattn.plan import Plan",
+    "function first": "from vidattn import plan",
+    "package first": "import vidattn",
+    "a user first": "import vidattn.kernels.block_lists, vidattn.attention",
+    "by name": "import importlib; importlib.import_module('vidattn.plan')",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ORDERS)
+def test_the_function_plan_wins_in_a_fresh_process(first):
+    run(f"{ORDERS[first]}\n{STAYS_A_FUNCTION}")
+
+
+STAYS_A_FUNCTION = """
+import importlib, pickle, sys
+import vidattn
+from vidattn.plan import Plan
+import vidattn.plan
+importlib.import_module("vidattn.plan")
+assert callable(vidattn.plan) and vidattn.plan is sys.modules["vidattn.methods"].plan
+assert sys.modules["vidattn.plan"].Plan is Plan is pickle.loads(pickle.dumps(Plan))
+plan = vidattn.plan("dense", vidattn.Grid(2, 3, 5))
+assert isinstance(plan, Plan)
+"""
+
+
+def test_the_function_plan_wins_over_its_module():
+    run("from vidattn.plan import Plan\n" + STAYS_A_FUNCTION)
+
+
+def test_importing_vidattn_leaves_heavy_libraries_alone():
+    run(
+        "import sys, vidattn\n"
+        "heavy = {'diffusers', 'transformers', 'timm', 'matplotlib', 'cv2', 'decord', 'imageio'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "dir(vidattn)\n"
+        "assert 'diffusers' not in sys.modules\n"
+    )

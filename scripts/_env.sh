@@ -1,4 +1,5 @@
-# Sourced by the other scripts: `ensure_env [extras]` makes .venv and installs the project into it.
+# Sourced by the other scripts: `ensure_env [extras] [pip options]` makes $VENV and installs the
+# project into it, editable, unless that is already done.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
@@ -40,24 +41,35 @@ print(hashlib.sha256((root / "pyproject.toml").read_bytes() + f"{root}{sys.versi
 PY
 }
 
-ensure_env() {
-  local extras="${1:-}" fingerprint stamp quiet=""
+make_env() {
   if [ -e "$VENV" ] && ! _is_supported "$VENV/bin/python"; then
     echo "$VENV exists but its Python does not run or is older than 3.10; remove it and run again." >&2
     return 1
   fi
-  [ -e "$VENV" ] || _make_venv || return 1
+  [ -e "$VENV" ] || _make_venv
+}
+
+# A .venv made by another tool may lack pip.
+ensure_pip() {
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade
+}
+
+ensure_env() {
+  local extras="${1:-}" fingerprint stamp quiet=""
+  shift $(($# > 0))
+  make_env || return 1
   fingerprint="$(_fingerprint)" || return 1
   stamp="$VENV/.vidattn-installed${extras:+-$extras}"
   if [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; then
     return 0
   fi
   echo "Installing vidattn${extras:+[$extras]} into $VENV (PyTorch is a few GB the first time)" >&2
-  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade || return 1
+  ensure_pip || return 1
   # Progress bars for a person, a short log for anything else. Compiling every module of PyTorch
   # ahead of its import would take longer than all the imports of a run.
   [ -t 2 ] || quiet=--quiet
-  "$VENV/bin/python" -m pip install $quiet --no-compile --editable "$ROOT${extras:+[$extras]}" || {
+  "$VENV/bin/python" -m pip install $quiet --no-compile "$@" \
+    --editable "$ROOT${extras:+[$extras]}" || {
     echo "The installation failed; nothing is marked as installed, so running again resumes it." >&2
     return 1
   }

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"grid", "registry", "resources", "kernels"},
     {"plan"},
-    {"windows", "method"},
+    {"method"},
     {"methods", "cache", "attention"},
     {"mixture", "schedule", "measure", "draw", "config"},
     {"pipelines", "backbones"},

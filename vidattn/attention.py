@@ -80,8 +80,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None)
         raise ValueError(f"q, k and v must be (batch, heads, tokens, head dim), got {shapes}")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q, k and v must agree in batch, tokens and head dim, and the heads of q be a multiple "
-            f"of the heads of k, got {shapes}"
+            "q, k and v must agree in batch, tokens and head dim, and the heads of q must be a "
+            f"multiple of the heads of k, got {shapes}"
         )
     if q.shape[2] != plan.grid.num_tokens:
         raise ValueError(
@@ -94,8 +94,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None)
     lists = plan.lists
     if lists.batch not in (1, q.shape[0]) or lists.heads not in (1, q.shape[1]):
         raise ValueError(
-            f"the plan is for {lists.batch} samples and {lists.heads} heads, q has {q.shape[0]} and "
-            f"{q.shape[1]}: each must be equal, or 1 in the plan"
+            f"the plan is for {lists.batch} samples and {lists.heads} heads, q has {q.shape[0]} "
+            f"and {q.shape[1]}: each must be equal, or 1 in the plan"
         )
     if key_mask is not None and (
         key_mask.dtype != torch.bool or key_mask.shape != (q.shape[0], q.shape[2])

@@ -1,4 +1,4 @@
-"""Where the tokens of one video sit, in a grid of (t, h, w) positions with optional text beside it."""
+"""Where the tokens of one video sit: a grid of (t, h, w) positions, and text beside it."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def raster_layout(grid: Grid, block: int) -> Layout:
 
 
 def frame_layout(grid: Grid, block: int) -> Layout:
-    """Video tokens in sequence order, ``block`` at a time, no block reaching into the next frame."""
+    """Video tokens in sequence order, ``block`` at a time, no block crossing into a next frame."""
     frames = (torch.arange(grid.num_video_tokens) + grid.video_start).view(grid.t, -1)
     return _with_text(grid, _pad(frames, block).flatten(), block)
 

@@ -24,7 +24,7 @@ class Method(ABC):
 
     @abstractmethod
     def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
-        """Who reads whom on ``grid``; ``q`` and ``k`` are (B, H, S, D) where the method reads them."""
+        """Who reads whom on ``grid``; ``q`` and ``k`` are (B, H, S, D) if the method reads them."""
 
 
 def as_size(name: str, value: int | Size, least: int = 1) -> Size:

@@ -150,17 +150,15 @@ class Plan:
             dilation: step of each axis; it sets the order (see ``dilation_order``).
         """
         layout = tile_layout(grid, tile, dilation)
-        pad = layout.num_blocks - layout.num_video_blocks
-        touched, whole = [], []
+        query = key = torch.zeros(1, dtype=torch.long)
+        whole = torch.ones(1, dtype=torch.bool)
         for (first, last), edge in zip(windows, tile):
-            some, every = _tile_pairs(first, last, edge)
-            touched.append(some)
-            whole.append(every)
-        full = _every_axis(whole)
-        partial = _every_axis(touched) & ~full
-        full = torch.nn.functional.pad(full, (0, pad, 0, pad), value=True)
-        partial = torch.nn.functional.pad(partial, (0, pad, 0, pad), value=False)
-        row_start, num_full, key_block, _ = _full_first(full, partial)
+            axis_query, axis_key, axis_whole = _tile_pairs(first, last, edge)
+            num_tiles = -(-first.numel() // edge)
+            query = (query[:, None] * num_tiles + axis_query).flatten()
+            key = (key[:, None] * num_tiles + axis_key).flatten()
+            whole = (whole[:, None] & axis_whole).flatten()
+        row_start, num_full, key_block, _ = _compress(layout, query, key, whole)
         box = _pack(grid, layout, windows, dilation)
         return cls(grid, layout, BlockLists(1, 1, row_start, num_full, key_block, box=box))
 
@@ -174,29 +172,20 @@ class Plan:
             rule: takes (..., 3) query and key positions, gives a bool tensor of their shape
                 broadcast together. Text is not asked about: it reads, and is read by, everything.
         """
-        n, nv, nb = layout.block, layout.num_video_blocks, layout.num_blocks
-        live = layout.live.view(nb, n)
-        coords = grid.coords()[layout.order.long().clamp_min(0)].view(nb, n, 3)
-        coords, keys = coords[:nv], live[:nv]
+        n, nv = layout.block, layout.num_video_blocks
+        live = layout.live.view(-1, n)[:nv]
+        coords = grid.coords()[layout.order[: nv * n].long().clamp_min(0)].view(nv, n, 3)
+        real = live[:, None, :, None] & live[None, :, None, :]
         visible = torch.stack([rule(q[None, :, None], coords[:, None]) for q in coords])
-        visible = visible & keys[:, None, :, None] & keys[None, :, None, :]
-        full = (visible | ~(keys[:, None, :, None] & keys[None, :, None, :])).all(-1).all(-1)
-        partial = visible.any(-1).any(-1) & ~full
-        masks, mask_of_pair = torch.unique(visible[partial], dim=0, return_inverse=True)
-        mask_id = torch.full((nb, nb), -1, dtype=torch.int32)
-        mask_id[:nv, :nv][partial] = mask_of_pair.int()
-        full = torch.nn.functional.pad(full, (0, nb - nv, 0, nb - nv), value=True)
-        partial = torch.nn.functional.pad(partial, (0, nb - nv, 0, nb - nv), value=False)
-        row_start, num_full, key_block, row = _full_first(full, partial)
-        lists = BlockLists(
-            1,
-            1,
-            row_start,
-            num_full,
-            key_block,
-            mask_id=mask_id[row, key_block.long()],
-            masks=masks,
-        )
+        whole = (visible | ~real).all(-1).all(-1)
+        visible &= real
+        query, key = visible.any(-1).any(-1).nonzero(as_tuple=True)
+        masks, mask_of_pair = torch.unique(visible[~whole], dim=0, return_inverse=True)
+        mask_id = torch.full((layout.num_blocks,) * 2, -1, dtype=torch.int32)
+        mask_id[:nv, :nv][~whole] = mask_of_pair.int()
+        row_start, num_full, key_block, row = _compress(layout, query, key, whole[query, key])
+        ids = mask_id[row, key_block.long()]
+        lists = BlockLists(1, 1, row_start, num_full, key_block, mask_id=ids, masks=masks)
         return cls(grid, layout, lists)
 
 
@@ -204,34 +193,41 @@ def _row_start(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _full_first(full: Tensor, partial: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compressed rows of two disjoint (rows, nb) bool tables: starts, full counts, blocks, rows."""
-    row, key_block = (full | partial).nonzero(as_tuple=True)
-    order = (row * 2 + partial[row, key_block]).argsort(stable=True)
-    row, key_block = row[order], key_block[order]
-    return _row_start((full | partial).sum(-1)), full.sum(-1).int(), key_block.int(), row
+def _compress(
+    layout: Layout, query: Tensor, key: Tensor, whole: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compressed rows from (E,) video block pairs in any order, with the blocks of text added.
+
+    Returns the row starts, the number of whole blocks of each row, and (E,) key blocks and rows.
+    """
+    nv, nb = layout.num_video_blocks, layout.num_blocks
+    blocks = torch.arange(nb)
+    beside = torch.cartesian_prod(blocks[:nv], blocks[nv:]).view(-1, 2)
+    below = torch.cartesian_prod(blocks[nv:], blocks).view(-1, 2)
+    query = torch.cat([query, beside[:, 0], below[:, 0]])
+    key = torch.cat([key, beside[:, 1], below[:, 1]])
+    partial = torch.nn.functional.pad(~whole, (0, query.numel() - whole.numel()))
+    order = ((query * 2 + partial) * nb + key).argsort()
+    counts = torch.bincount(query, minlength=nb)
+    num_full = torch.bincount(query[~partial], minlength=nb)
+    return _row_start(counts), num_full.int(), key[order].int(), query[order]
 
 
-def _tile_pairs(first: Tensor, last: Tensor, edge: int) -> tuple[Tensor, Tensor]:
-    """Two (tiles, tiles) bool tables of one axis: some pair is visible, every pair is."""
+def _tile_pairs(first: Tensor, last: Tensor, edge: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles of one axis that see each other: query tiles, key tiles, whether every pair is seen."""
     begin = torch.arange(0, first.numel(), edge)
     end = (begin + edge).clamp(max=first.numel()) - 1
     some = (first[:, None] <= end) & (last[:, None] >= begin)
     every = (first[:, None] <= begin) & (last[:, None] >= end)
-    by_tile = [(s.any(0), e.all(0)) for s, e in zip(some.split(edge), every.split(edge))]
-    return torch.stack([s for s, _ in by_tile]), torch.stack([e for _, e in by_tile])
-
-
-def _every_axis(tables: list[Tensor]) -> Tensor:
-    """(nv, nv) bool: the tables of the three axes, all of them true."""
-    t, h, w = tables
-    joint = t[:, None, None, :, None, None] & h[None, :, None, None, :, None]
-    joint = joint & w[None, None, :, None, None, :]
-    return joint.reshape(t.shape[0] * h.shape[0] * w.shape[0], -1)
+    some = torch.stack([rows.any(0) for rows in some.split(edge)])
+    every = torch.stack([rows.all(0) for rows in every.split(edge)])
+    query, key = some.nonzero(as_tuple=True)
+    return query, key, every[query, key]
 
 
 def _pack(grid: Grid, layout: Layout, windows: tuple[Window, ...], dilation: Size) -> Box:
     """The windows as one packed box to a query slot; the slots of text are never asked about."""
+    check_packable(grid.size)
     coords = grid.coords()[layout.order.long().clamp_min(0)]
     key, low, high, guard, shift = 0, 0, 0, 0, 0
     for axis, (extent, (first, last)) in enumerate(zip(grid.size, windows)):
@@ -243,9 +239,14 @@ def _pack(grid: Grid, layout: Layout, windows: tuple[Window, ...], dilation: Siz
         high = high + (last[here] << shift)
         shift += (extent - 1).bit_length() + 1
         guard += 1 << (shift - 1)
-    if shift > 31:
-        raise ValueError(
-            f"the grid {grid.size} needs {shift} bits to pack a position, 31 are there: "
-            "attend to it in pieces"
-        )
     return Box(key.int(), (low - guard).int(), (high | guard).int(), guard)
+
+
+def check_packable(size: Size) -> None:
+    """Raise ValueError unless a position on the grid fits in 31 bits, guards included."""
+    bits = sum((extent - 1).bit_length() + 1 for extent in size)
+    if bits > 31:
+        raise ValueError(
+            f"a grid of {size} needs {bits} bits to pack a position, 31 are there: "
+            "attend to the video in pieces"
+        )

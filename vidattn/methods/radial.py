@@ -2,10 +2,10 @@
 
 Source: Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video
 Generation", arXiv:2506.19852. Between frames at distance d with g = bit_length(d), a token reads a
-band of L = 2 ** bit_length(P) / 2 ** g * decay tokens to either side, P tokens to a frame; once L is
-below the block length only every (block / L)-th frame distance is kept. Here a block pair is kept or
-left whole, by the positions of the block centers. The paper's band runs along the raster of a frame
-(``window="raster"``); ``window="tile"`` gives the same number of tokens the shape of the frame.
+band of L = 2 ** bit_length(P) / 2 ** g * decay tokens to either side, with P tokens to a frame.
+Once L is below the block length only every (block / L)-th frame distance is kept. Here a block pair
+is kept or left whole, by the distance of the two block centers. The paper's band runs along the
+raster of a frame (``window="raster"``); ``window="tile"`` gives its tokens the shape of the frame.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Radial(Method):
             raise ValueError(f"tile must be one frame deep, (1, h, w), got {self.tile}")
 
     def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
-        """Whole blocks by frame distance and distance in the frame; ``q`` and ``k`` are not read."""
-        # small frames need small blocks for the windows to show, large ones run faster in large blocks
+        """Whole blocks, by their distance in time and space; ``q`` and ``k`` are not read."""
+        # large blocks run faster, but in a small frame no window would show
         wanted = (1, 8, 16) if grid.h * grid.w >= 1024 else (1, 8, 8)
         tile = self.tile or fit_tile((1, grid.h, grid.w), wanted)
         block = math.prod(tile)

@@ -16,7 +16,9 @@ def _poisoned(make):
 
     def poisoned(*args, **kwargs):
         tensor = make(*args, **kwargs)
-        if kwargs.get("out") is not None:
+        # What the compiler allocates while it traces holds no data to poison.
+        traced = torch.compiler.is_compiling() or type(tensor) is not torch.Tensor
+        if traced or kwargs.get("out") is not None:
             return tensor
         with torch.no_grad():
             if tensor.is_floating_point() or tensor.is_complex():

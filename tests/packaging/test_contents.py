@@ -4,7 +4,6 @@ import re
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -80,10 +79,3 @@ def test_wheel_from_the_source_archive_is_the_same(checkout, wheel, tmp_path):
     source = tmp_path / archive.name.removesuffix(".tar.gz")
     again = build("build_wheel", source, tmp_path / "wheel")
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
-
-
-def test_no_other_distribution_owns_our_data(installed_wheel):
-    assert {path.name for path in Path(installed_wheel).iterdir() if path.is_dir()} == {
-        "vidattn",
-        *(path.name for path in Path(installed_wheel).glob("*.dist-info")),
-    }

@@ -15,8 +15,10 @@ LAYERS = (
     {"plan"},
     {"method"},
     {"methods", "cache", "attention"},
-    {"mixture", "schedule", "measure", "draw", "config"},
+    {"mixture", "schedule", "measure", "video", "config"},
+    {"draw"},
     {"pipelines", "backbones"},
+    {"commands"},
     {"cli", "scripts"},
 )
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}

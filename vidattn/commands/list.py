@@ -1,0 +1,82 @@
+"""`vidattn list`: the methods, or everything about one of them."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vidattn.commands.choice import (
+    default_of,
+    describe_method,
+    describe_options,
+    describe_type,
+    explain_method,
+    option_hints,
+)
+from vidattn.methods import list_methods, method_class
+
+EXAMPLES = """\
+examples:
+  vidattn list
+  vidattn list radial"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("method", nargs="?", help="show the options of this method")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the methods, or one method."""
+    console = Console(highlight=False)
+    if args.method:
+        _show_method(console, args.method)
+    else:
+        _show_methods(console)
+
+
+def _show_methods(console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("method", "what it keeps", "options"):
+        table.add_column(column, overflow="fold")
+    for name in list_methods():
+        table.add_row(
+            f"[bold cyan]{name}[/]", escape(describe_method(name)), " ".join(option_hints(name))
+        )
+    console.print(table)
+    console.print(
+        "\nvidattn list METHOD explains the options, vidattn draw METHOD makes a picture."
+    )
+
+
+def _show_method(console: Console, name: str) -> None:
+    cls = method_class(name)
+    console.print(f"[bold cyan]{name}[/]  {escape(describe_method(name))}\n")
+    console.print(escape(explain_method(name)), soft_wrap=False)
+    reads = "reads queries and keys" if cls.reads_content else "is the same for every content"
+    console.print(f"\nThe plan {reads}.\n")
+    meanings = describe_options(name)
+    if not meanings:
+        console.print("It has no options.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("option", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for option, hint in option_hints(name).items():
+        table.add_row(
+            f"[bold]{option}[/]",
+            describe_type(hint),
+            escape(default_of(name, option)),
+            escape(meanings[option]),
+        )
+    console.print(table)
+    option = next(iter(meanings))
+    example = default_of(name, option)
+    example = "0.3" if example == "none" else example
+    console.print(
+        f"\nWritten --{option.replace('_', '-')} {example}, or inside the method as "
+        f"{name}:{option}={example}."
+    )

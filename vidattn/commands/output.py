@@ -1,0 +1,63 @@
+"""Files that appear whole or not at all, at places known to be writable before work begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def writable_file(path: Path, endings: Sequence[str]) -> Path:
+    """The path of a file that can be written, its folder made if it was missing.
+
+    Raises:
+        ValueError: another ending, a folder of that name, or no permission.
+    """
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"--output must end in {' or '.join(endings)}, got '{path}'")
+    if path.is_dir():
+        raise ValueError(f"--output '{path}' is a folder; give the name of a file in it")
+    writable_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"--output '{path}' exists and cannot be overwritten: no permission")
+    return path
+
+
+def writable_folder(path: Path) -> Path:
+    """The path of a folder in which files can be written, made if it was missing.
+
+    Raises:
+        ValueError: it cannot be made, is no folder, or takes no files.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write in '{path}' ({error.strerror}); choose another --output"
+        ) from error
+    return path
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; it takes the final name if the block succeeds.
+
+    On any error, Ctrl-C included, the temporary file is removed, and the final name untouched.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write indented JSON, whole or not at all."""
+    with write_atomically(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

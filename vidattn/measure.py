@@ -1,0 +1,182 @@
+"""What a sparse run is judged by: likeness of two videos, attention mass kept, work and time.
+
+Letters: F frames, C channels, B batch, H heads, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidattn.attention import attend
+from vidattn.methods import plan as plan_of
+from vidattn.plan import Plan
+
+PSNR_CAP_DB = 100.0
+
+
+def psnr(video: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB: the mean over frames of each frame's own value.
+
+    A frame equal to its reference counts as 100 dB, the most any frame can reach.
+
+    Args:
+        video: (F, C, H, W) floats in [0, 1], or uint8.
+        reference: likewise, of the same shape.
+
+    Raises:
+        ValueError: shapes that differ, or values that are no pictures.
+    """
+    video, reference = _pictures(video, reference)
+    error = (video - reference).square().mean((1, 2, 3))
+    values = -10 * torch.log10(error)
+    return values.clamp(max=PSNR_CAP_DB).mean().item()
+
+
+def ssim(video: Tensor, reference: Tensor) -> float:
+    """Structural similarity: the mean over frames of each frame's own value, 1 for equal videos.
+
+    Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity",
+    2004, in its usual form with an 11 x 11 Gaussian window of sigma 1.5, averaged over channels.
+
+    Args:
+        video: (F, C, H, W) floats in [0, 1], or uint8; frames of at least 11 x 11 pixels.
+        reference: likewise, of the same shape.
+
+    Raises:
+        ValueError: shapes that differ, frames too small, or values that are no pictures.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    video, reference = _pictures(video, reference)
+    if min(video.shape[2:]) < 11:
+        raise ValueError(
+            f"SSIM needs frames of at least 11 x 11 pixels, got {tuple(video.shape[2:])}"
+        )
+    frames = [
+        structural_similarity_index_measure(a[None], b[None], data_range=1.0)
+        for a, b in zip(video.float(), reference.float())
+    ]
+    return torch.stack(frames).mean().item()
+
+
+def _pictures(*videos: Tensor) -> list[Tensor]:
+    """The videos as float64 in [0, 1]; integers are scaled before any arithmetic wraps them."""
+    if len({tuple(x.shape) for x in videos}) > 1 or videos[0].dim() != 4:
+        shapes = " and ".join(str(tuple(x.shape)) for x in videos)
+        raise ValueError(f"two videos must share one shape (F, C, H, W), got {shapes}")
+    scaled = []
+    for x in videos:
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise ValueError(f"a video must be uint8, or float in [0, 1], got {x.dtype}")
+        x = x.double() / 255 if x.dtype == torch.uint8 else x.double()
+        if not (x.min() >= -1e-3 and x.max() <= 1 + 1e-3):
+            raise ValueError(
+                f"a float video must lie in [0, 1], got {x.min().item():.3g} to "
+                f"{x.max().item():.3g}: rescale it first"
+            )
+        scaled.append(x)
+    return scaled
+
+
+def recall(q: Tensor, k: Tensor, plan: Plan, *, scale: float | None = None) -> float:
+    """The share of dense attention's mass that lies on the pairs a plan keeps, mean over queries.
+
+    It follows from two log-sum-exps, so memory stays that of attention.
+
+    Args:
+        q: (B, H, S, D) queries in sequence order.
+        k: (B, Hk, S, D) keys.
+        scale: factor of the scores; D ** -0.5 by default.
+
+    Raises:
+        ValueError: shapes that do not fit the plan.
+    """
+    dense = plan_of("dense", plan.grid)
+    kept, every = (
+        attend(q, k, k, x, scale=scale, backend=_lse_engine(q), return_lse=True)[1]
+        for x in (plan, dense)
+    )
+    return (kept - every).double().exp().mean().item()
+
+
+def _lse_engine(q: Tensor) -> str:
+    return "torch" if q.device.type == "cpu" else "auto"
+
+
+def visited_share(plan: Plan) -> float:
+    """Pairs an engine computes over all pairs of the sequence, text included."""
+    video, total = plan.grid.num_video_tokens**2, plan.grid.num_tokens**2
+    return (plan.visited_density * video + total - video) / total
+
+
+def attention_flops(plan: Plan, *, heads: int, head_dim: int) -> float:
+    """Floating-point operations of one forward call on one sample, 4 per pair and dimension."""
+    return 4.0 * visited_share(plan) * plan.grid.num_tokens**2 * heads * head_dim
+
+
+def speedup_bound(plan: Plan, attention_share: float = 1.0) -> float:
+    """The most a plan can speed up a run whose dense attention takes a share of the time.
+
+    It assumes sparse attention as fast per pair as dense attention, so no measurement beats it by
+    much; with the default share it is about attention alone.
+
+    Raises:
+        ValueError: a share outside (0, 1].
+    """
+    if not 0 < attention_share <= 1:
+        raise ValueError(f"attention_share must be above 0 and at most 1, got {attention_share}")
+    return 1 / (1 - attention_share + attention_share * visited_share(plan))
+
+
+def interleaved_ms(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1
+) -> dict[str, float]:
+    """Median time of each function in ms, called in turns so that a slow minute hits all alike."""
+    for function in [*functions.values()] * warmup:
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            synchronize()
+            begin = time.perf_counter()
+            function()
+            synchronize()
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def hardware() -> dict[str, str | int | None]:
+    """The machine a figure was measured on."""
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    return {
+        "cpu": _cpu_name(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": platform.platform(terse=True),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -103,7 +103,7 @@ def test_imports_point_down():
         ),
         ("vidattn/methods/a.py", "import vidattn.attention", "methods (layer 3) imports attention"),
         ("vidattn/plan.py", "def f():\n    from vidattn import cli", "plan (layer 1) imports cli"),
-        ("pipelines/a.py", "import vidattn.backbones.b", "pipelines (layer 5) imports backbones"),
+        ("pipelines/a.py", "import vidattn.backbones.b", "pipelines (layer 6) imports backbones"),
         ("vidattn/draw.py", "from vidattn import attend", "imports vidattn.attend; import from"),
         ("vidattn/draw.py", "import vidattn", "imports vidattn; import from the module"),
         ("vidattn/cli.py", "import scripts.a\nimport kernels.a", "imports kernels.a; it is called"),

@@ -16,12 +16,12 @@ SHIPPED = ("vidattn", "kernels", "pipelines", "backbones", "configs", "assets", 
 SHIPPED_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 # With -S no .pth file of the real environment is read, so the editable install that runs this test
-# cannot stand in for a file that the copy under test lacks.
+# cannot stand in for a file that the copy under test lacks; nor can its finder, which lies last.
 PRELUDE = """
 import site, sys
-sys.path.extend({plain!r})
 for folder in {sites!r}:
     site.addsitedir(folder)
+sys.path.extend({plain!r})
 """
 
 

@@ -60,15 +60,10 @@ assert isinstance(plan, Plan)
 """
 
 
-def test_the_function_plan_wins_over_its_module():
-    run("from vidattn.plan import Plan\n" + STAYS_A_FUNCTION)
-
-
-def test_importing_vidattn_leaves_heavy_libraries_alone():
-    run(
-        "import sys, vidattn\n"
+def test_the_function_plan_wins_and_heavy_libraries_stay_out():
+    heavy = (
         "heavy = {'diffusers', 'transformers', 'timm', 'matplotlib', 'cv2', 'decord', 'imageio'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "dir(vidattn)\n"
-        "assert 'diffusers' not in sys.modules\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
+    run("from vidattn.plan import Plan\n" + STAYS_A_FUNCTION + heavy)

@@ -1,0 +1,121 @@
+"""What differs between the diffusers families: where the tokens of the video are.
+
+A family is one file in this folder with a ``FAMILY``; nothing else has to know about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+import vidattn.pipelines
+from vidattn.grid import Size
+from vidattn.registry import unknown
+
+Arguments = Mapping[str, object]
+
+
+class Place(NamedTuple):
+    """Where the video stands in the sequence of one forward pass.
+
+    ``num_before`` tokens stand in front of it, or -1 for all those beside it that the family puts
+    there.
+    """
+
+    size: Size
+    num_before: int = -1
+
+
+@dataclass(frozen=True)
+class Family:
+    """Transformers that lay out their tokens in the same way.
+
+    Args:
+        models: names of the diffusers classes.
+        layers: pattern that the names of the self-attentions over the video match in full.
+        axes: the axes of ``hidden_states``, such as "BCTHW".
+        beside: where the tokens stand that share the sequence with the video (text, conditions).
+        locate: for models that the axes do not describe: takes the transformer and the arguments
+            of its forward by name.
+        paired_mask: the mask of (B, 1, S, S) is that of the keys, paired with itself.
+        may_skip: an attention may run without computing scores, as perturbed guidance does.
+        refuse: why the models cannot be patched, or a function that says so for a model, if at all.
+    """
+
+    models: tuple[str, ...]
+    layers: str = r"transformer_blocks\.\d+\.attn1"
+    axes: str = "BCTHW"
+    beside: Literal["nothing", "before", "after"] = "nothing"
+    locate: Callable[[nn.Module, Arguments], Place] | None = None
+    paired_mask: bool = False
+    may_skip: bool = False
+    refuse: str | Callable[[nn.Module], str | None] | None = None
+
+    def place(self, model: nn.Module, arguments: Arguments) -> Place:
+        """Where the video stands in the forward pass with these arguments."""
+        if self.locate is not None:
+            return self.locate(model, arguments)
+        return Place(patched_size(model, arguments["hidden_states"], self.axes))
+
+
+def patched_size(model: nn.Module, hidden_states: Tensor, axes: str = "BCTHW") -> Size:
+    """(t, h, w) of the latents in patches, as the patch embedding of the transformer cuts them."""
+    patch = model.config.get("patch_size") or 1
+    if isinstance(patch, int):
+        patch = (model.config.get("patch_size_t") or 1, patch, patch)
+    extent = [hidden_states.shape[axes.index(axis)] for axis in "THW"]
+    t, h, w = (length // edge for length, edge in zip(extent, patch))
+    return t, h, w
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Every family: the ``FAMILY`` of each file in this folder."""
+    found = []
+    for entry in pkgutil.iter_modules(list(vidattn.pipelines.__path__)):
+        module = importlib.import_module(f"vidattn.pipelines.{entry.name}")
+        if isinstance(family := getattr(module, "FAMILY", None), Family):
+            found.append(family)
+    return tuple(found)
+
+
+def find_family(model: nn.Module) -> Family | None:
+    """The family of a model or of a class it derives from, None for a stranger."""
+    by_name = {name: family for family in families() for name in family.models}
+    bases = (cls.__name__ for cls in type(model).__mro__)
+    return next((by_name[name] for name in bases if name in by_name), None)
+
+
+def refusal(family: Family, model: nn.Module) -> str | None:
+    """Why a model of a family cannot be patched, None if it can."""
+    return family.refuse(model) if callable(family.refuse) else family.refuse
+
+
+def known_models() -> list[str]:
+    """Names of the transformer classes that can be patched."""
+    return sorted(
+        name
+        for family in families()
+        if not isinstance(family.refuse, str)
+        for name in family.models
+    )
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model.
+
+    Raises:
+        ValueError: the model is unknown, or known not to work; what is known is listed.
+    """
+    family = find_family(model)
+    if family is None:
+        raise unknown("video transformer", type(model).__name__, known_models())
+    if reason := refusal(family, model):
+        raise ValueError(f"{type(model).__name__} cannot be patched: {reason}")
+    return family

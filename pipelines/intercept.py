@@ -1,0 +1,232 @@
+"""Brings the softmax attention of one layer into our hands, whatever code leads to it.
+
+The processor of the layer gets a subclass of its own class that runs inside a function mode; the
+mode catches scaled_dot_product_attention, where every processor of diffusers arrives. Under
+torch.compile the call becomes one opaque operator, which finds its layer by number.
+
+Letters: B batch, H heads, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import attention_dispatch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+NATIVE = attention_dispatch.AttentionBackendName.NATIVE
+
+# operators of torch take no Python objects, so they find theirs by number
+_by_number: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def numbered(thing: object) -> Tensor:
+    """A number for ``thing``, in a tensor so that compiled code does not depend on its value."""
+    number = next(_numbers)
+    _by_number[number] = thing
+    return torch.tensor(number, device="cpu")
+
+
+class Owner(Protocol):
+    """What a layer hands its calls to."""
+
+    def attend(self, layer: Layer, q, k, v, mask: Tensor | None, scale: float | None) -> Tensor:
+        """(B, H, S, D) attention of a layer."""
+
+    def skipped(self, layer: Layer) -> None:
+        """Told that the processor of a layer ran without attending."""
+
+    def cannot(self, layer: Layer, why: str) -> None:
+        """Told that a call of a layer runs dense for a reason that nobody asked for."""
+
+
+class Layer(TorchFunctionMode):
+    """One self-attention over the video: catches its attention while its processor runs."""
+
+    def __init__(self, name: str, index: int, owner: Owner):
+        super().__init__()
+        self.name, self.index, self.owner = name, index, owner
+        # what the user chose with set_attention_backend, for dense calls
+        self.dense_backend = None
+        self.hits = 0
+        self.number = numbered(self)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return self._catch(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _catch(
+        self,
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.hits += 1
+        if dropout_p or is_causal:
+            if not compiling:
+                self.owner.cannot(self, f"it attends with dropout {dropout_p}, {is_causal=}")
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+            )
+        if compiling:
+            return torch.ops.vidattn.attend(query, key, value, attn_mask, scale, self.number)
+        return self.owner.attend(self, query, key, value, attn_mask, scale)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
+        """The attention that runs without us, on the backend that the user chose."""
+        chosen = self.dense_backend
+        if chosen is None:
+            chosen = attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
+        if chosen == NATIVE:
+            gqa = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa
+            )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = attention_dispatch.dispatch_attention_fn(
+            q, k, v, attn_mask=mask, scale=scale, backend=chosen
+        )
+        return out.transpose(1, 2)
+
+
+def processor_namespace(base: type) -> dict[str, object]:
+    """What the subclass of a processor class has of its own."""
+    call = base.__call__
+    follows_global = not hasattr(base, "_attention_backend")
+
+    @functools.wraps(call)
+    def __call__(self, *args, **kwargs):
+        layer = self._vidattn
+        if torch.compiler.is_compiling():
+            with layer:
+                return call(self, *args, **kwargs)
+        before = layer.hits
+        with _native_if(follows_global), layer:
+            out = call(self, *args, **kwargs)
+        if layer.hits == before:
+            layer.owner.skipped(layer)
+        return out
+
+    if follows_global:
+        return {"__call__": __call__}
+
+    def store(self, backend):
+        self._vidattn.dense_backend = backend
+
+    # diffusers always sees the native backend, which leads to the function that we catch
+    return {"__call__": __call__, "_attention_backend": property(lambda self: NATIVE, store)}
+
+
+@contextmanager
+def _native_if(follows_global: bool) -> Iterator[None]:
+    """Make the process-wide backend native where a processor has none of its own, if it is not."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    if not follows_global or registry.get_active_backend()[0] == NATIVE:
+        yield
+        return
+    with attention_dispatch.attention_backend(NATIVE):
+        yield
+
+
+@torch.library.custom_op("vidattn::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, layer: Tensor
+) -> Tensor:
+    found = _by_number.get(layer.item())
+    if found is None:
+        # the patch is gone, the compiled code is not
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).contiguous()
+    return found.owner.attend(found, q, k, v, mask, scale).contiguous()
+
+
+@_attend.register_fake
+def _(q, k, v, mask, scale, layer):
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@torch.library.custom_op(
+    "vidattn::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    layer: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        found = _by_number.get(layer.item())
+        out = found.owner.attend(found, *leaves, mask, scale)
+    return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
+
+
+@_attend_backward.register_fake
+def _(grad, q, k, v, mask, scale, layer):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    q, k, v, mask, scale, layer = inputs
+    ctx.save_for_backward(q, k, v, mask, layer)
+    ctx.scale = scale
+
+
+def _backward(ctx, grad):
+    q, k, v, mask, layer = ctx.saved_tensors
+    grads = torch.ops.vidattn.attend_backward(grad, q, k, v, mask, ctx.scale, layer)
+    return *grads, None, None, None
+
+
+_attend.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("vidattn::begin", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _begin(
+    hidden_states: Tensor, timestep: Tensor, size: list[int], num_before: int, site: Tensor
+) -> Tensor:
+    found = _by_number.get(site.item())
+    if found is not None:
+        found.begin(hidden_states, timestep, (size[0], size[1], size[2]), num_before)
+    return hidden_states.clone()
+
+
+@_begin.register_fake
+def _(hidden_states, timestep, size, num_before, site):
+    return torch.empty_like(hidden_states)
+
+
+@torch.library.custom_op("vidattn::end", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _end(output: Tensor, site: Tensor) -> Tensor:
+    found = _by_number.get(site.item())
+    if found is not None:
+        found.end(output)
+    return output.clone()
+
+
+@_end.register_fake
+def _(output, site):
+    return torch.empty_like(output)
+
+
+_begin.register_autograd(lambda ctx, grad: (grad, None, None, None, None))
+_end.register_autograd(lambda ctx, grad: (grad, None))

@@ -1,0 +1,118 @@
+"""What a patched model did: per layer, and where the time went."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One self-attention layer.
+
+    Args:
+        name: where it stands, such as "transformer.blocks.3.attn1".
+        num_sparse: calls that ran sparse.
+        num_dense: calls that ran dense, by reason.
+        density: kept pairs over all pairs of video tokens, mean of the sparse calls; None without.
+        attention_ms: time of all its calls, sparse and dense.
+    """
+
+    name: str
+    num_sparse: int
+    num_dense: dict[str, int]
+    density: float | None
+    attention_ms: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A generation, or for a bare transformer everything since it was patched.
+
+    Args:
+        method: the method with its options.
+        grids: the grids that were attended to.
+        num_steps: denoising steps seen.
+        num_passes: forward passes of the transformers.
+        layers: one entry per layer.
+        transformer_ms, vae_ms, text_encoder_ms, rest_ms, total_ms: wall time; for a bare
+            transformer only the first, the others None.
+    """
+
+    method: str
+    grids: tuple[str, ...]
+    num_steps: int
+    num_passes: int
+    layers: tuple[LayerReport, ...]
+    transformer_ms: float
+    vae_ms: float | None = None
+    text_encoder_ms: float | None = None
+    rest_ms: float | None = None
+    total_ms: float | None = None
+
+    @property
+    def num_sparse(self) -> int:
+        """Attention calls that ran sparse."""
+        return sum(layer.num_sparse for layer in self.layers)
+
+    @property
+    def num_dense(self) -> int:
+        """Attention calls that ran dense."""
+        return sum(sum(layer.num_dense.values()) for layer in self.layers)
+
+    @property
+    def attention_ms(self) -> float:
+        """Time of all self-attention calls."""
+        return sum(layer.attention_ms for layer in self.layers)
+
+    @property
+    def density(self) -> float | None:
+        """Kept pairs over all pairs in all calls, dense ones counted whole; None without calls."""
+        calls = self.num_sparse + self.num_dense
+        kept = sum(layer.num_sparse * (layer.density or 0) for layer in self.layers)
+        return (kept + self.num_dense) / calls if calls else None
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything as plain types, for JSON."""
+        sums = ("num_sparse", "num_dense", "attention_ms", "density")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
+
+    def __str__(self) -> str:
+        rows = [("layer", "sparse", "dense", "density", "ms per call")]
+        for _, run in itertools.groupby(self.layers, key=_what_it_did):
+            rows.append(_row(list(run)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+        density = "none" if self.density is None else f"{self.density:.3f}"
+        head = (
+            f"{self.method} on {', '.join(self.grids) or 'no grid'}: {self.num_steps} steps, "
+            f"{self.num_passes} passes, density {density} with the dense calls"
+        )
+        return "\n".join([head, *(line.rstrip() for line in table), self._times()])
+
+    def _times(self) -> str:
+        parts = [f"transformer {self.transformer_ms / 1e3:.2f} s"]
+        parts[0] += f" (self-attention {self.attention_ms / 1e3:.2f} s)"
+        if self.total_ms is None:
+            return parts[0]
+        others = {"VAE": self.vae_ms, "text encoder": self.text_encoder_ms, "rest": self.rest_ms}
+        parts += [f"{name} {ms / 1e3:.2f} s" for name, ms in others.items()]
+        return f"{self.total_ms / 1e3:.2f} s in all: {', '.join(parts)}"
+
+
+def _what_it_did(layer: LayerReport) -> tuple:
+    return layer.num_sparse, tuple(sorted(layer.num_dense.items())), layer.density
+
+
+def _row(run: list[LayerReport]) -> tuple[str, ...]:
+    """One line for neighboring layers that did the same."""
+    first, last = run[0], run[-1]
+    name = first.name if first is last else f"{first.name} ... {last.name}"
+    why = ", ".join(f"{count} ({reason})" for reason, count in first.num_dense.items())
+    calls = sum(layer.num_sparse + sum(layer.num_dense.values()) for layer in run)
+    if not calls:
+        return name, "0", "0, never ran", "", ""
+    each = f"{sum(layer.attention_ms for layer in run) / calls:.2f}"
+    density = "" if first.density is None else f"{first.density:.3f}"
+    return name, str(first.num_sparse), why or "0", density, each

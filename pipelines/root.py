@@ -1,0 +1,84 @@
+"""Tells a patched transformer that a forward pass begins or ends, compiled or not."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vidattn.grid import Size
+from vidattn.pipelines.family import Family
+
+
+class Passes(Protocol):
+    """What is told about forward passes."""
+
+    family: Family
+    number: Tensor
+
+    def begin(self, hidden_states: Tensor, timestep: Tensor, size: Size, num_before: int) -> None:
+        """A forward pass begins."""
+
+    def end(self, output: Tensor) -> None:
+        """A forward pass ends."""
+
+    def swap_processors(self) -> None:
+        """Put back what somebody has replaced."""
+
+
+def install(site: Passes, model: nn.Module) -> list[RemovableHandle]:
+    """Have ``site`` told about the forward passes of ``model``."""
+    hook = RootHook(site, list(inspect.signature(type(model).forward).parameters)[1:])
+    return [
+        model.register_forward_pre_hook(hook.before, with_kwargs=True),
+        model.register_forward_hook(hook.after),
+    ]
+
+
+class RootHook:
+    """The two hooks of a transformer; a copy of them does nothing."""
+
+    def __init__(self, site: Passes | None = None, parameters: list[str] | None = None):
+        self.site, self.parameters = site, parameters
+
+    def __reduce__(self):
+        return RootHook, ()
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook."""
+        site = self.site
+        if site is None:
+            return None
+        arguments = {**dict(zip(self.parameters, args)), **kwargs}
+        size, num_before = site.family.place(model, arguments)
+        hidden_states = arguments["hidden_states"]
+        timestep = torch.as_tensor(arguments["timestep"])
+        if not torch.compiler.is_compiling():
+            site.swap_processors()
+            site.begin(hidden_states, timestep, size, num_before)
+            return None
+        hidden_states = torch.ops.vidattn.begin(
+            hidden_states, timestep, size, num_before, site.number
+        )
+        if args:
+            at = self.parameters.index("hidden_states")
+            if at < len(args):
+                return (*args[:at], hidden_states, *args[at + 1 :]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_states}
+
+    def after(self, model: nn.Module, args: tuple, output):
+        """Forward hook."""
+        site = self.site
+        if site is None:
+            return None
+        first = output[0]
+        if not torch.compiler.is_compiling():
+            site.end(first)
+            return None
+        first = torch.ops.vidattn.end(first, site.number)
+        if isinstance(output, tuple):
+            return (first, *output[1:])
+        return type(output)(first, *[output[key] for key in list(output.keys())[1:]])

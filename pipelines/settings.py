@@ -1,0 +1,34 @@
+"""What a patch was asked for, and the plans it has made."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from vidattn.grid import Grid
+from vidattn.method import Method
+from vidattn.methods.dense import Dense
+from vidattn.pipelines.steps import StepCounter
+from vidattn.plan import Plan
+from vidattn.schedule import DenseGuard
+
+
+class Settings:
+    """Method, guards and steps of one patch, shared by its transformers."""
+
+    def __init__(self, method: Method, guard: DenseGuard, strict: bool, steps: StepCounter):
+        self.method, self.guard, self.strict, self.steps = method, guard, strict, steps
+        self.is_dense = isinstance(method, Dense)
+        # a generation has one grid, or one per length of text; training may have more
+        self._fixed_plan = lru_cache(maxsize=16)(self._make_plan)
+
+    def plan(self, grid: Grid, q: Tensor, k: Tensor) -> Plan:
+        """The plan of the method, made once per grid and device unless it reads content."""
+        if self.method.reads_content:
+            return self.method.plan(grid, q, k)
+        return self._fixed_plan(grid, q.device)
+
+    def _make_plan(self, grid: Grid, device: torch.device) -> Plan:
+        return self.method.plan(grid).to(device)

@@ -1,0 +1,51 @@
+"""Everything the code imports is declared, so that a fresh installation can run it."""
+
+import ast
+import re
+import sys
+
+import pytest
+
+from tests.packaging.test_contents import FOLDERS, PYPROJECT, ROOT
+from tests.test_imports import imported
+
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "google": "protobuf",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+
+
+def declared(*extras):
+    """Names of the distributions that an installation with these extras asks for."""
+    project = PYPROJECT["project"]
+    optional = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
+    return {re.match(r"[\w.-]+", line)[0].lower() for line in lines}
+
+
+def third_party(folder):
+    """{distribution: a file that imports it} over the modules of a folder."""
+
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    own = {"vidattn", "tests", *(path.stem for path in paths if folder == "scripts")}
+    found = {}
+    for path in paths:
+        for _, name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            head = name.split(".")[0]
+            if head not in own and head not in sys.stdlib_module_names:
+                found[DISTRIBUTION.get(head, head).lower()] = path.relative_to(ROOT).as_posix()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [*((folder, ()) for folder in FOLDERS), ("scripts", ("train",)), ("tests", ("test", "train"))],
+)
+def test_every_import_is_declared(folder, extras):
+    missing = {
+        name: file for name, file in third_party(folder).items() if name not in declared(*extras)
+    }
+    assert missing == {}

@@ -42,7 +42,7 @@ def third_party(folder):
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [*((folder, ()) for folder in FOLDERS), ("scripts", ("train",)), ("tests", ("test", "train"))],
+    [*((folder, ()) for folder in FOLDERS), ("scripts", ("train",)), ("tests", ("test",))],
 )
 def test_every_import_is_declared(folder, extras):
     missing = {

@@ -68,6 +68,7 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_method_flags(parser, rest)
     args, extra = parser.parse_known_args(rest)
+    args.argv, args.version = argv, __version__
     if extra:
         raise _unknown_words(parser, extra)
     command.run(args)

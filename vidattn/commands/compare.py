@@ -1,0 +1,221 @@
+"""`vidattn compare`: run methods and dense attention on one seed, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vidattn.commands.choice import SYNTAX, Choice, choices_of
+from vidattn.commands.clip import Clip, Guards, make_clip
+from vidattn.commands.model import load_pipeline
+from vidattn.commands.output import writable_folder, write_atomically, write_json
+from vidattn.commands.record import hardware_line, record
+from vidattn.commands.request import (
+    Request,
+    add_model_arguments,
+    add_request_arguments,
+    positive_int,
+    request_of,
+    resolve,
+)
+from vidattn.measure import psnr, ssim
+from vidattn.video import beside, write_video
+
+EXAMPLES = """\
+examples:
+  vidattn compare --method radial:density=0.3 --frames 65
+  vidattn compare --method radial:density=0.2 --method neighborhood:window=9,9,9 --repeats 3"""
+
+WARMUP_STEPS = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what each video shows")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the same")
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="METHOD",
+        help=f"{SYNTAX}; may be repeated, dense is always there",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("outputs/compare"), metavar="FOLDER")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=1, metavar="N",
+        help="rounds of all methods in turn; times are medians over all (default 1)",
+    )  # fmt: skip
+    parser.add_argument("--gif", action="store_true", help="also write the side by side as a gif")
+    add_request_arguments(parser)
+    add_model_arguments(parser)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one method over all prompts.
+
+    Args:
+        density: of its plans; density_in_all counts the layers and steps that stay dense too.
+        step_ms: median of a denoising step; total_ms is that of a whole run.
+        attention_share: self-attention's part of the time of the steps.
+    """
+
+    label: str
+    density: float
+    density_in_all: float
+    step_ms: float
+    total_ms: float
+    attention_share: float
+    psnr_db: float
+    ssim: float
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run every method, write the videos, print the table."""
+    args.method = args.method or ["radial:density=0.3"]
+    choices = choices_of(args)
+    dense = Choice("dense")
+    choices = [dense, *(choice for choice in choices if choice.name != "dense")]
+    if len(choices) == 1:
+        raise ValueError("nothing to compare dense with; add --method radial:density=0.3")
+    requests = [request_of(args, prompt) for prompt in [*args.prompts, *args.prompt] or [None]]
+    folder = writable_folder(args.output)
+    pipe = load_pipeline(args)
+    requests = [resolve(pipe, request) for request in requests]
+    guards = Guards(args.dense_layers, args.dense_steps)
+    clips = make_clips(pipe, requests, choices, guards, args.repeats)
+    rows = [_row(choice, clips[choice.label], clips["dense"]) for choice in choices]
+    _write_videos(args, folder, requests, clips, rows)
+    _write_report(folder, record(pipe, args, requests[0], guards), requests, clips, rows)
+    console = Console(highlight=False)
+    _print_table(console, rows)
+    _print_setting(console, requests[0], [clips[row.label][0] for row in rows], rows[0])
+    console.print(f"wrote {folder}", soft_wrap=True)
+
+
+def make_clips(
+    pipe: object,
+    requests: Sequence[Request],
+    choices: Sequence[Choice],
+    guards: Guards,
+    repeats: int = 1,
+) -> dict[str, list[Clip]]:
+    """The clips of every method, by label: each prompt in turn, each round over all methods.
+
+    A few steps of each method come first and are not counted, so that no method pays for what
+    happens once.
+    """
+    for choice in choices:
+        make_clip(pipe, replace(requests[0], num_inference_steps=WARMUP_STEPS), choice, guards)
+    clips: dict[str, list[Clip]] = {choice.label: [] for choice in choices}
+    for _ in range(repeats):
+        for request in requests:
+            for choice in choices:
+                clips[choice.label].append(make_clip(pipe, request, choice, guards))
+    return clips
+
+
+def _row(choice: Choice, clips: Sequence[Clip], dense: Sequence[Clip]) -> Row:
+    steps_ms = [ms for clip in clips for ms in clip.steps_ms]
+    # the share of a whole step, so that Amdahl's law applies to it
+    share = sum(clip.report.attention_ms for clip in clips) / sum(steps_ms)
+    pairs = [(clip.frames, other.frames) for clip, other in zip(clips, dense)]
+    return Row(
+        label=choice.label,
+        density=_plan_density(clips[0]),
+        density_in_all=statistics.mean(clip.report.density for clip in clips),
+        step_ms=statistics.median(steps_ms),
+        total_ms=statistics.median(clip.total_ms for clip in clips),
+        attention_share=share,
+        psnr_db=statistics.mean(psnr(a, b) for a, b in pairs),
+        ssim=statistics.mean(ssim(a, b) for a, b in pairs),
+    )
+
+
+def _plan_density(clip: Clip) -> float:
+    """Mean over the calls that ran sparse; 1 where none did."""
+    calls = [(layer.num_sparse, layer.density) for layer in clip.report.layers if layer.num_sparse]
+    return sum(n * d for n, d in calls) / sum(n for n, _ in calls) if calls else 1.0
+
+
+def _write_videos(args, folder: Path, requests, clips, rows: Sequence[Row]) -> None:
+    slugs = {row.label: _slug(row.label) for row in rows}
+    for i in range(len(requests)):
+        number = f"-{i + 1}" if len(requests) > 1 else ""
+        for label, slug in slugs.items():
+            with write_atomically(folder / f"{slug}{number}.mp4") as partial:
+                write_video(partial, clips[label][i].frames, fps=args.fps)
+    captions = [_caption(row, rows[0]) for row in rows]
+    strips = [
+        beside([clips[row.label][i].frames for row in rows], captions) for i in range(len(requests))
+    ]
+    endings = (".mp4", ".gif") if args.gif else (".mp4",)
+    for ending in endings:
+        with write_atomically(folder / f"side_by_side{ending}") as partial:
+            write_video(partial, torch.cat(strips, dim=2), fps=args.fps)
+
+
+def _slug(label: str) -> str:
+    return "".join(x if x.isalnum() or x in "=.," else "-" for x in label)
+
+
+def _caption(row: Row, dense: Row) -> str:
+    if row is dense:
+        return f"dense\n{_seconds(row.step_ms)} per step"
+    return (
+        f"{row.label}\n{dense.step_ms / row.step_ms:.2f}x, density {row.density:.2f}, "
+        f"{row.psnr_db:.1f} dB"
+    )
+
+
+def _write_report(folder: Path, header: dict, requests, clips, rows: Sequence[Row]) -> None:
+    methods = {
+        row.label: vars(row)
+        | {"speedup": rows[0].step_ms / row.step_ms}
+        | {"clips": [_describe(clip) for clip in clips[row.label]]}
+        for row in rows
+    }
+    header |= {"prompts": [request.prompt for request in requests], "methods": methods}
+    header["frames"] = list(clips["dense"][0].frames.shape)
+    write_json(folder / "report.json", header)
+
+
+def _describe(clip: Clip) -> dict[str, object]:
+    return clip.timing() | {"report": clip.report.to_dict()}
+
+
+def _print_table(console: Console, rows: Sequence[Row]) -> None:
+    dense = rows[0]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("method", overflow="fold")
+    for column in ("density", "in all", "step", "speed-up", "whole run", "PSNR", "SSIM"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        like = ("", "") if row is dense else (f"{row.psnr_db:.2f} dB", f"{row.ssim:.4f}")
+        speedup = f"{dense.step_ms / row.step_ms:.2f}x"
+        times = (_seconds(row.step_ms), speedup, _seconds(row.total_ms))
+        densities = (f"{row.density:.3f}", f"{row.density_in_all:.3f}")
+        table.add_row(row.label.replace(":", "\n  "), *densities, *times, *like)
+    console.print(table)
+
+
+def _print_setting(console: Console, request: Request, clips: Sequence[Clip], dense: Row) -> None:
+    frames, _, height, width = clips[0].frames.shape
+    grids = dict.fromkeys(grid for clip in clips for grid in clip.report.grids)
+    console.print(
+        f"\n{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
+        f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step."
+    )
+    console.print(
+        "density: of the plan, then with the dense layers and steps. step: median. "
+        "PSNR and SSIM: against dense, on the frames before they are encoded."
+    )
+    console.print(f"{hardware_line()}.")
+
+
+def _seconds(ms: float) -> str:
+    return f"{ms / 1e3:.2f} s" if ms >= 1000 else f"{ms:.0f} ms"

@@ -1,0 +1,102 @@
+"""Video files: frames to mp4 or gif, several videos beside each other with their labels.
+
+Letters: F frames, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INK, PAPER = (24, 30, 42), (255, 255, 255)
+
+
+def write_video(path: Path, frames: Tensor, *, fps: float) -> None:
+    """Write an mp4 (H.264) or a gif, by the ending of ``path``.
+
+    An odd height or width is padded by one repeated line, as H.264 needs; nothing is rescaled.
+
+    Args:
+        frames: (F, 3, H, W) floats in [0, 1].
+
+    Raises:
+        ValueError: another ending.
+    """
+    import imageio.v2 as imageio
+
+    if path.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"a video is written as .mp4 or .gif, got '{path.name}'")
+    pictures = to_bytes(frames)
+    if path.suffix == ".gif":
+        _write_gif(path, pictures, fps)
+        return
+    height, width = pictures.shape[1:3]
+    pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with imageio.get_writer(
+        path, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=1
+    ) as writer:
+        for picture in pictures:
+            writer.append_data(picture)
+
+
+def _write_gif(path: Path, pictures: np.ndarray, fps: float) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(picture) for picture in pictures]
+    # one palette for all frames, or the colors flicker
+    palette = Image.fromarray(np.concatenate(pictures[:: max(1, len(pictures) // 6)]))
+    palette = palette.quantize(128)
+    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    # browsers slow down frames shorter than 20 ms
+    duration_ms = max(20, round(1000 / fps))
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0, optimize=True
+    )
+
+
+def to_bytes(frames: Tensor) -> np.ndarray:
+    """(F, H, W, 3) uint8 from (F, 3, H, W) floats in [0, 1]."""
+    frames = frames.detach().float().clamp(0, 1).mul(255).round().byte()
+    return frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def beside(videos: Sequence[Tensor], labels: Sequence[str], *, min_width: int = 256) -> Tensor:
+    """Several videos in a row, each under its label.
+
+    Args:
+        videos: (F, 3, H, W) floats in [0, 1], all of one shape.
+        labels: one per video; the first line is set larger.
+        min_width: narrower videos are enlarged by a whole factor up to this width.
+
+    Returns:
+        (F, 3, H', W') floats in [0, 1].
+    """
+    factor = max(1, -(-min_width // videos[0].shape[-1]))
+    gap = 8
+    columns = []
+    for video, label in zip(videos, labels):
+        video = F.interpolate(video.float(), scale_factor=factor, mode="bicubic").clamp(0, 1)
+        band = _label(label, video.shape[-1]).expand(len(video), -1, -1, -1)
+        columns.append(F.pad(torch.cat([band, video], dim=2), (gap, gap), value=1.0))
+    return F.pad(torch.cat(columns, dim=3), (0, 0, 0, gap), value=1.0)
+
+
+def _label(text: str, width: int) -> Tensor:
+    """(1, 3, h, width): the lines of a label, dark on white, shrunk where they are too long."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new("RGB", (width, 44), PAPER)
+    pen = ImageDraw.Draw(image)
+    y = 5
+    for i, line in enumerate(text.split("\n")):
+        size = 16 if i == 0 else 12
+        while size > 7 and pen.textlength(line, font=ImageFont.load_default(size)) > width:
+            size -= 1
+        pen.text((0, y), line, fill=INK, font=ImageFont.load_default(size))
+        y += 20
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255

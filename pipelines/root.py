@@ -74,11 +74,13 @@ class RootHook:
         site = self.site
         if site is None:
             return None
-        first = output[0]
+        first = output if isinstance(output, Tensor) else output[0]
         if not torch.compiler.is_compiling():
             site.end(first)
             return None
         first = torch.ops.vidattn.end(first, site.number)
+        if isinstance(output, Tensor):
+            return first
         if isinstance(output, tuple):
             return (first, *output[1:])
         return type(output)(first, *[output[key] for key in list(output.keys())[1:]])

@@ -1,0 +1,74 @@
+"""Data-parallel workers of one thread each: no barrier inside a step, so load hardly slows them."""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class Team:
+    """This process's place among `size` workers that train one model together."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self.log = []
+
+    def average_gradients(self, module: torch.nn.Module) -> None:
+        """Replace every gradient by its mean over the workers."""
+        if self.size == 1:
+            return
+        params = [p for p in module.parameters() if p.requires_grad]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        pieces = (flat / self.size).split([p.numel() for p in params])
+        for p, piece in zip(params, pieces, strict=True):
+            p.grad = piece.view_as(p)
+
+    def wait(self) -> None:
+        """Return once every worker has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def bar(self, start: int, total: int, name: str) -> tqdm:
+        """A progress bar, shown by the first worker only."""
+        return tqdm(
+            initial=start, total=total, desc=name, disable=self.rank > 0, mininterval=10, ncols=100
+        )
+
+    def report(self, bar: tqdm, step: int, values: dict[str, torch.Tensor]) -> None:
+        """Advance the bar, and every 50 steps show the means since the last time."""
+        self.log.append([v.detach() for v in values.values()])
+        bar.update()
+        if (step + 1) % 50 == 0 and self.rank == 0:
+            means = torch.tensor(self.log).mean(0).tolist()
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in zip(values, means, strict=True))
+            tqdm.write(f"{datetime.datetime.now():%H:%M:%S}  {bar.desc} {step + 1}  {shown}")
+        if (step + 1) % 50 == 0:
+            self.log.clear()
+
+
+def _work(rank: int, size: int, port: int, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        timeout = datetime.timedelta(hours=3)
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+    function(Team(rank, size), *arguments)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def run_team(size: int, function: Callable, *arguments) -> None:
+    """Call `function(team, *arguments)` in `size` processes, or here when it is one."""
+    if size == 1:
+        _work(0, 1, 0, function, arguments)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_work, (size, port, function, arguments), nprocs=size)

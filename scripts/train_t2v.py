@@ -1,0 +1,169 @@
+"""Train the bundled text-to-video model: python scripts/train_t2v.py configs/tiny_t2v.yaml.
+
+Each stage (VAE, encoded clips, transformer, export) resumes from what is under `work`.
+"""
+
+import argparse
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from t2v_checkpoint import learning_rate, load_checkpoint, save_checkpoint
+from t2v_data import Clips, fetch_items, vary_caption
+from t2v_flow import (
+    FlowModel,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    flow_loss,
+)
+from t2v_latents import LatentPool, encode_clips
+from t2v_muon import Muon
+from t2v_team import Team, run_team
+from t2v_vae import build_vae, set_latent_statistics, train_vae
+
+
+def build_flow_model(config: dict, vocab_size: int) -> FlowModel:
+    """An untrained transformer with its text encoder."""
+    width = config["text"]["width"]
+    text_encoder = build_text_encoder(vocab_size, **config["text"])
+    channels = config["vae"]["model"]["z_dim"]
+    transformer = build_transformer(
+        latent_channels=channels, text_width=width, **config["flow"]["model"]
+    )
+    return FlowModel(transformer, text_encoder)
+
+
+def flow_optimizers(model: FlowModel) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices inside transformer blocks, AdamW for everything else."""
+    matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
+    return {"muon": Muon(matrices, weight_decay=0.01), "adamw": adamw}
+
+
+def draw_batch(
+    pools: dict, phase: dict, clips: Clips, tokenizer, drop: float, place: tuple[int, Team]
+):
+    """Latents (B, C, t, h, w) with the ids and mask of their captions."""
+    step, team = place
+    shared = np.random.default_rng((clips.seed, step, 3))
+    kind = phase["batches"][shared.choice(len(phase["batches"]), p=phase["shares"])]
+    rng = np.random.default_rng((clips.seed, step, 4, team.rank))
+    picks = rng.integers(0, 2**31, kind["batch"]).tolist()
+    latents, scenes = pools[tuple(kind["clips"])].draw(picks, kind["frames"])
+    captions = ["" if rng.random() < drop else vary_caption(s, rng) for s in scenes]
+    tokens = tokenizer(captions, padding=True, return_tensors="pt")
+    return latents, (tokens.input_ids, tokens.attention_mask)
+
+
+def train_flow(config: dict, clips: Clips, work: Path, team: Team) -> tuple[FlowModel, object]:
+    """Train the transformer with its text encoder; returns the averaged weights."""
+    options, tokenizer = config["flow"], build_tokenizer()
+    model = build_flow_model(config, len(tokenizer)).use_training_attention()
+    average = copy.deepcopy(model)
+    optimizers = flow_optimizers(model)
+    parts = {"model": model, "average": average} | optimizers
+    total = options["phases"][-1]["until"]
+    start = load_checkpoint(work / "flow.safetensors", parts)
+    pools = {tuple(k["size"]): LatentPool(clips, k["size"], work, team) for k in options["clips"]}
+    bar = team.bar(start, total, "flow")
+    for step in range(start, total):
+        phase = next(p for p in options["phases"] if step < p["until"])
+        latents, tokens = draw_batch(
+            pools, phase, clips, tokenizer, options["drop_caption"], (step, team)
+        )
+        loss = flow_loss(model, latents, tokens, phase["shift"], step * team.size + team.rank)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        team.average_gradients(model)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    step, peak=options["peak"][name], total=total, **options["schedule"]
+                )
+            optimizer.step()
+        keep = min(options["ema"], (1 + step) / (10 + step))
+        with torch.no_grad():
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+                slow.lerp_(fast, 1 - keep)
+        team.report(bar, step, {"loss": loss, "norm": norm})
+        last = step + 1 == total
+        if team.rank == 0 and ((step + 1) % options["save_every"] == 0 or last):
+            save_checkpoint(work / "flow.safetensors", step + 1, parts)
+    return average, tokenizer
+
+
+def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
+    """Write the stock WanPipeline folder; other files in `out`, the card say, stay."""
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=model.text_encoder,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config["flow"]["sampling_shift"]),
+        transformer=model.transformer,
+    )
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial, safe_serialization=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for item in partial.iterdir():
+        if item.is_dir():
+            shutil.rmtree(out / item.name, ignore_errors=True)
+        item.replace(out / item.name)
+    partial.rmdir()
+
+
+def train(team: Team, config: dict) -> None:
+    """Run every stage that is not finished yet."""
+    work = Path(config["work"])
+    work.mkdir(parents=True, exist_ok=True)
+    clips = Clips(config["data"], "train", config["seed"])
+    torch.manual_seed(config["seed"])
+    vae = build_vae(**config["vae"]["model"])
+    train_vae(vae, clips, config["vae"], work, team)
+    team.wait()
+    load_checkpoint(work / "vae.safetensors", {"vae": vae})
+    vae.eval().requires_grad_(False)
+    set_latent_statistics(vae, clips, config["vae"]["statistics_clips"])
+    encode_clips(vae, clips, config["flow"]["clips"], work, team)
+    model, tokenizer = train_flow(config, clips, work, team)
+    if team.rank == 0:
+        export(vae, model, tokenizer, config, Path(config["out"]))
+
+
+def read_config(path: str) -> dict:
+    """The YAML file, checked for the sections every stage needs."""
+    if not Path(path).is_file():
+        raise ValueError(f"no configuration file {path}; the bundled one is configs/tiny_t2v.yaml")
+    config = yaml.safe_load(Path(path).read_text())
+    needed = {"seed", "processes", "data", "work", "out", "vae", "text", "flow"}
+    if missing := sorted(needed - set(config or {})):
+        raise ValueError(f"{path} lacks {', '.join(missing)}; see configs/tiny_t2v.yaml")
+    return config
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="YAML file, for example configs/tiny_t2v.yaml")
+    for name in ("data", "work", "out"):
+        parser.add_argument(f"--{name}", help=f"folder to use in place of the file's `{name}`")
+    arguments = parser.parse_args()
+    try:
+        config = read_config(arguments.config)
+        config |= {k: v for k, v in vars(arguments).items() if k in config and v}
+        fetch_items(config["data"])
+    except ValueError as error:
+        parser.error(str(error))
+    run_team(config["processes"], train, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,13 @@ def load_pipeline(args: argparse.Namespace) -> object:
     Raises:
         ValueError: a missing or broken model, a pickle checkpoint, or a device that is not there.
     """
+    device = find_device(args.device)
+    if args.offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {args.offload} needs a GPU, the device is {device}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    where = find_model(args.model)
+
     import diffusers
     import transformers
     from diffusers import DiffusionPipeline
@@ -37,12 +44,6 @@ def load_pipeline(args: argparse.Namespace) -> object:
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    device = find_device(device)
-    if offload != "none" and device.type == "cpu":
-        raise ValueError(
-            f"--offload {offload} needs a GPU to take load off; the device is {device}"
-        )
-    where = find_model(args.model)
     chosen = DTYPES[default_dtype(device) if args.dtype == "auto" else args.dtype]
     try:
         # the VAE of Wan breaks into blotches below float32; it is small

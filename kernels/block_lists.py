@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# what hides a pair when added to its score: below every real score, and finite, so that the largest
+# score of a row that sees nothing can be subtracted
+HIDDEN = -1e28
+
 
 @dataclass(frozen=True, eq=False)
 class Box:
@@ -124,7 +128,7 @@ def partial_mask(lists: BlockLists, block: int, rows: Tensor, entries: Tensor) -
 def partial_bias(
     lists: BlockLists, block: int, rows: Tensor, entries: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """(G, n, P * n) what to add to scores so that hidden pairs drop out: 0, or -1e28 and less.
+    """(G, n, P * n) what to add to scores so that hidden pairs drop out: 0, or HIDDEN and less.
 
     ``rows`` (G,) are plan rows, ``entries`` (G, P) positions in ``key_block``; whole blocks among
     them get 0.
@@ -143,7 +147,7 @@ def partial_bias(
     lost = (key - box.low[query_slots][..., None]).bitwise_and_(
         box.high[query_slots][..., None] - key
     )
-    bias = lost.bitwise_and_(box.guard).sub_(box.guard).to(dtype).mul_(1e28)
+    bias = lost.bitwise_and_(box.guard).sub_(box.guard).to(dtype).mul_(-HIDDEN)
     if bool(whole.any()):
         bias.unflatten(-1, (-1, block)).mul_((~whole)[:, None, :, None].to(dtype))
     return bias
@@ -154,6 +158,6 @@ def _mask_biases(lists: BlockLists, dtype: torch.dtype) -> Tensor:
     key = ("mask biases", dtype)
     if key not in lists.cache:
         bias = torch.zeros(lists.masks.shape, dtype=dtype, device=lists.masks.device)
-        bias.masked_fill_(~lists.masks, -1e28)
+        bias.masked_fill_(~lists.masks, HIDDEN)
         lists.cache[key] = torch.cat([bias, torch.zeros_like(bias[:1])])
     return lists.cache[key]

@@ -7,6 +7,7 @@ nb blocks, G query blocks in flight, P listed blocks in flight.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,10 +15,17 @@ from torch.autograd.function import once_differentiable
 
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.onednn import fast_float32_products, has_bfloat16_products
+from vidattn.kernels.parts import Part, Parts
 from vidattn.kernels.slots import Slots
-from vidattn.kernels.tiles import FLOOR, Part, Tiles
+from vidattn.kernels.workers import run
+from vidattn.kernels.workspace import Workspace
 
-LN2 = math.log(2)
+LN2, LOG2E = math.log(2), math.log2(math.e)
+# Scores up to this, base 2, need no maximum subtracted: 2 ** 100 times a million keys is finite,
+# and 2 ** -100 still has all its digits.
+MAX_PLAIN_SCORE = 100.0
+# below every real score, above every hidden one
+FLOOR = -1e20
 # smaller than any sum of weights, so that dividing by it leaves the 0 of a row without keys
 TINY = 1e-37
 
@@ -70,7 +78,7 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, slots, lists, scale):
-        out, lse = _forward(q, k, v, slots, lists, scale)
+        out, lse = _Call(q, k, v, slots, lists, scale).forward()
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.slots, ctx.lists, ctx.scale = slots, lists, scale
         ctx.set_materialize_grads(False)
@@ -88,104 +96,137 @@ class _Attention(torch.autograd.Function):
             delta = (out.to(lse.dtype) * d_out).sum(-1)
             if d_lse is not None:
                 delta -= d_lse
-            tiles = Tiles(q, k, v, ctx.slots, ctx.lists, ctx.scale)
-            grads = _backward(tiles, d_out, lse, delta)
-            return *(ctx.slots.read(g, x).to(x.dtype) for g, x in zip(grads, (q, k, v))), *_NOTHING
+            grads = _Call(q, k, v, ctx.slots, ctx.lists, ctx.scale).backward(d_out, lse, delta)
+            return *grads, None, None, None
 
 
-_NOTHING = (None, None, None)
+class _Call:
+    """One call: q, k and v in blocks, and the parts that workers take them in.
 
+    Args:
+        q: (B, H, S, D).
+        k, v: (B, K, S, D).
+    """
 
-def _forward(q, k, v, slots, lists, scale):
-    """Output, and natural log-sum-exp in the dtype of the scores."""
-    tiles = Tiles(q, k, v, slots, lists, scale)
-    out = torch.zeros_like(tiles.q)
-    lse = torch.full_like(tiles.q[..., :1], -math.inf, dtype=tiles.score_dtype)
-    with fast_float32_products(q.device):
-        for chunk in tiles.chunks:
-            for part in tiles.parts(chunk):
-                acc, total, top = _attend(tiles, part)
-                row_lse = (total.log2() + top) * LN2
-                out.index_copy_(0, part.rows, acc.div_(total.clamp_min_(TINY)).to(out.dtype))
-                lse.index_copy_(0, part.rows, row_lse)
-    return slots.read(out, q), slots.read(lse, q).squeeze(-1)
+    def __init__(self, q, k, v, slots: Slots, lists: BlockLists, scale: float):
+        self.tokens, self.slots, self.scale = (q, k, v), slots, scale
+        self.q, self.k, self.v = (slots.fill(x) for x in self.tokens)
+        self.dtype = q.dtype
+        self.score_dtype = torch.float32 if q.dtype == torch.bfloat16 else q.dtype
+        longest_q, longest_k = (
+            torch.linalg.vector_norm(x, dim=-1, dtype=self.score_dtype).amax().item()
+            for x in (self.q, self.k)
+        )
+        self.is_plain = longest_q * longest_k * abs(scale) * LOG2E <= MAX_PLAIN_SCORE
+        n, D = slots.block, q.shape[-1]
+        block_bytes = n * (n * self.score_dtype.itemsize + 2 * D * q.dtype.itemsize)
+        batch = (q.shape[0], q.shape[1], k.shape[1])
+        self.parts = Parts(lists, slots, batch, block_bytes, self.score_dtype)
 
+    def _run(self, work: Callable[[Workspace, Part], None]) -> None:
+        device = self.q.device
 
-def _attend(tiles: Tiles, part: Part) -> tuple[Tensor, Tensor, Tensor | float]:
-    """(G, n, D) weighted sum of values, (G, n, 1) sum of weights, and the score of weight 1."""
-    q = tiles.queries(part)
-    acc = tiles.buffer("acc", q.shape, tiles.score_dtype)
-    total = top = None
-    for begin, end in part.segments():
-        keys = part.keys[:, begin:end]
-        k = tiles.gather("k", tiles.k_rows, keys)
-        scores = tiles.scores(q, k, part, begin, end)
-        if not tiles.is_plain:
-            new = scores.amax(-1, keepdim=True).clamp_min_(FLOOR)
-            new = new if top is None else torch.maximum(top, new)
-            scores.sub_(new)
-            if top is not None:
-                fade = torch.exp2(top - new)
-                acc.mul_(fade)
-                total.mul_(fade)
-            top = new
-        weights = scores.exp2_()
-        sums = weights.sum(-1, keepdim=True)
-        v = tiles.gather("v", tiles.v_rows, keys)
-        _add_product(tiles, acc, tiles.cast("weights", weights, v.dtype), v, first=total is None)
-        total = sums if total is None else total.add_(sums)
-    return acc, total, 0.0 if top is None else top
+        def worker(index: int) -> None:
+            space = Workspace(self.dtype, self.score_dtype, device)
+            for part in self.parts.of_worker(index):
+                work(space, part)
 
+        with fast_float32_products(device):
+            run(worker, self.parts.num_workers)
 
-def _add_product(tiles: Tiles, acc: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """acc = a @ b for the first product, acc += a @ b after it."""
-    if acc.dtype != a.dtype:
-        product = torch.bmm(a, b, out=tiles.buffer("product", acc.shape, a.dtype))
-        acc.copy_(product) if first else acc.add_(product)
-    elif first:
-        torch.bmm(a, b, out=acc)
-    else:
-        acc.baddbmm_(a, b)
+    def _queries(self, part: Part) -> Tensor:
+        """(G, n, D) queries in the dtype of the scores, scaled for base 2."""
+        q = self.q.index_select(0, part.rows).to(self.score_dtype)
+        return q.mul_(self.scale * LOG2E)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Output in the dtype of q, natural log-sum-exp in the dtype of the scores."""
+        q, read = self.tokens[0], self.slots.read
+        out = torch.zeros_like(self.q)
+        lse = torch.full_like(out[..., :1], -math.inf, dtype=self.score_dtype)
 
-def _backward(tiles: Tiles, d_out: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
-    """Gradients of the blocks of q, k and v, in the dtype of the scores."""
-    fill = tiles.slots.fill
-    d_out, lse, delta = fill(d_out), fill(lse[..., None] / LN2), fill(delta[..., None])
-    # a row without keys gets no weights
-    lse.masked_fill_(lse == -math.inf, -FLOOR)
-    grads = [torch.zeros_like(x, dtype=tiles.score_dtype) for x in (tiles.q, tiles.k, tiles.v)]
-    with fast_float32_products(d_out.device):
-        for chunk in tiles.chunks:
-            for part in tiles.parts(chunk):
-                rows = (x.index_select(0, part.rows) for x in (d_out, lse, delta))
-                d_q = _pull(tiles, part, *rows, *grads[1:])
-                grads[0].index_copy_(0, part.rows, d_q)
-    grads[0].mul_(tiles.scale)
-    grads[1].mul_(tiles.scale)
-    return grads
+        def work(space: Workspace, part: Part) -> None:
+            acc, total, top = self._attend(space, part)
+            lse.index_copy_(0, part.rows, (total.log2() + top) * LN2)
+            acc.div_(total.clamp_min_(TINY))
+            out.index_copy_(0, part.rows, space.cast("out", acc, out.dtype))
 
+        self._run(work)
+        return read(out, q), read(lse, q).squeeze(-1)
 
-def _pull(
-    tiles: Tiles, part: Part, d_out: Tensor, lse: Tensor, delta: Tensor, d_k: Tensor, d_v: Tensor
-) -> Tensor:
-    """Adds to the gradients of k and v; returns that of the queries in flight, without the scale."""
-    q, raw_q = tiles.queries(part), tiles.q.index_select(0, part.rows)
-    d_q = tiles.buffer("acc", q.shape, tiles.score_dtype)
-    for begin, end in part.segments():
-        keys = part.keys[:, begin:end]
-        k = tiles.gather("k", tiles.k_rows, keys)
-        v = tiles.gather("v", tiles.v_rows, keys)
-        weights = tiles.scores(q, k, part, begin, end).sub_(lse).exp2_()
-        product = tiles.buffer("d weights", weights.shape, v.dtype)
-        torch.bmm(d_out, v.mT, out=product)
-        d_scores = tiles.cast("d scores", product, weights.dtype).sub_(delta).mul_(weights)
-        d_scores = tiles.cast("d weights", d_scores, k.dtype)
-        weights = tiles.cast("weights", weights, v.dtype)
-        _add_product(tiles, d_q, d_scores, k, first=begin == 0)
-        index = keys.flatten()
-        for grad, a, b in ((d_v, weights, d_out), (d_k, d_scores, raw_q)):
-            product = torch.bmm(a.mT, b, out=tiles.buffer("d block", k.shape, k.dtype))
-            product = tiles.cast("d block", product, grad.dtype)
-            grad.view(grad.shape[0], -1).index_add_(0, index, product.view(index.numel(), -1))
-    return d_q
+    def _attend(self, space: Workspace, part: Part) -> tuple[Tensor, Tensor, Tensor | float]:
+        """(G, n, D) weighted values, (G, n, 1) sum of the weights, and the score of weight 1."""
+        q = self._queries(part)
+        acc = space.buffer("acc", q.shape, self.score_dtype)
+        total, top = None, 0.0
+        for begin, end in part.chunk.segments():
+            index = part.keys[:, begin:end].flatten()
+            k = space.gather("k", self.k, index, len(q))
+            scores = space.scores(q, k, part, begin, end)
+            if not self.is_plain:
+                highest = scores.amax(-1, keepdim=True).clamp_min_(FLOOR)
+                if begin:
+                    highest = torch.maximum(top, highest)
+                    fade = torch.exp2(top - highest)
+                    acc.mul_(fade)
+                    total.mul_(fade)
+                scores.sub_(highest)
+                top = highest
+            sums = scores.exp2_().sum(-1, keepdim=True)
+            total = total.add_(sums) if begin else sums
+            v = space.gather("v", self.v, index, len(q))
+            space.add_product(acc, space.cast("weights", scores, v.dtype), v, first=not begin)
+        return acc, total, top
+
+    def backward(self, d_out: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
+        """Gradients of q, k and v; ``delta`` is what the softmax of each row loses."""
+        fill = self.slots.fill
+        d_out, lse, delta = fill(d_out), fill(lse[..., None] / LN2), fill(delta[..., None])
+        # a row without keys gets no weights
+        lse.masked_fill_(lse == -math.inf, -FLOOR)
+        d_q, d_k, d_v = (
+            torch.zeros_like(x, dtype=self.score_dtype) for x in (self.q, self.k, self.v)
+        )
+
+        def work(space: Workspace, part: Part) -> None:
+            rows = (x.index_select(0, part.rows) for x in (d_out, lse, delta))
+            d_q.index_copy_(0, part.rows, self._pull(space, part, *rows, d_k, d_v))
+
+        self._run(work)
+        d_q.mul_(self.scale)
+        d_k.mul_(self.scale)
+        return [
+            self.slots.read(x, like).to(self.dtype) for x, like in zip((d_q, d_k, d_v), self.tokens)
+        ]
+
+    def _pull(
+        self,
+        space: Workspace,
+        part: Part,
+        d_out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        d_k: Tensor,
+        d_v: Tensor,
+    ) -> Tensor:
+        """Adds to the gradients of k and v; returns that of the queries, without the scale."""
+        q, raw_q = self._queries(part), self.q.index_select(0, part.rows)
+        d_q = space.buffer("acc", q.shape, self.score_dtype)
+        for begin, end in part.chunk.segments():
+            index = part.keys[:, begin:end].flatten()
+            k = space.gather("k", self.k, index, len(q))
+            v = space.gather("v", self.v, index, len(q))
+            weights = space.scores(q, k, part, begin, end).sub_(lse).exp2_()
+            product = space.buffer("d weights", weights.shape, v.dtype)
+            torch.bmm(d_out, v.mT, out=product)
+            d_scores = space.cast("d scores", product, weights.dtype).sub_(delta).mul_(weights)
+            d_scores = space.cast("d weights", d_scores, k.dtype)
+            space.add_product(d_q, d_scores, k, first=not begin)
+            for grad, a, b in (
+                (d_v, space.cast("weights", weights, v.dtype), d_out),
+                (d_k, d_scores, raw_q),
+            ):
+                product = torch.bmm(a.mT, b, out=space.buffer("d block", k.shape, k.dtype))
+                product = space.cast("d block", product, grad.dtype)
+                grad.flatten(1).index_add_(0, index, product.view(index.numel(), -1))
+        return d_q

@@ -18,9 +18,12 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models import attention_dispatch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from vidattn.pipelines import masks
 
 NATIVE = attention_dispatch.AttentionBackendName.NATIVE
 
@@ -42,8 +45,8 @@ class Owner(Protocol):
     def attend(self, layer: Layer, q, k, v, mask: Tensor | None, scale: float | None) -> Tensor:
         """(B, H, S, D) attention of a layer."""
 
-    def skipped(self, layer: Layer) -> None:
-        """Told that the processor of a layer ran without attending."""
+    def skipped(self, layer: Layer, allowed: bool) -> None:
+        """Told that a layer ran without attending, and whether it may."""
 
     def cannot(self, layer: Layer, why: str) -> None:
         """Told that a call of a layer runs dense for a reason that nobody asked for."""
@@ -52,9 +55,10 @@ class Owner(Protocol):
 class Layer(TorchFunctionMode):
     """One self-attention over the video: catches its attention while its processor runs."""
 
-    def __init__(self, name: str, index: int, owner: Owner):
+    def __init__(self, name: str, index: int, owner: Owner, paired_mask: bool):
         super().__init__()
         self.name, self.index, self.owner = name, index, owner
+        self.paired_mask = paired_mask
         # what the user chose with set_attention_backend, for dense calls
         self.dense_backend = None
         self.hits = 0
@@ -63,6 +67,8 @@ class Layer(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return self._catch(*args, **(kwargs or {}))
+        if self.paired_mask and (mask := masks.unpaired(func, args)) is not None:
+            return mask
         return func(*args, **(kwargs or {}))
 
     def _catch(
@@ -76,21 +82,26 @@ class Layer(TorchFunctionMode):
         scale=None,
         enable_gqa=False,
     ):
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self.hits += 1
-        if dropout_p or is_causal:
-            if not compiling:
-                self.owner.cannot(self, f"it attends with dropout {dropout_p}, {is_causal=}")
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale
-            )
-        if compiling:
+        plain = functools.partial(
+            F.scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal
+        )
+        if torch.compiler.is_compiling():
+            if dropout_p or is_causal:
+                return plain(scale=scale, enable_gqa=enable_gqa)
             return torch.ops.vidattn.attend(query, key, value, attn_mask, scale, self.number)
+        self.hits += 1
+        if _scores_are_skipped():
+            self.owner.skipped(self, allowed=True)
+            return plain(scale=scale, enable_gqa=enable_gqa)
+        if dropout_p or is_causal:
+            self.owner.cannot(self, f"it attends with dropout {dropout_p} and {is_causal=}")
+            return plain(scale=scale, enable_gqa=enable_gqa)
         return self.owner.attend(self, query, key, value, attn_mask, scale)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
         """The attention that runs without us, on the backend that the user chose."""
+        if self.paired_mask:
+            mask = masks.paired(mask)
         chosen = self.dense_backend
         if chosen is None:
             chosen = attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
@@ -121,7 +132,7 @@ def processor_namespace(base: type) -> dict[str, object]:
         with _native_if(follows_global), layer:
             out = call(self, *args, **kwargs)
         if layer.hits == before:
-            layer.owner.skipped(layer)
+            layer.owner.skipped(layer, allowed=False)
         return out
 
     if follows_global:
@@ -132,6 +143,12 @@ def processor_namespace(base: type) -> dict[str, object]:
 
     # diffusers always sees the native backend, which leads to the function that we catch
     return {"__call__": __call__, "_attention_backend": property(lambda self: NATIVE, store)}
+
+
+def _scores_are_skipped() -> bool:
+    """Whether a guidance that replaces attention by its values is at work around us."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in modes)
 
 
 @contextmanager

@@ -38,3 +38,28 @@ def key_mask(mask: Tensor | None, shape: tuple[int, int], paired: bool) -> Tenso
             raise ValueError("its mask weighs scores instead of leaving keys out")
         mask = mask == 0
     return mask[:, 0, 0].expand(batch, length)
+
+
+def unpaired(func: object, args: tuple) -> Tensor | None:
+    """A mask of keys in place of that mask paired with itself, which would take S * S bytes.
+
+    Args:
+        func, args: a call of torch on the way to pairing a (B, 1, 1, S) bool mask.
+
+    Returns:
+        (B, 1, S, S) bool without memory of its own, or None for any other call.
+    """
+    if func is Tensor.repeat and _is_mask(args[0]) and args[0].shape[1:3] == (1, 1):
+        return args[0].expand(*args[0].shape[:2], args[-2], -1)
+    if func is Tensor.__and__ and all(map(_is_mask, args)) and args[0].stride(2) == 0:
+        return args[0]
+    return None
+
+
+def paired(mask: Tensor | None) -> Tensor | None:
+    """The mask that ``unpaired`` stood in for."""
+    return None if mask is None else mask & mask.transpose(-2, -1)
+
+
+def _is_mask(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.bool and x.dim() == 4

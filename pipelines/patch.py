@@ -15,6 +15,7 @@ from vidattn.pipelines.root import RootHook
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.site import Site
 from vidattn.pipelines.steps import StepCounter
+from vidattn.pipelines.stopwatch import Stopwatch
 from vidattn.schedule import DenseGuard
 
 
@@ -141,6 +142,7 @@ class Handle:
             num_passes=sum(site.num_passes for site in self._sites),
             layers=tuple(layer for site in self._sites for layer in _layer_reports(site)),
             transformer_ms=transformer_ms,
+            plan_ms=self._settings.watch.read_ms(),
             **times,
         )
 
@@ -175,6 +177,7 @@ class Handle:
             site.reset()
             site.swap_processors()
         self._settings.steps.reset()
+        self._settings.watch = Stopwatch()
 
     def _finish(self) -> None:
         for site in self._sites:

@@ -36,8 +36,10 @@ class Report:
         num_steps: denoising steps seen.
         num_passes: forward passes of the transformers.
         layers: one entry per layer.
-        transformer_ms, vae_ms, text_encoder_ms, rest_ms, total_ms: wall time; for a bare
-            transformer only the first, the others None.
+        transformer_ms: time in the transformers, with the next.
+        plan_ms: time of making plans; those of methods that do not read content are kept.
+        vae_ms, text_encoder_ms, rest_ms, total_ms: the rest of a call of the pipeline; None for a
+            bare transformer.
     """
 
     method: str
@@ -46,6 +48,7 @@ class Report:
     num_passes: int
     layers: tuple[LayerReport, ...]
     transformer_ms: float
+    plan_ms: float
     vae_ms: float | None = None
     text_encoder_ms: float | None = None
     rest_ms: float | None = None
@@ -93,7 +96,8 @@ class Report:
 
     def _times(self) -> str:
         parts = [f"transformer {self.transformer_ms / 1e3:.2f} s"]
-        parts[0] += f" (self-attention {self.attention_ms / 1e3:.2f} s)"
+        parts[0] += f" (self-attention {self.attention_ms / 1e3:.2f} s"
+        parts[0] += f", plans {self.plan_ms / 1e3:.2f} s)"
         if self.total_ms is None:
             return parts[0]
         others = {"VAE": self.vae_ms, "text encoder": self.text_encoder_ms, "rest": self.rest_ms}

@@ -11,6 +11,7 @@ from vidattn.grid import Grid
 from vidattn.method import Method
 from vidattn.methods.dense import Dense
 from vidattn.pipelines.steps import StepCounter
+from vidattn.pipelines.stopwatch import Stopwatch
 from vidattn.plan import Plan
 from vidattn.schedule import DenseGuard
 
@@ -21,14 +22,16 @@ class Settings:
     def __init__(self, method: Method, guard: DenseGuard, strict: bool, steps: StepCounter):
         self.method, self.guard, self.strict, self.steps = method, guard, strict, steps
         self.is_dense = isinstance(method, Dense)
+        self.watch = Stopwatch()
         # a generation has one grid, or one per length of text; training may have more
         self._fixed_plan = lru_cache(maxsize=16)(self._make_plan)
 
     def plan(self, grid: Grid, q: Tensor, k: Tensor) -> Plan:
         """The plan of the method, made once per grid and device unless it reads content."""
         if self.method.reads_content:
-            return self.method.plan(grid, q, k)
+            return self._make_plan(grid, q.device, q, k)
         return self._fixed_plan(grid, q.device)
 
-    def _make_plan(self, grid: Grid, device: torch.device) -> Plan:
-        return self.method.plan(grid).to(device)
+    def _make_plan(self, grid: Grid, device: torch.device, *content: Tensor) -> Plan:
+        with self.watch.span(device):
+            return self.method.plan(grid, *content).to(device)

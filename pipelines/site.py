@@ -9,7 +9,6 @@ import copy
 import re
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,39 +18,15 @@ from vidattn.grid import Grid, Size
 from vidattn.pipelines import masks
 from vidattn.pipelines.family import family_of
 from vidattn.pipelines.intercept import Layer, numbered, processor_namespace
+from vidattn.pipelines.record import Pass, Tally
 from vidattn.pipelines.root import install
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.stopwatch import Stopwatch
 from vidattn.pipelines.swap import is_swapped, swap_in, swap_out
+from vidattn.plan import Plan
 
 LAYER_GUARD, STEP_GUARD, DENSE_METHOD = "layer guard", "step guard", "dense method"
-
-
-@dataclass
-class Pass:
-    """One forward pass of a transformer."""
-
-    size: Size
-    num_before: int
-    step: int
-    dense_step: bool
-    start: object
-    ran: set[int] = field(default_factory=set)
-
-
-@dataclass
-class Tally:
-    """What one layer has done in one generation."""
-
-    num_sparse: int = 0
-    density_sum: float = 0.0
-    num_dense: Counter[str] = field(default_factory=Counter)
-    watch: Stopwatch = field(default_factory=Stopwatch)
-
-    @property
-    def num_calls(self) -> int:
-        """Calls, sparse and dense."""
-        return self.num_sparse + self.num_dense.total()
+SKIPPED = "scores skipped by guidance"
 
 
 class Site:
@@ -71,7 +46,8 @@ class Site:
                 f"{type(model).__name__} has no layer that could be patched: nothing in it is "
                 f"called {self.family.layers!r}"
             )
-        self.layers = [Layer(path, i, self) for i, (path, _) in enumerate(self.modules)]
+        paired = self.family.paired_mask
+        self.layers = [Layer(path, i, self, paired) for i, (path, _) in enumerate(self.modules)]
         self.num_guarded = settings.guard.num_layers(len(self.layers))
         self._shared: dict[int, object] = {}
         self._passes: dict[int, Pass] = {}
@@ -129,21 +105,24 @@ class Site:
         """A forward pass begins.
 
         Raises:
-            FloatingPointError: the latents, or what the last pass made of them, are not finite.
+            FloatingPointError: the latents are not finite, or what the last pass made of them.
         """
         steps, guard = self.settings.steps, self.settings.guard
         finite = torch.isfinite(hidden_states.detach()).all()
-        if self._finite is not None:
-            finite = finite & self._finite.to(finite.device)
-        # one wait for the device, not three
+        before = finite if self._finite is None else self._finite.to(finite.device)
         timestep = timestep.detach().float().to(finite.device)
-        ok, mean, top = torch.stack([finite.float(), timestep.mean(), timestep.max()]).tolist()
+        # one wait for the device, not three
+        facts = torch.stack([before.float(), finite.float(), timestep.mean()])
+        was_finite, is_finite, mean = facts.tolist()
         self._finite = None
+        if not was_finite and self._latest is not None:
+            self._not_finite(
+                f"the transformer gave NaN or infinity at step {self._latest.step + 1}"
+            )
         step = steps.count(mean)
-        if not ok:
-            self._not_finite(step, f"(timestep {top:g})")
-        total = steps.num_steps or 0
-        dense_step = step < guard.num_steps(total)
+        if not is_finite:
+            self._not_finite(f"the latents were NaN or infinite at the start of step {step + 1}")
+        dense_step = step < guard.num_steps(steps.num_steps or 0)
         start = Stopwatch.now(hidden_states.device)
         self._latest = Pass(size, num_before, step, dense_step, start)
         self._passes[threading.get_ident()] = self._latest
@@ -169,7 +148,9 @@ class Site:
         """
         finite, self._finite = self._finite, None
         if finite is not None and not bool(finite):
-            self._not_finite(self._latest.step + 1, "(the last one)")
+            self._not_finite(
+                f"the transformer gave NaN or infinity at step {self._latest.step + 1}"
+            )
 
     def check_ran(self, ran: set[int]) -> None:
         """Compare the layers that ran with those there are.
@@ -189,31 +170,33 @@ class Site:
         """(B, H, S, D) attention of a layer: sparse, or dense where a guard says so."""
         current = self._current()
         current.ran.add(layer.index)
-        why = self._why_dense(layer, current)
-        start = Stopwatch.now(q.device)
-        prepared = None
+        why, where, plan = self._why_dense(layer, current), None, None
         if why is None:
             try:
-                prepared = self._prepare(current, q, k, mask)
+                where = self._where(current, q, k, mask)
             except ValueError as error:
                 why = str(error)
                 self.cannot(layer, why, record=False)
-        if prepared is None:
-            out, density = layer.dense(q, k, v, mask, scale), None
+        if where is not None:
+            plan = self._plan(where[0], where[1], q, k)
+        start = Stopwatch.now(q.device)
+        if plan is None:
+            out = layer.dense(q, k, v, mask, scale)
         else:
-            out, density = self._sparse(q, k, v, scale, *prepared)
+            out = self._sparse(q, k, v, scale, plan, *where[1:])
         # a recomputation for the backward pass is no call of the model
         if torch._C._current_graph_task_id() == -1:
-            self._record(self.tallies[layer.index], start, q.device, density, why)
+            density = None if plan is None else plan.density
+            self.tallies[layer.index].add(start, q.device, density, why)
         return out
 
-    def skipped(self, layer: Layer) -> None:
-        """The processor of a layer ran without attending."""
-        self._current().ran.add(layer.index)
-        if not self.family.may_skip:
+    def skipped(self, layer: Layer, allowed: bool) -> None:
+        """A layer ran without attending."""
+        if not (allowed or self.family.may_skip):
             self.cannot(layer, "it does not use scaled_dot_product_attention")
         else:
-            self.tallies[layer.index].num_dense["no scores needed"] += 1
+            self._current().ran.add(layer.index)
+            self.tallies[layer.index].num_dense[SKIPPED] += 1
 
     def cannot(self, layer: Layer, why: str, record: bool = True) -> None:
         """A call of a layer cannot be sparse.
@@ -221,7 +204,7 @@ class Site:
         Raises:
             RuntimeError: strict.
         """
-        if self.settings.strict and not self.settings.is_dense:
+        if self.settings.strict and self._why_dense(layer, self._current()) is None:
             raise RuntimeError(
                 f"{self.name}.{layer.name} cannot run sparse: {why}. Unpatch the model, guard the "
                 "layer with dense_layers, or patch with strict=False to let it run dense"
@@ -247,8 +230,12 @@ class Site:
             return LAYER_GUARD
         return STEP_GUARD if current.dense_step else None
 
-    def _prepare(self, current: Pass, q: Tensor, k: Tensor, mask) -> tuple[Grid, int, Tensor]:
-        """The grid of this sequence, how far to turn it, and the keys that may be read."""
+    def _where(self, current: Pass, q: Tensor, k: Tensor, mask) -> tuple[Grid, int, Tensor | None]:
+        """The grid of this sequence, how far to turn it first, and the keys that may be read.
+
+        Raises:
+            ValueError: the sequence has no grid, or its mask is none of keys.
+        """
         length, (t, h, w) = q.shape[2], current.size
         beside = length - t * h * w
         if beside < 0 or k.shape[2] != length:
@@ -269,29 +256,25 @@ class Site:
         grid = Grid(t, h, w, text=beside, text_first=bool(before) and not turn)
         return grid, turn, keys
 
-    def _sparse(self, q, k, v, scale, grid: Grid, turn: int, keys: Tensor | None):
+    def _plan(self, grid: Grid, turn: int, q: Tensor, k: Tensor) -> Plan:
+        self.grids.add(grid)
+        if turn and self.settings.method.reads_content:
+            q, k = (x.roll(-turn, 2) for x in (q, k))
+        return self.settings.plan(grid, q, k)
+
+    def _sparse(self, q, k, v, scale, plan: Plan, turn: int, keys: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
-        if turn:
-            q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
-            keys = None if keys is None else keys.roll(-turn, 1)
-        plan = self.settings.plan(grid, q, k)
-        out = attend(q, k, v, plan, scale=scale, key_mask=keys)
-        self.grids.add(grid)
-        return (out.roll(turn, 2) if turn else out), plan.density
+        if not turn:
+            return attend(q, k, v, plan, scale=scale, key_mask=keys)
+        q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
+        keys = None if keys is None else keys.roll(-turn, 1)
+        return attend(q, k, v, plan, scale=scale, key_mask=keys).roll(turn, 2)
 
-    def _record(self, tally: Tally, start, device, density: float | None, why: str | None) -> None:
-        tally.watch.add(start, device)
-        if density is None:
-            tally.num_dense[why] += 1
-        else:
-            tally.num_sparse += 1
-            tally.density_sum += density
-
-    def _not_finite(self, step: int, where: str) -> None:
+    def _not_finite(self, what: str) -> None:
         total = self.settings.steps.num_steps
         raise FloatingPointError(
-            f"the latents turned NaN or infinite by step {step} of {total or 'unknown'} {where}: "
-            "nothing after it can be right. Try a wider dtype, or a milder method or guard"
+            f"{what}{f' of {total}' if total else ''}: nothing after that can be right. Try a wider "
+            "dtype, a milder method or more dense steps"
         )

@@ -1,0 +1,45 @@
+"""What is known about one forward pass, and what one layer did in one generation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vidattn.grid import Size
+from vidattn.pipelines.stopwatch import Stopwatch
+
+
+@dataclass
+class Pass:
+    """One forward pass of a transformer."""
+
+    size: Size
+    num_before: int
+    step: int
+    dense_step: bool
+    start: object
+    ran: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Tally:
+    """What one layer has done in one generation."""
+
+    num_sparse: int = 0
+    density_sum: float = 0.0
+    num_dense: Counter[str] = field(default_factory=Counter)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls, sparse and dense."""
+        return self.num_sparse + self.num_dense.total()
+
+    def add(self, start: object, device, density: float | None, why: str | None) -> None:
+        """Count a call that began at ``start``: sparse with a density, or dense with a reason."""
+        self.watch.add(start, device)
+        if density is None:
+            self.num_dense[why] += 1
+        else:
+            self.num_sparse += 1
+            self.density_sum += density

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +60,7 @@ def make_clip(pipe: object, request: Request, choice: Choice, guards: Guards) ->
         FloatingPointError: the latents turned NaN; the step is named.
         ValueError: the pipeline, or the method, cannot do what is asked.
     """
-    pipe.set_progress_bar_config(desc=choice.label, disable=None if sys.stderr.isatty() else True)
+    pipe.set_progress_bar_config(desc=choice.label)
     arguments = request.arguments()
     if request.image is not None:
         from diffusers.utils import load_image

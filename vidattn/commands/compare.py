@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -205,7 +206,7 @@ def _print_table(console: Console, rows: Sequence[Row]) -> None:
 
 def _print_setting(console: Console, request: Request, clips: Sequence[Clip], dense: Row) -> None:
     frames, _, height, width = clips[0].frames.shape
-    grids = dict.fromkeys(grid for clip in clips for grid in clip.report.grids)
+    grids = dict.fromkeys(_grid_words(grid) for clip in clips for grid in clip.report.grids)
     console.print(
         f"\n{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
         f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step."
@@ -215,6 +216,13 @@ def _print_setting(console: Console, request: Request, clips: Sequence[Clip], de
         "PSNR and SSIM: against dense, on the frames before they are encoded."
     )
     console.print(f"{hardware_line()}.")
+
+
+def _grid_words(grid: str) -> str:
+    """A grid as its report writes it, in plain words."""
+    t, h, w, text = (int(x) for x in re.findall(r"=(\d+)", grid))
+    beside = f" + {text} text" if text else ""
+    return f"{t * h * w:,} video tokens ({t}x{h}x{w}){beside}"
 
 
 def _seconds(ms: float) -> str:

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -168,7 +169,12 @@ def _refuse_pickles(part: Path) -> None:
 def _has_wan_vae(where: str) -> bool:
     from diffusers import DiffusionPipeline
 
-    config = DiffusionPipeline.load_config(where)
+    if Path(where).is_dir():
+        config = json.loads((Path(where) / "model_index.json").read_text(encoding="utf-8"))
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = DiffusionPipeline.load_config(where)
     return "AutoencoderKLWan" in (config.get("vae") or ())
 
 

@@ -1,0 +1,138 @@
+"""Likeness of videos against its definition, attention mass against softmax, work and time."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from vidattn.grid import Grid, Layout, raster_layout
+from vidattn.measure import (
+    attention_flops,
+    hardware,
+    interleaved_ms,
+    psnr,
+    recall,
+    speedup_bound,
+    ssim,
+    visited_share,
+)
+from vidattn.methods import list_methods, plan
+from vidattn.plan import Plan
+
+# options that leave pairs out even on the small grids of these tests
+SPARSE = {
+    "radial": {"near": 0, "sink": False, "decay": 0.2, "tile": (1, 2, 2)},
+    "neighborhood": {"window": (3, 3, 1)},
+}
+
+
+@pytest.fixture
+def video():
+    return torch.rand(3, 3, 17, 23)
+
+
+def noisy(video, sigma):
+    return (video + sigma * torch.randn_like(video)).clamp(0, 1)
+
+
+def test_psnr_is_the_mean_of_its_frames(video):
+    other = video.clone()
+    other[0] = (other[0] + 0.1) % 1
+    errors = (video - other).square().mean((1, 2, 3))
+    expected = (-10 * math.log10(errors[0]) + 100 + 100) / 3
+    assert psnr(other, video) == pytest.approx(expected, rel=1e-5)
+
+
+def test_psnr_of_equal_and_opposite_videos(video):
+    black, white = torch.zeros_like(video), torch.ones_like(video)
+    assert psnr(video, video) == 100
+    assert psnr(black, white) == pytest.approx(0)
+
+
+def test_bytes_do_not_wrap():
+    """In 8 bits, 200 - 10 and its square would come out small."""
+    low, high = (torch.full((1, 3, 16, 16), x, dtype=torch.uint8) for x in (10, 200))
+    expected = -20 * math.log10(190 / 255)
+    assert psnr(low, high) == pytest.approx(expected)
+    assert psnr(high, low) == pytest.approx(expected)
+    assert psnr(low, high.float() / 255) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_more_noise_is_less_alike(measure, video):
+    values = [measure(noisy(video, sigma), video) for sigma in (0.0, 0.02, 0.05, 0.1, 0.3, 0.9)]
+    assert values == sorted(values, reverse=True) and values[-1] < values[0] / 2
+
+
+def test_ssim_of_equal_and_flat_videos(video):
+    assert ssim(video, video) == pytest.approx(1)
+    dark, light = torch.full_like(video, 0.2), torch.full_like(video, 0.7)
+    c = 0.01**2
+    expected = (2 * 0.2 * 0.7 + c) / (0.2**2 + 0.7**2 + c)
+    assert ssim(dark, light) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda x: x[:2], "share one shape"),
+        (lambda x: x * 255, "must lie in"),
+        (lambda x: x * float("nan"), "must lie in"),
+        (lambda x: (x * 255).int(), "must be uint8"),
+    ],
+)
+def test_what_is_no_pair_of_videos_is_refused(measure, spoil, words, video):
+    with pytest.raises(ValueError, match=words):
+        measure(spoil(video), video)
+
+
+def test_ssim_needs_frames_as_large_as_its_window(video):
+    with pytest.raises(ValueError, match="11 x 11"):
+        ssim(video[..., :10], video[..., :10])
+
+
+@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("grid", [Grid(5, 7, 3), Grid(3, 5, 7, text=4, text_first=True)])
+def test_recall_is_the_softmax_mass_on_the_kept_pairs(name, grid):
+    q, k = torch.randn(2, 2, 2, grid.num_tokens, 8).unbind()
+    made = plan(name, grid, q, k, **SPARSE.get(name, {}))
+    weights = (q.double() @ k.double().mT / 8**0.5).softmax(-1)
+    expected = (weights * made.mask()).sum(-1).mean().item()
+    assert recall(q, k, made) == pytest.approx(expected, rel=1e-5)
+    if name in SPARSE:
+        assert expected < 0.99
+
+
+def test_work_and_bound_count_visited_blocks():
+    grid = Grid(1, 8, 16, text=32)
+    layout: Layout = raster_layout(grid, 32)
+    blocks = torch.eye(4, dtype=torch.bool)[None, None]
+    half = Plan.from_blocks(grid, layout, blocks)
+    pairs = 4 * 32 * 32 + 2 * 32 * 128 + 32 * 32
+    assert visited_share(half) == pytest.approx(pairs / 160**2)
+    assert attention_flops(half, heads=3, head_dim=8) == pytest.approx(4 * pairs * 24)
+    assert speedup_bound(half) == pytest.approx(160**2 / pairs)
+    assert speedup_bound(half, 0.5) == pytest.approx(1 / (0.5 + 0.5 * pairs / 160**2))
+    assert speedup_bound(plan("dense", grid), 0.7) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5])
+def test_a_share_is_above_0_and_at_most_1(share):
+    with pytest.raises(ValueError, match="attention_share"):
+        speedup_bound(plan("dense", Grid(1, 2, 3)), share)
+
+
+def test_functions_are_timed_in_turns():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = interleaved_ms(functions, rounds=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert times.keys() == functions.keys() and all(ms >= 0 for ms in times.values())
+
+
+def test_hardware_names_the_machine():
+    machine = hardware()
+    assert machine["cpu"] and machine["num_cores"] >= 1
+    assert_close(torch.tensor(machine["num_threads"]), torch.tensor(torch.get_num_threads()))

@@ -17,6 +17,9 @@ DISTRIBUTION = {
     "yaml": "pyyaml",
 }
 
+# tomllib joined the standard library in 3.11
+STANDARD = {*sys.stdlib_module_names, "tomllib"}
+
 
 def declared(*extras):
     """Names of the distributions that an installation with these extras asks for."""
@@ -35,7 +38,7 @@ def third_party(folder):
     for path in paths:
         for _, name in imported(ast.parse(path.read_text(encoding="utf-8"))):
             head = name.split(".")[0]
-            if head not in own and head not in sys.stdlib_module_names:
+            if head not in own and head not in STANDARD:
                 found[DISTRIBUTION.get(head, head).lower()] = path.relative_to(ROOT).as_posix()
     return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 def save_checkpoint(
@@ -37,11 +37,11 @@ def load_checkpoint(path: Path, parts: dict[str, torch.nn.Module | torch.optim.O
         return 0
     with safe_open(path, "pt") as file:
         step = json.loads(file.metadata()["step"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    tensors = load_file(path)
     for name, part in parts.items():
         own = {k.split("/", 1)[1]: v for k, v in tensors.items() if k.split("/", 1)[0] == name}
         if not isinstance(part, torch.optim.Optimizer):
-            part.load_state_dict(own)
+            _fill(part, own, path)
             continue
         state = part.state_dict()
         state["state"] = {}
@@ -50,6 +50,16 @@ def load_checkpoint(path: Path, parts: dict[str, torch.nn.Module | torch.optim.O
             state["state"].setdefault(int(index), {})[slot] = value
         part.load_state_dict(state)
     return step
+
+
+def _fill(module: torch.nn.Module, own: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} holds another model than the configuration asks for; delete it or choose "
+            "another work folder"
+        ) from error
 
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: int, decay: int) -> float:

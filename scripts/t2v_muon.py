@@ -1,6 +1,7 @@
 """Muon (Jordan et al., 2024): momentum whose matrices are orthogonalised, batched by shape."""
 
 import torch
+from t2v_team import Team
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -17,30 +18,39 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum of matrices and kernels, its step scaled to AdamW's size."""
+    """Orthogonalised Nesterov momentum for matrices, its step scaled to AdamW's size.
+
+    Every worker of a team holds the same gradients, so each orthogonalises its share only.
+    """
 
     def __init__(
-        self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+        self, params, team: Team, *, lr: float = 1e-3, momentum: float = 0.95, decay: float = 0.0
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
+        self.team = team
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter; one without a gradient counts as having a zero one."""
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = group["params"]
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                by_shape.setdefault(p.flatten(1).shape, []).append(p)
-            for shape, params in by_shape.items():
-                mixed = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]
-                mixed = torch.stack([m.flatten(1) for m in mixed])
-                scale = 0.2 * max(shape) ** 0.5
-                for p, update in zip(params, orthogonalise(mixed), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+            for p, update in zip(params, self._updates(params, group["momentum"]), strict=True):
+                scale = 0.2 * max(update.shape) ** 0.5
+                p.mul_(1 - group["lr"] * group["decay"])
+                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+
+    def _updates(self, params: list[torch.Tensor], momentum: float) -> list[torch.Tensor]:
+        mixed = [p.grad.lerp(self.state[p]["momentum"], momentum).flatten(1) for p in params]
+        updates, by_shape = [torch.zeros_like(m) for m in mixed], {}
+        for i in range(self.team.rank, len(mixed), self.team.size):
+            by_shape.setdefault(mixed[i].shape, []).append(i)
+        for picks in by_shape.values():
+            for i, update in zip(picks, orthogonalise(torch.stack([mixed[i] for i in picks]))):
+                updates[i] = update
+        return self.team.total(updates)

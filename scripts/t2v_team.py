@@ -17,17 +17,21 @@ class Team:
         self.rank, self.size = rank, size
         self.log = []
 
+    def total(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The sum over the workers of every tensor of a list."""
+        if self.size == 1:
+            return tensors
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        pieces = flat.split([t.numel() for t in tensors])
+        return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
+
     def average_gradients(self, module: torch.nn.Module) -> None:
         """Replace every gradient by its mean over the workers."""
-        if self.size == 1:
-            return
-        params = [p for p in module.parameters() if p.requires_grad]
+        params = list(module.parameters())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        pieces = (flat / self.size).split([p.numel() for p in params])
-        for p, piece in zip(params, pieces, strict=True):
-            p.grad = piece.view_as(p)
+        for p, grad in zip(params, self.total(grads), strict=True):
+            p.grad = grad / self.size
 
     def wait(self) -> None:
         """Return once every worker has come here."""

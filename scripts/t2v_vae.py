@@ -111,7 +111,8 @@ def train_vae(vae: AutoencoderKLWan, clips: Clips, options: dict, work: Path, te
     """Train in place, from the newest checkpoint under `work` where there is one."""
     kernels = [p for p in vae.parameters() if p.ndim >= 4]
     others = [p for p in vae.parameters() if p.ndim < 4]
-    optimizers = {"muon": Muon(kernels), "adamw": torch.optim.AdamW(others, betas=(0.9, 0.98))}
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98))
+    optimizers = {"muon": Muon(kernels, team), "adamw": adamw}
     parts = {"vae": vae} | optimizers
     path, total = work / "vae.safetensors", options["steps"]
     start = load_checkpoint(path, parts)

@@ -38,13 +38,13 @@ def build_flow_model(config: dict, vocab_size: int) -> FlowModel:
     return FlowModel(transformer, text_encoder)
 
 
-def flow_optimizers(model: FlowModel) -> dict[str, torch.optim.Optimizer]:
+def flow_optimizers(model: FlowModel, team: Team) -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices inside transformer blocks, AdamW for everything else."""
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
-    return {"muon": Muon(matrices, weight_decay=0.01), "adamw": adamw}
+    return {"muon": Muon(matrices, team, decay=0.01), "adamw": adamw}
 
 
 def draw_batch(
@@ -67,7 +67,7 @@ def train_flow(config: dict, clips: Clips, work: Path, team: Team) -> tuple[Flow
     options, tokenizer = config["flow"], build_tokenizer()
     model = build_flow_model(config, len(tokenizer)).use_training_attention()
     average = copy.deepcopy(model)
-    optimizers = flow_optimizers(model)
+    optimizers = flow_optimizers(model, team)
     parts = {"model": model, "average": average} | optimizers
     total = options["phases"][-1]["until"]
     start = load_checkpoint(work / "flow.safetensors", parts)
@@ -144,7 +144,7 @@ def read_config(path: str) -> dict:
         raise ValueError(f"no configuration file {path}; the bundled one is configs/tiny_t2v.yaml")
     config = yaml.safe_load(Path(path).read_text())
     needed = {"seed", "processes", "data", "work", "out", "vae", "text", "flow"}
-    if missing := sorted(needed - set(config or {})):
+    if missing := sorted(needed - set(config if isinstance(config, dict) else {})):
         raise ValueError(f"{path} lacks {', '.join(missing)}; see configs/tiny_t2v.yaml")
     return config
 

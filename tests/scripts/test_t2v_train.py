@@ -1,0 +1,196 @@
+"""The pieces of the training program, and a micro run that is cut short and resumed."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent))
+flow = importlib.import_module("t2v_flow")
+muon = importlib.import_module("t2v_muon")
+program = importlib.import_module("train_t2v")
+vaes = importlib.import_module("t2v_vae")
+checkpoint = importlib.import_module("t2v_checkpoint")
+team = importlib.import_module("t2v_team")
+write_items = importlib.import_module("test_t2v_data").write_items
+
+MICRO_VAE = {"z_dim": 4, "base_dim": 8, "dim_mult": [1, 1, 2], "num_res_blocks": 1}
+MICRO_FLOW = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "freq_dim": 16,
+}
+
+
+def micro_model() -> tuple[flow.FlowModel, object]:
+    tokenizer = flow.build_tokenizer()
+    torch.manual_seed(0)
+    transformer = flow.build_transformer(latent_channels=4, text_width=32, **MICRO_FLOW)
+    model = flow.FlowModel(transformer, flow.build_text_encoder(len(tokenizer), 32, 2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    return model.eval(), tokenizer
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+@torch.no_grad()
+def test_whole_clip_autoencoder_equals_the_chunked_one(frames):
+    torch.manual_seed(1)
+    vae = vaes.build_vae(**MICRO_VAE).eval()
+    clip = torch.rand(2, 3, frames, 16, 24) * 2 - 1
+    moments = vaes.encode_moments(vae, clip)
+    assert moments.shape == (2, 8, 1 + (frames - 1) // 4, 2, 3)
+    torch.testing.assert_close(moments, vae.encode(clip).latent_dist.parameters)
+    latents = moments.chunk(2, dim=1)[0]
+    decoded = vaes.decode_clips(vae, latents).clamp(-1, 1)
+    torch.testing.assert_close(decoded, vae.decode(latents).sample)
+
+
+@torch.no_grad()
+def test_merged_padding_equals_512_positions():
+    model, tokenizer = micro_model()
+    captions = ["a red sneaker moving left over a striped background", "bag", ""]
+    tokens = tokenizer(captions, padding=True, return_tensors="pt")
+    latents = torch.randn(3, 4, 2, 3, 5)
+    sigma = torch.tensor([0.2, 0.6, 1.0])
+    text = model.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    text = text * tokens.attention_mask[..., None]
+    padded = F.pad(text, (0, 0, 0, flow.CONTEXT - text.shape[1]))
+    expected = model.transformer(latents, sigma * 1000, padded, return_dict=False)[0]
+    model.use_training_attention()
+    merged = model(latents, sigma, tokens.input_ids, tokens.attention_mask)
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_padding_key_without_its_bias_differs():
+    text, mask = torch.randn(2, 3, 8), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    merged, bias = flow.merge_padding(text, mask)
+    assert merged.shape == (2, 4, 8) and bias.shape == (2, 1, 1, 4)
+    expected = torch.tensor([[0, 0, 0, 509.0], [0, 511.0, 0, 0]]).log()
+    expected[0, :3] = expected[1, 0] = 0
+    torch.testing.assert_close(bias[:, 0, 0], expected)
+    assert merged[1, 1:].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("A Red sneaker, moving LEFT!", 0),
+        ("", 0),
+        ("ein blauer Elefant \U0001f418 tanzt", 4),
+        ("  t-shirt \n", 1),
+        ("x" * 5000, 1),
+    ],
+)
+def test_tokenizer_takes_any_prompt(prompt, unknown):
+    ids = flow.build_tokenizer()(prompt).input_ids
+    assert ids[-1] == 1
+    assert ids.count(2) == unknown
+
+
+def test_orthogonalise_flattens_the_spectrum():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 12, 40)
+    values = torch.linalg.svdvals(muon.orthogonalise(matrices))
+    assert values.min() > 0.5 and values.max() < 1.4
+    tall = muon.orthogonalise(matrices.mT)
+    torch.testing.assert_close(tall, muon.orthogonalise(matrices).mT, rtol=0.05, atol=0.02)
+
+
+def micro_config(folder: Path) -> dict:
+    """A whole run of every stage in seconds."""
+    size, phase = [5, 32, 32], {"shift": 2.0, "shares": [1.0]}
+    schedule = {"warmup": 1, "decay": 1}
+    return {
+        "seed": 3,
+        "processes": 1,
+        "data": str(folder / "data"),
+        "work": str(folder / "work"),
+        "out": str(folder / "out"),
+        "vae": {
+            "model": MICRO_VAE,
+            "steps": 2,
+            "phases": [{"until": 2, "sizes": [[5, 16, 16, 1]], "shares": [1.0]}],
+            "kl_weight": 1e-4,
+            "peak": {"muon": 1e-3, "adamw": 1e-3},
+            "schedule": schedule,
+            "save_every": 1,
+            "statistics_clips": 1,
+        },
+        "text": {"width": 32, "layers": 2},
+        "flow": {
+            "model": MICRO_FLOW,
+            "clips": [{"size": size, "count": 3}],
+            "phases": [
+                phase | {"until": 2, "batches": [{"clips": size, "frames": 1, "batch": 3}]},
+                phase | {"until": 4, "batches": [{"clips": size, "frames": 2, "batch": 2}]},
+            ],
+            "drop_caption": 0.2,
+            "ema": 0.9,
+            "sampling_shift": 3.0,
+            "peak": {"muon": 1e-3, "adamw": 1e-3},
+            "schedule": schedule,
+            "save_every": 1,
+        },
+    }
+
+
+class Interrupted(Exception):
+    """Stands for Ctrl-C."""
+
+
+def test_resumed_run_is_bit_equal(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        write_items(folder / "data")
+    program.train(team.Team(), micro_config(whole))
+
+    reports = []
+    report = team.Team.report
+
+    def stop_after_five(self, *arguments):
+        reports.append(1)
+        if len(reports) == 5:
+            raise Interrupted
+        report(self, *arguments)
+
+    monkeypatch.setattr(team.Team, "report", stop_after_five)
+    with pytest.raises(Interrupted):
+        program.train(team.Team(), micro_config(cut))
+    monkeypatch.setattr(team.Team, "report", report)
+    assert not (cut / "out").exists()
+    program.train(team.Team(), micro_config(cut))
+
+    names = [p.relative_to(whole / "out") for p in (whole / "out").rglob("*.safetensors")]
+    assert len(names) == 3
+    for name in names:
+        expected = checkpoint.load_file(whole / "out" / name)
+        found = checkpoint.load_file(cut / "out" / name)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=0)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "one.safetensors"
+    checkpoint.save_checkpoint(path, 3, {"model": torch.nn.Linear(2, 3)})
+    assert checkpoint.load_checkpoint(path, {"model": torch.nn.Linear(2, 3)}) == 3
+    with pytest.raises(ValueError, match="delete it or"):
+        checkpoint.load_checkpoint(path, {"model": torch.nn.Linear(2, 4)})
+
+
+@pytest.mark.parametrize("text", ["", "seed: 1\n", "- 1\n"])
+def test_incomplete_config_is_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="configs/tiny_t2v.yaml"):
+        program.read_config(str(path))
+    with pytest.raises(ValueError, match="no configuration file"):
+        program.read_config(str(path) + ".missing")

@@ -13,7 +13,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -61,6 +61,8 @@ class Layer(TorchFunctionMode):
         self.paired_mask = paired_mask
         # what the user chose with set_attention_backend, for dense calls
         self.dense_backend = None
+        # what reigned in the process while a processor without a backend of its own runs
+        self.global_backend = None
         self.hits = 0
         self.number = numbered(self)
 
@@ -98,13 +100,21 @@ class Layer(TorchFunctionMode):
             return plain(scale=scale, enable_gqa=enable_gqa)
         return self.owner.attend(self, query, key, value, attn_mask, scale)
 
+    @contextmanager
+    def native(self) -> Iterator[None]:
+        """Make the backend of the process native, if it is another."""
+        self.global_backend = _global_backend()
+        if self.global_backend == NATIVE:
+            yield
+            return
+        with attention_dispatch.attention_backend(NATIVE):
+            yield
+
     def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
         """The attention that runs without us, on the backend that the user chose."""
         if self.paired_mask:
             mask = masks.paired(mask)
-        chosen = self.dense_backend
-        if chosen is None:
-            chosen = attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
+        chosen = self.dense_backend or self.global_backend or _global_backend()
         if chosen == NATIVE:
             gqa = q.shape[1] != k.shape[1]
             return F.scaled_dot_product_attention(
@@ -129,7 +139,7 @@ def processor_namespace(base: type) -> dict[str, object]:
             with layer:
                 return call(self, *args, **kwargs)
         before = layer.hits
-        with _native_if(follows_global), layer:
+        with layer.native() if follows_global else nullcontext(), layer:
             out = call(self, *args, **kwargs)
         if layer.hits == before:
             layer.owner.skipped(layer, allowed=False)
@@ -151,15 +161,8 @@ def _scores_are_skipped() -> bool:
     return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in modes)
 
 
-@contextmanager
-def _native_if(follows_global: bool) -> Iterator[None]:
-    """Make the process-wide backend native where a processor has none of its own, if it is not."""
-    registry = attention_dispatch._AttentionBackendRegistry
-    if not follows_global or registry.get_active_backend()[0] == NATIVE:
-        yield
-        return
-    with attention_dispatch.attention_backend(NATIVE):
-        yield
+def _global_backend() -> attention_dispatch.AttentionBackendName:
+    return attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
 
 
 @torch.library.custom_op("vidattn::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

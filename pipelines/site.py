@@ -116,13 +116,11 @@ class Site:
         was_finite, is_finite, mean = facts.tolist()
         self._finite = None
         if not was_finite and self._latest is not None:
-            self._not_finite(
-                f"the transformer gave NaN or infinity at step {self._latest.step + 1}"
-            )
+            self._output_not_finite()
         step = steps.count(mean)
         if not is_finite:
             self._not_finite(f"the latents were NaN or infinite at the start of step {step + 1}")
-        dense_step = step < guard.num_steps(steps.num_steps or 0)
+        dense_step = step < guard.num_steps(steps.num_steps)
         start = Stopwatch.now(hidden_states.device)
         self._latest = Pass(size, num_before, step, dense_step, start)
         self._passes[threading.get_ident()] = self._latest
@@ -148,9 +146,7 @@ class Site:
         """
         finite, self._finite = self._finite, None
         if finite is not None and not bool(finite):
-            self._not_finite(
-                f"the transformer gave NaN or infinity at step {self._latest.step + 1}"
-            )
+            self._output_not_finite()
 
     def check_ran(self, ran: set[int]) -> None:
         """Compare the layers that ran with those there are.
@@ -272,9 +268,12 @@ class Site:
         keys = None if keys is None else keys.roll(-turn, 1)
         return attend(q, k, v, plan, scale=scale, key_mask=keys).roll(turn, 2)
 
+    def _output_not_finite(self) -> None:
+        self._not_finite(f"the transformer gave NaN or infinity at step {self._latest.step + 1}")
+
     def _not_finite(self, what: str) -> None:
         total = self.settings.steps.num_steps
         raise FloatingPointError(
-            f"{what}{f' of {total}' if total else ''}: nothing after that can be right. Try a wider "
-            "dtype, a milder method or more dense steps"
+            f"{what}{f' of {total}' if total else ''}: nothing after that can be right. Try a "
+            "wider dtype, a milder method or more dense steps"
         )

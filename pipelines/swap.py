@@ -6,7 +6,6 @@ stay as they are. A copy or a pickle of the object has its own class again.
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable
 from functools import cache
 
@@ -47,4 +46,8 @@ def is_swapped(thing: object) -> bool:
 
 def _reduce(self, protocol):
     state = {name: value for name, value in self.__dict__.items() if name != MARK}
-    return copyreg.__newobj__, (type(self)._vidattn_base,), state
+    return _new, (type(self)._vidattn_base,), state
+
+
+def _new(cls):
+    return cls.__new__(cls)

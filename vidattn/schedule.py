@@ -49,13 +49,11 @@ class DenseGuard:
         """Guarded layers among ``total``; a fraction is rounded up."""
         return _count(self.layers, total)
 
-    def num_steps(self, total: int) -> int:
-        """Guarded steps among ``total``; a fraction is rounded up."""
-        return _count(self.steps, total)
+    def num_steps(self, total: int | None) -> int:
+        """Guarded steps among ``total``, which a count does without; a fraction is rounded up."""
+        return _count(self.steps, total or 0)
 
 
 def _count(value: int | float, total: int) -> int:
-    if isinstance(value, int):
-        return min(value, total)
     # 0.1 * 30 and its like must not be rounded up to one more
-    return math.ceil(value * total - 1e-9)
+    return value if isinstance(value, int) else math.ceil(value * total - 1e-9)

@@ -113,4 +113,6 @@ def hf_kernels(tmp_path_factory):
     info = site / f"kernels-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    (info / "top_level.txt").write_text("kernels\n")
+    (info / "RECORD").write_text(f"kernels/__init__.py,,\n{info.name}/METADATA,,\n")
     return site

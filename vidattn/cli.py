@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> int:
     )
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    _add_method_flags(parser, rest)
+    _add_method_flags(parser, rest, getattr(command, "DEFAULT_METHOD", None))
     args, extra = parser.parse_known_args(rest)
     args.argv, args.version = argv, __version__
     if extra:
@@ -75,7 +75,7 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _add_method_flags(parser: _Parser, rest: list[str]) -> None:
+def _add_method_flags(parser: _Parser, rest: list[str], default: str | None) -> None:
     """Give the options of the method on the command line flags of their own, where it is one."""
     words = [
         word.removeprefix("--method=").partition(":")[0]
@@ -83,6 +83,7 @@ def _add_method_flags(parser: _Parser, rest: list[str]) -> None:
         if before == "--method" or word.startswith("--method=") or parser.prog.endswith(" draw")
     ]
     names = list(dict.fromkeys(word for word in words if word in list_methods()))
+    names = names or [name for name in [default] if name]
     if len(names) == 1:
         add_option_flags(parser, names[0])
 

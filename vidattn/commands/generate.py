@@ -28,12 +28,20 @@ examples:
   vidattn generate "a cat on a skateboard" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
       --method radial:density=0.3 --dense-steps 0.25 --offload model"""
 
+DEFAULT_METHOD = "radial"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("prompt", nargs="?", help="what the video shows, in quotes")
     parser.add_argument("--prompt", dest="prompt_flag", metavar="TEXT", help="the same")
-    parser.add_argument("--method", action="append", default=[], metavar="METHOD", help=SYNTAX)
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help=f"{SYNTAX} (default {DEFAULT_METHOD})",
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/video.mp4"), metavar="FILE")
     add_request_arguments(parser)
     add_model_arguments(parser)
@@ -43,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Make the video."""
     if args.prompt is not None and args.prompt_flag is not None:
         raise ValueError("the prompt is given twice, with and without --prompt")
-    args.method = args.method or ["radial"]
+    args.method = args.method or [DEFAULT_METHOD]
     choices = choices_of(args)
     if len(choices) > 1:
         raise ValueError("generate takes one --method; `vidattn compare` takes several")

@@ -1,0 +1,207 @@
+"""The command line without a model: list, draw, options of methods, answers to mistakes."""
+
+import json
+import signal
+
+import pytest
+
+from vidattn.cli import COMMANDS, main
+from vidattn.commands import output
+from vidattn.commands.choice import Choice, describe_options, option_hints, parse_choice
+from vidattn.commands.output import write_atomically, write_json
+from vidattn.methods import list_methods
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(capfd, *argv):
+    """Exit code, what was printed, and what was complained about."""
+    code = main([str(word) for word in argv])
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_list_names_every_method_with_its_options(capfd):
+    code, out, _ = run(capfd, "list")
+    assert code == 0
+    for name in list_methods():
+        assert name in out
+        assert all(option in out for option in option_hints(name))
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_list_explains_every_option_of_a_method(name, capfd):
+    assert all(describe_options(name).values()), "an option is missing in the docstring's Args"
+    code, out, _ = run(capfd, "list", name)
+    assert code == 0 and name in out
+    assert all(option in out for option in option_hints(name))
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_draw_makes_a_picture_of_every_method(name, capfd, tmp_path):
+    path = tmp_path / "new" / "plan.png"
+    code, out, _ = run(capfd, "draw", name, "--grid", "5x7x11", "--text", 3, "--output", path)
+    assert code == 0 and str(path) in out
+    assert path.read_bytes().startswith(PNG)
+    assert [x.name for x in path.parent.iterdir()] == ["plan.png"]
+
+
+def test_draw_takes_options_both_ways(capfd, tmp_path):
+    path = tmp_path / "plan.png"
+    grid = ("--grid", "9x16x16", "--output", path)
+    one = run(capfd, "draw", "neighborhood", "--window", "3,5,7", "--causal", "yes,no,no", *grid)
+    two = run(capfd, "draw", "--method", "neighborhood:window=3,5,7,causal=yes,no,no", *grid)
+    assert one[0] == two[0] == 0
+    assert one[1] == two[1]
+
+
+def test_draw_several(capfd, tmp_path):
+    path = tmp_path / "plans.svg"
+    code, out, _ = run(
+        capfd, "draw", "dense", "radial:sink=no", "--query", "0,1,2", "--output", path
+    )
+    assert code == 0 and "sink=false" in path.read_text()
+    assert "dense" in out and "1.00x" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("neighborhood", {}),
+        ("neighborhood:window=5,9,9,stride=1", {"window": (5, 9, 9), "stride": 1}),
+        ("neighborhood:window=5x9x9", {"window": (5, 9, 9)}),
+        ("neighborhood:causal=true,false,false", {"causal": (True, False, False)}),
+        ("neighborhood:causal=on,tile=none", {"causal": True, "tile": None}),
+        ("radial:density=1,window=raster", {"density": 1.0, "window": "raster"}),
+        ("radial:sink=no,near=2", {"sink": False, "near": 2}),
+    ],
+)
+def test_a_method_is_read_with_its_options(text, options):
+    choice = parse_choice(text)
+    assert choice.options == options
+    assert [type(x) for x in choice.options.values()] == [type(x) for x in options.values()]
+    assert parse_choice(choice.label) == choice
+
+
+def test_a_label_is_what_the_command_line_reads():
+    assert (
+        Choice("radial", {"density": 0.3, "sink": False}).label == "radial:density=0.3,sink=false"
+    )
+
+
+DRAW = "draw --output {tmp}/plan.png "
+MAKE = "generate x --output {tmp}/x.mp4 --model {tmp} "
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("drwa", "unknown command 'drwa': did you mean 'draw'"),
+        ("list radail", "unknown method 'radail': did you mean 'radial'"),
+        (DRAW, "no method given"),
+        (DRAW + "radail", "did you mean 'radial'"),
+        (DRAW + "radial --denisty 0.3", "unknown option '--denisty': did you mean '--density'"),
+        (DRAW + "radial:denisty=0.3", "unknown option of method 'radial' 'denisty': did you mean"),
+        (DRAW + "radial --density 1.5", "density must be above 0 and at most 1, got 1.5"),
+        (DRAW + "radial --density 0", "density must be above 0"),
+        (DRAW + "radial --density lots", "density must be a number or none, got 'lots'"),
+        (DRAW + "radial --window tiel", "did you mean 'tile'"),
+        (DRAW + "radial:tile", "has no '='"),
+        (DRAW + "neighborhood --window 5,9", "window must be one integer or t,h,w, got '5,9'"),
+        (DRAW + "neighborhood --window=-5", "integers of at least 1"),
+        (DRAW + "radial dense --density 0.3", "unknown option '--density'"),
+        (DRAW + "radial --grid 5x7", "--grid must be three integers such as 21x30x52, got '5x7'"),
+        (DRAW + "radial --grid 5x0x7", "Grid.h must be an integer of at least 1, got 0"),
+        (DRAW + "radial --text=-2", "Grid.text must be an integer of at least 0, got -2"),
+        (DRAW + "radial --query 0,0,99", "outside the grid"),
+        ("draw radial --output {tmp}/plan.bmp", "must end in .png or .pdf or .svg"),
+        ("draw radial --output {tmp}", "must end in"),
+        ("draw radial --output {tmp}/file/plan.png", "cannot write in"),
+        (MAKE + "--frames 0", "--frames: must be at least 1, got 0"),
+        (MAKE + "--height=-16", "--height: must be at least 1, got -16"),
+        (MAKE + "--steps two", "--steps: must be an integer, got 'two'"),
+        (MAKE + "--seed=-1", "--seed: must be from 0"),
+        (MAKE + "--dense-steps 1.5", "--dense-steps: must be a count of at least 0, or a share"),
+        (MAKE + "--dtype float8", "--dtype: invalid choice: 'float8'"),
+        (MAKE + "--method radial --method dense", "generate takes one --method"),
+        (MAKE + "more words", "unexpected 'more'; quote a prompt"),
+        ("generate --model {tmp}", "no prompt given"),
+        ("generate --prompt= --model {tmp}", "the prompt is empty"),
+        ("generate a --prompt b", "given twice"),
+        ("generate a --image {tmp}/no.png --model {tmp}", "--image '{tmp}/no.png' is no file"),
+        ("generate a --output {tmp}/file/x.mp4 --model {tmp}", "cannot write in '{tmp}/file'"),
+        ("generate a --output {tmp}/x.avi --model {tmp}", "must end in .mp4 or .gif"),
+        ("compare a --output {tmp}/file --model {tmp}", "cannot write in '{tmp}/file'"),
+        ("compare a --method dense --model {tmp}", "nothing to compare dense with"),
+        (MAKE + "--offload model --device cpu", "--offload model needs a GPU"),
+        (MAKE + "--device gpu", "--device 'gpu' cannot be used"),
+        (MAKE, "has no model_index.json"),
+        ("generate x --output {tmp}/x.mp4 --model {tmp}/gone", "is no folder on this machine"),
+        ("generate x --output {tmp}/x.mp4 --model {tmp}/a.ckpt", "pickle checkpoints can run code"),
+        (
+            "generate x --output {tmp}/x.mp4 --model tiny",
+            "is no folder on this machine, and no hub",
+        ),
+    ],
+)
+def test_a_mistake_is_named_and_fails(line, words, capfd, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run(capfd, *(word.format(tmp=tmp_path) for word in line.split()))
+    assert code != 0
+    assert err.startswith("vidattn: ") and words.format(tmp=tmp_path) in err
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="radail"):
+        main(["list", "radail", "--debug"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_name_the_command(command, capfd):
+    code, out, _ = run(capfd, command, "--help")
+    assert code == 0 and "examples:" in out and f"vidattn {command}" in out
+
+
+def test_help_of_a_method_shows_its_options(capfd):
+    _, out, _ = run(capfd, "generate", "--method", "radial", "--help")
+    assert "options of radial" in out and "--density" in out and "--no-sink" in out
+    assert "options of radial" in run(capfd, "generate", "--help")[1]
+    assert "options of" not in run(capfd, "compare", "--help")[1]
+
+
+def test_overview_and_version(capfd):
+    code, out, _ = run(capfd, "--help")
+    assert code == 0 and all(name in out for name in COMMANDS)
+    assert run(capfd)[0] != 0
+    assert "vidattn " in run(capfd, "--version")[1]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    write_json(path, {"a": 1})
+    for error in (KeyboardInterrupt, OSError):
+        with pytest.raises(error), write_atomically(path) as partial:
+            partial.write_text("half")
+            raise error
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [x.name for x in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_folder_without_permission_is_refused(monkeypatch, tmp_path):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ValueError, match="cannot write in .*Permission denied"):
+        output.writable_folder(tmp_path)
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch, capfd):
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("vidattn.commands.list.run", interrupted)
+    code, _, err = run(capfd, "list")
+    assert code == 130 and "Traceback" not in err

@@ -1,0 +1,261 @@
+"""`vidattn generate` and `vidattn compare` on a pipeline of random weights, Ctrl-C included."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import imageio.v2 as imageio
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from vidattn.cli import main
+from vidattn.video import beside, write_video
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "boot")
+SMALL = ("--frames", "9", "--height", "48", "--width", "64", "--steps", "3", "--fps", "8")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def tiny_wan() -> WanPipeline:
+    """A WanPipeline of stock classes with a few thousand random weights."""
+    torch.manual_seed(0)
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    return WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+            )
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+        transformer=WanTransformer3DModel(
+            patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=12, in_channels=4,
+            out_channels=4, text_dim=16, freq_dim=16, ffn_dim=16, num_layers=3,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The folder of the tiny pipeline; not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny") / "wan"
+    tiny_wan().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(original, tmp_path):
+    """A copy of the folder, to be broken."""
+    folder = tmp_path / "model"
+    for path in original.rglob("*"):
+        target = folder / path.relative_to(original)
+        if path.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return folder
+
+
+def run(capfd, *argv):
+    code = main([str(word) for word in argv])
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+def frames_of(path):
+    with imageio.get_reader(path) as reader:
+        return [torch.from_numpy(frame.copy()) for frame in reader], reader.get_meta_data()
+
+
+def test_generate_writes_a_video_and_what_made_it(original, capfd, tmp_path):
+    path = tmp_path / "out" / "boot.mp4"
+    code, out, err = run(
+        capfd, "generate", "a red boot", "--model", original, "--method", "radial", "--near", "0",
+        "--no-sink", "--dense-steps", "1", "--output", path, *SMALL,
+    )  # fmt: skip
+    assert code == 0, err
+    assert str(path) in out and "radial" in err
+    frames, meta = frames_of(path)
+    assert len(frames) == 9 and frames[0].shape == (48, 64, 3) and meta["fps"] == 8
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert report["method"] == "radial:near=0,sink=false"
+    assert report["request"]["prompt"] == "a red boot" and report["request"]["seed"] == 0
+    assert report["request"]["guidance_scale"] == 5.0, "defaults of the pipeline belong in it too"
+    assert torch.__version__.startswith(report["versions"]["torch"]) and report["hardware"]["cpu"]
+    assert report["dense_layers"] == 1 and report["dense_steps"] == 1
+    assert len(report["timing"]["steps_ms"]) == 3
+    # 3 steps, 2 passes each; the first layer and the first step stay dense
+    assert [layer["num_sparse"] for layer in report["report"]["layers"]] == [0, 4, 4]
+    assert {x.name for x in path.parent.iterdir()} == {"boot.mp4", "boot.json"}
+
+
+def test_a_seed_makes_the_same_video(original, capfd, tmp_path):
+    paths = [tmp_path / f"{i}.mp4" for i in range(3)]
+    for path, seed in zip(paths, (5, 5, 6)):
+        argv = ("a", "--model", original, "--seed", seed, "--output", path, *SMALL)
+        assert run(capfd, "generate", *argv)[0] == 0
+    same, again, other = (path.read_bytes() for path in paths)
+    assert same == again != other
+
+
+def test_compare_shows_methods_beside_dense(original, capfd, tmp_path):
+    folder = tmp_path / "compare"
+    code, out, err = run(
+        capfd, "compare", "a red boot", "a boot", "--model", original, "--gif",
+        "--method", "neighborhood:window=99", "--method", "radial:near=0,sink=no,decay=0.1",
+        "--output", folder, "--dense-layers", "0", "--dense-steps", "0", *SMALL,
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads((folder / "report.json").read_text())
+    dense, whole, radial = report["methods"].values()
+    assert list(report["methods"])[0] == "dense" and report["prompts"] == ["a red boot", "a boot"]
+    assert dense["psnr_db"] == 100 and dense["ssim"] == pytest.approx(1)
+    assert whole["density"] == 1 and whole["psnr_db"] > 90, "a window over everything is dense"
+    assert radial["density"] == radial["density_in_all"] < 0.9
+    assert radial["psnr_db"] < whole["psnr_db"]
+    assert 0 < dense["attention_share"] < 1
+    assert all(row["step_ms"] > 0 and len(row["clips"]) == 2 for row in report["methods"].values())
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "report.json", "side_by_side.mp4", "side_by_side.gif", "dense-1.mp4", "dense-2.mp4",
+        "neighborhood-window=99-1.mp4", "neighborhood-window=99-2.mp4",
+        "radial-near=0,sink=false,decay=0.1-1.mp4", "radial-near=0,sink=false,decay=0.1-2.mp4",
+    }  # fmt: skip
+    frames, _ = frames_of(folder / "side_by_side.mp4")
+    assert len(frames) == 9 and frames[0].shape[1] > 3 * 256 and frames[0].shape[0] > 2 * 192
+    assert "speed-up" in out and "of a dense step" in out and "384 video tokens" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ("--frames", "10"),
+            "--frames 10 is not possible with this WanPipeline: it must be 4n + 1",
+        ),
+        (("--frames", "10"), "it must be 4n + 1; the nearest are 9 and 13"),
+        (("--height", "50"), "a multiple of 16; the nearest are 48 and 64"),
+        (("--width", "7"), "a multiple of 16; the nearest are 16"),
+        (("--image", __file__), "makes videos from text"),
+        (("--method", "radial:density=0.01"), "radial cannot go down to density 0.01"),
+    ],
+)
+def test_what_the_model_cannot_do_is_said_before_it_runs(original, flags, words, capfd, tmp_path):
+    argv = ("a", "--model", original, "--output", tmp_path / "x.mp4", *SMALL, *flags)
+    code, _, err = run(capfd, "generate", *argv)
+    assert code != 0 and words in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_latents_that_turn_nan_stop_the_run(model, capfd, tmp_path):
+    path = model / "transformer" / WEIGHTS
+    weights = load_file(path)
+    weights["proj_out.bias"][0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    out = tmp_path / "x.mp4"
+    code, _, err = run(capfd, "generate", "a", "--model", model, "--output", out, *SMALL)
+    assert code != 0 and "step" in err.splitlines()[-2] and not out.exists()
+
+
+def test_a_broken_model_folder_is_named(model, capfd, tmp_path):
+    def complaint():
+        argv = ("a", "--model", model, "--output", tmp_path / "x.mp4", *SMALL)
+        code, _, err = run(capfd, "generate", *argv)
+        assert code != 0 and str(model) in err and "Traceback" not in err
+        return err
+
+    weights = model / "vae" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "cannot be loaded" in complaint()
+    weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+    assert "pickle weights only (diffusion_pytorch_model.bin)" in complaint()
+    (model / "vae").rename(model / "vea")
+    assert "names 'vae', which is not there" in complaint()
+    (model / "model_index.json").write_text("{")
+    assert "no valid JSON" in complaint()
+
+
+def test_a_hub_model_without_network_says_what_to_do(capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    argv = ("a", "--model", "nobody/nothing", "--output", tmp_path / "x.mp4")
+    code, _, err = run(capfd, "generate", *argv)
+    assert code != 0 and "hf download nobody/nothing --local-dir DIR" in err
+
+
+def test_ctrl_c_while_writing_leaves_nothing(original, capfd, tmp_path, monkeypatch):
+    def interrupted(path, frames, *, fps):
+        path.write_bytes(b"half a video")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("vidattn.commands.generate.write_video", interrupted)
+    out = tmp_path / "x.mp4"
+    code, _, err = run(capfd, "generate", "a", "--model", original, "--output", out, *SMALL)
+    assert code == 130 and "stopped" in err and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_the_middle_of_a_generation(original, tmp_path):
+    out = tmp_path / "x.mp4"
+    out.write_bytes(b"the old video")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vidattn.cli", "generate", "a", "--model", original, "--output", out,
+         *SMALL, "--steps", "100000"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,
+        # a shell that runs us in the background may have made its children deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    limit = threading.Timer(240, process.kill)
+    limit.start()
+    seen = b""
+    while b"2/100000" not in seen and process.poll() is None:
+        seen += process.stderr.read1()
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate()[1]
+    limit.cancel()
+    assert process.returncode == 130, (seen + rest).decode()
+    assert b"Traceback" not in rest
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
+    assert out.read_bytes() == b"the old video"
+
+
+@pytest.mark.parametrize("size", [(16, 32), (17, 33)])
+def test_a_written_video_looks_like_its_frames(size, tmp_path):
+    frames = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, *size)
+    write_video(tmp_path / "x.mp4", frames, fps=5)
+    read, _ = frames_of(tmp_path / "x.mp4")
+    assert len(read) == 5 and read[0].shape == (size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
+    means = torch.stack([frame.float().mean() / 255 for frame in read])
+    assert_close(means, torch.linspace(0, 1, 5), atol=0.02, rtol=0)
+    with pytest.raises(ValueError, match=".mp4 or .gif"):
+        write_video(tmp_path / "x.avi", frames, fps=5)
+
+
+def test_videos_beside_each_other_keep_their_colors():
+    videos = [torch.full((2, 3, 16, 16), x) for x in (0.25, 0.75)]
+    wide = beside(videos, ["one\nsmall", "two"], min_width=64)
+    height, width = wide.shape[2:]
+    assert wide.shape[:2] == (2, 3) and width >= 2 * 64
+    assert_close(wide[:, :, height // 2 + 20, width // 4], torch.full((2, 3), 0.25))
+    assert_close(wide[:, :, height // 2 + 20, 3 * width // 4], torch.full((2, 3), 0.75))

@@ -1,4 +1,4 @@
-"""Where float32 products run on a CPU: oneDNN's AVX-512 code instead of MKL's, if it is exact there."""
+"""Which library multiplies float32 matrices on a CPU: oneDNN instead of MKL where it is exact."""
 
 from __future__ import annotations
 

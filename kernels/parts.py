@@ -94,7 +94,7 @@ class Parts:
             self._samples = torch.zeros_like(self._samples)
 
     def _share_out(self, limit: int) -> list[tuple[slice, slice]]:
-        """The plan heads and the copies of each worker: equal shares that have no key head in common.
+        """Plan heads and copies of each worker: equal shares without a key head in common.
 
         Gradients of keys are then summed by one worker, in a fixed order.
         """

@@ -1,4 +1,4 @@
-"""Threads that each run whole pieces of work, so that they meet once instead of at every operation."""
+"""Threads that each run a whole share of the work, so that they meet once, not at every step."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Workspace:
             acc.baddbmm_(a, b)
 
     def scores(self, q: Tensor, k: Tensor, part: Part, begin: int, end: int) -> Tensor:
-        """(G, n, P * n) scores, base 2, of the listed blocks begin to end; HIDDEN or less if hidden.
+        """(G, n, P * n) scores, base 2, of listed blocks begin to end; HIDDEN or less if hidden.
 
         Args:
             q: (G, n, D) scaled queries in the dtype of the scores.

@@ -62,15 +62,16 @@ def attend(
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if plan.layout.order.device != q.device:
         plan = plan.to(q.device)
     if backend == "auto" and plan.is_dense and not return_lse:
         mask = None if key_mask is None else key_mask[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        grouped = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
     engine = _auto_engine(q.device.type) if backend == "auto" else backend
-    out, lse = _ENGINES[engine](q, k, v, plan, scale, key_mask)
+    out, lse = _ENGINES[engine](q, k, v, plan, scale, key_mask, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -113,21 +114,30 @@ def _auto_engine(device: str) -> str:
     return engine
 
 
-def _torch(q, k, v, plan, scale, key_mask):
+def _torch(q, k, v, plan, scale, key_mask, need_lse):
     layout, lists = plan.layout, plan.lists
     return block_sparse_torch.block_sparse_attention(
         q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
     )
 
 
-def _flex(q, k, v, plan, scale, key_mask):
+def _flex(q, k, v, plan, scale, key_mask, need_lse):
     layout, lists = plan.layout, plan.lists
     return flex.block_sparse_attention(
-        q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
+        q,
+        k,
+        v,
+        layout.order,
+        layout.block,
+        lists,
+        scale=scale,
+        key_mask=key_mask,
+        need_lse=need_lse,
     )
 
 
-def _reference(q, k, v, plan, scale, key_mask):
+def _reference(q, k, v, plan, scale, key_mask, need_lse):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask = plan.mask()
     if key_mask is not None:
         mask = mask & key_mask[:, None, None]

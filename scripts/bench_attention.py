@@ -1,0 +1,268 @@
+"""Time sparse attention on this machine: python scripts/bench_attention.py [--quick].
+
+In turns: dense attention of PyTorch, and the "torch" engine and compiled FlexAttention on the same
+block lists. Writes attention_cpu.json and attention_cpu.md.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from vidattn.attention import attend
+from vidattn.grid import Grid
+from vidattn.kernels.block_lists import HIDDEN, partial_bias
+from vidattn.measure import hardware
+from vidattn.methods import plan as plan_of
+from vidattn.plan import Plan
+
+HEADS = 2
+# a function slower than this is timed once
+SLOW_S = 4.0
+SAMPLED_QUERIES = 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# a 16 x 16 frame of latents 32 long, and a 32 x 32 one
+FULL = {8192: Grid(32, 16, 16), 32768: Grid(32, 32, 32)}
+QUICK = {2048: Grid(8, 16, 16)}
+METHODS = {
+    "radial": {"density": 0.2, "tile": (1, 8, 16)},
+    "neighborhood": {"window": (19, 10, 10)},
+}
+QUICK_METHODS = {
+    "radial": {"density": 0.3, "near": 0, "tile": (1, 8, 8)},
+    "neighborhood": {"window": (5, 10, 10)},
+}
+COLUMNS = (
+    ("method", "method"),
+    ("tokens", "tokens"),
+    ("head_dim", "D"),
+    ("dtype", "dtype"),
+    ("density", "density"),
+    ("visited", "visited"),
+    ("dense_ms", "dense ms"),
+    ("torch_ms", "torch ms"),
+    ("times_dense", "x dense"),
+    ("flex_ms", "flex ms"),
+    ("times_flex", "x flex"),
+    ("train_dense_ms", "dense fwd+bwd ms"),
+    ("train_torch_ms", "torch fwd+bwd ms"),
+    ("train_times_dense", "x dense"),
+    ("error", "error"),
+    ("extra_mib", "extra MiB"),
+    ("train_extra_mib", "extra MiB fwd+bwd"),
+)
+NOTES = """\
+Times in ms for {heads} heads, forward, medians of {rounds} rounds in which everything is called in
+turns; fwd+bwd is forward and backward. Dense is `scaled_dot_product_attention` of the same dtype,
+flex is compiled FlexAttention on the same block lists; FlexAttention has no backward on a CPU.
+Dense at 32,768 tokens is timed on one head and multiplied; what takes over {slow:.0f} s is timed once.
+density counts pairs of tokens, visited those in the blocks computed. error is the relative RMS
+distance to float64 attention on {queries} queries. extra is the peak of resident memory during a
+call, beyond what was there before it.
+"""
+
+
+def main() -> None:
+    """Measure, print the table, write it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="2,048 tokens only, under a minute")
+    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
+    parser.add_argument("--rounds", type=int, default=5, help="times each function is called")
+    parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    grids, methods = (QUICK, QUICK_METHODS) if args.quick else (FULL, METHODS)
+    cases = [
+        (grid, head_dim, dtype)
+        for grid in grids.values()
+        for head_dim in (64, 128)
+        for dtype in DTYPES
+    ]
+    rows = []
+    for grid, head_dim, dtype in (bar := tqdm(cases, unit="case", smoothing=0)):
+        bar.set_description(f"{grid.num_tokens} tokens, D {head_dim}, {dtype}")
+        rows += measure(grid, head_dim, dtype, methods, args.rounds, flex=not args.no_flex)
+    rows.sort(key=lambda row: (row["method"] != "radial", row["method"]))
+    machine = hardware() | {"torch": torch.__version__}
+    text = to_markdown(rows, machine, args.rounds)
+    print(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = "attention_quick" if args.quick else "attention_cpu"
+    report = {"hardware": machine, "heads": HEADS, "rounds": args.rounds, "rows": rows}
+    (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / f"{name}.md").write_text(text)
+    print(f"wrote {args.out / name}.json and .md")
+
+
+def measure(
+    grid: Grid, head_dim: int, dtype: str, methods: dict, rounds: int, *, flex: bool
+) -> list[dict]:
+    """One row of figures for each method."""
+    shape = (1, HEADS, grid.num_tokens, head_dim)
+    q, k, v, d_out = (torch.randn(shape).to(DTYPES[dtype]) for _ in range(4))
+    dense_heads = 1 if grid.num_tokens > 10_000 else HEADS
+    few = [x[:, :dense_heads] for x in (q, k, v, d_out)]
+    functions = {
+        "dense": lambda: F.scaled_dot_product_attention(*few[:3]),
+        "train dense": lambda: train(F.scaled_dot_product_attention, *few),
+    }
+    plans = {name: plan_of(name, grid, **options) for name, options in methods.items()}
+    for name, plan in plans.items():
+        functions |= engine_calls(name, plan, q, k, v, d_out, flex=flex)
+    seconds = in_turns(functions, rounds)
+    for name in ("dense", "train dense"):
+        seconds[name] *= HEADS / dense_heads
+    rows = []
+    for name, plan in plans.items():
+        row = {"method": name, "options": methods[name], "grid": str(grid.size)}
+        row |= {"tokens": grid.num_tokens, "head_dim": head_dim, "dtype": dtype}
+        row |= {"block": plan.layout.block, "density": plan.density}
+        row |= {"visited": plan.visited_density} | figures(name, seconds)
+        row["error"] = error(attend(q, k, v, plan, backend="torch"), q, k, v, plan)
+        row["extra_mib"] = extra_mib(functions[f"{name} torch"])
+        row["train_extra_mib"] = extra_mib(functions[f"{name} train torch"])
+        rows.append(row)
+    return rows
+
+
+def engine_calls(
+    name: str, plan: Plan, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, flex: bool
+) -> dict[str, Callable[[], object]]:
+    """What is timed for one plan."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, backend: str = "torch") -> Tensor:
+        return attend(q, k, v, plan, backend=backend)
+
+    calls = {
+        f"{name} torch": lambda: run(q, k, v),
+        f"{name} train torch": lambda: train(run, q, k, v, d_out),
+    }
+    if flex:
+        calls[f"{name} flex"] = lambda: run(q, k, v, "flex")
+    return calls
+
+
+def train(attention: Callable, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> None:
+    """Forward and backward."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.autograd.grad(attention(*leaves), leaves, d_out)
+
+
+def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function; first calls are left out, but for slow functions."""
+    times = {}
+    for name, function in functions.items():
+        first = seconds_of(function)
+        again = first < SLOW_S or name.endswith("flex")
+        times[name] = [] if again else [first]
+    slow = {name for name, values in times.items() if values}
+    for _ in range(rounds):
+        for name in functions.keys() - slow:
+            times[name].append(seconds_of(functions[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def figures(name: str, seconds: dict[str, float]) -> dict[str, float | None]:
+    """Times in ms of one method, and ratios."""
+    ms = {key: 1e3 * value for key, value in seconds.items()}
+    flex = ms.get(f"{name} flex")
+    return {
+        "dense_ms": ms["dense"],
+        "torch_ms": ms[f"{name} torch"],
+        "times_dense": ms["dense"] / ms[f"{name} torch"],
+        "flex_ms": flex,
+        "times_flex": flex / ms[f"{name} torch"] if flex else None,
+        "train_dense_ms": ms["train dense"],
+        "train_torch_ms": ms[f"{name} train torch"],
+        "train_times_dense": ms["train dense"] / ms[f"{name} train torch"],
+    }
+
+
+def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> float:
+    """Relative RMS distance to float64 masked attention on some queries."""
+    tokens = torch.randperm(plan.grid.num_tokens)[:SAMPLED_QUERIES]
+    visible = torch.stack([visible_keys(plan, int(token)) for token in tokens])
+    scores = q[:, :, tokens].double() @ k.double().mT * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    exact = weights @ v.double()
+    return ((out[:, :, tokens] - exact).norm() / exact.norm()).item()
+
+
+def visible_keys(plan: Plan, token: int) -> Tensor:
+    """(S,) bool, the keys that one query of a shared plan reads."""
+    lists, layout, n = plan.lists, plan.layout, plan.layout.block
+    slot = int(layout.slot_of_token[token])
+    row = torch.tensor([slot // n])
+    entries = torch.arange(int(lists.row_start[row]), int(lists.row_start[row + 1]))[None]
+    # without a predicate every listed block is whole
+    seen = torch.ones(entries.numel() * n, dtype=torch.bool)
+    if lists.box is not None or lists.masks is not None:
+        seen = partial_bias(lists, n, row, entries, torch.float32)[0, slot % n] > HIDDEN / 2
+    slots = (lists.key_block[entries[0]].long()[:, None] * n + torch.arange(n)).flatten()
+    keys = layout.order[slots[seen]].long()
+    return torch.zeros(plan.grid.num_tokens, dtype=torch.bool).index_fill_(0, keys[keys >= 0], True)
+
+
+def extra_mib(function: Callable[[], object]) -> float | None:
+    """Peak resident memory of a call beyond what was there; None where the system does not say."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    # give freed memory back first, or the call would seem to need none
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_kib("VmRSS")
+    reset.write_text("5")
+    function()
+    return (resident_kib("VmHWM") - before) / 1024
+
+
+def resident_kib(field: str) -> int:
+    """A memory figure of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0])
+
+
+def to_markdown(rows: list[dict], machine: dict, rounds: int) -> str:
+    """The table, with the machine above and notes below."""
+    head = (
+        f"# Attention on {machine['num_threads']} threads of {machine['cpu']}\n\n"
+        f"{machine['num_cores']} cores, {machine['system']}, torch {machine['torch']}. "
+        "`python scripts/bench_attention.py`\n"
+    )
+    lines = [" | ".join(title for _, title in COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    lines += [" | ".join(show(key, row[key]) for key, _ in COLUMNS) for row in rows]
+    table = "\n".join(f"| {line} |" for line in lines)
+    notes = NOTES.format(heads=HEADS, rounds=rounds, slow=SLOW_S, queries=SAMPLED_QUERIES)
+    return f"{head}\n{table}\n\n{notes}"
+
+
+def show(key: str, value: object) -> str:
+    """One cell."""
+    if value is None:
+        return "-"
+    if key == "error":
+        return f"{value:.1e}"
+    if key in ("density", "visited") or "times" in key:
+        return f"{value:.2f}"
+    if key == "tokens":
+        return f"{value:,}"
+    return f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,4 +5,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ensure_env
 cd "$ROOT"
-exec .venv/bin/vidattn compare --method dense --method radial --frames 65 --output outputs/demo "$@"
+exec .venv/bin/vidattn compare --method radial:density=0.3 --frames 65 --output outputs/demo "$@"

@@ -58,10 +58,20 @@ class Scene:
     background: str
 
     @property
+    def thing(self) -> str:
+        """The tinted item with its article."""
+        return f"{'an' if self.colour[0] == 'o' else 'a'} {self.colour} {self.item}"
+
+    @property
     def caption(self) -> str:
         """The full caption."""
-        thing = f"a {self.colour} {self.item}"
-        return f"{thing} moving {self.direction} over a {self.background} background"
+        return f"{self.thing} moving {self.direction} over a {self.background} background"
+
+    @property
+    def key(self) -> str:
+        """A hash that orders scenes the same way everywhere."""
+        words = f"a {self.colour} {self.item} moving {self.direction} over a {self.background}"
+        return hashlib.sha256(f"{words} background".encode()).hexdigest()
 
 
 def all_scenes() -> list[Scene]:
@@ -69,7 +79,7 @@ def all_scenes() -> list[Scene]:
     scenes = [
         Scene(c, i, d, b) for c in COLOURS for i in ITEMS for d in DIRECTIONS for b in BACKGROUNDS
     ]
-    return sorted(scenes, key=lambda s: hashlib.sha256(s.caption.encode()).hexdigest())
+    return sorted(scenes, key=lambda scene: scene.key)
 
 
 def held_out_scenes() -> list[Scene]:
@@ -215,7 +225,7 @@ def vary_caption(scene: Scene, rng: np.random.Generator) -> str:
     draw = rng.random()
     if draw < 0.76:
         return scene.caption
-    thing = f"a {scene.colour} {scene.item}"
+    thing = scene.thing
     if draw < 0.82:
         return f"{thing} moving {scene.direction}"
     if draw < 0.86:

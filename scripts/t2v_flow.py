@@ -14,6 +14,8 @@ from t2v_data import BACKGROUNDS, COLOURS, DIRECTIONS, ITEMS
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+# Spellings read as words the captions have.
+SPELLINGS = {"an": "a", "grey": "gray", "t shirt": "shirt", "tshirt": "shirt"}
 # The number of text positions WanPipeline pads every prompt to.
 CONTEXT = 512
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -25,9 +27,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     words = " ".join(("a moving moves to the over on background", *names)).split()
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")]
-    )
+    spellings = [normalizers.Replace(Regex(rf"\b{a}\b"), b) for a, b in SPELLINGS.items()]
+    plain = [normalizers.NFKC(), normalizers.Lowercase()]
+    plain.append(normalizers.Replace(Regex(r"[^\w\s]"), " "))
+    tokenizer.normalizer = normalizers.Sequence(plain + spellings)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]

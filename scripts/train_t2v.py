@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from safetensors.torch import load_file, save_file
 from t2v_checkpoint import learning_rate, load_checkpoint, save_checkpoint
 from t2v_data import Clips, fetch_items, vary_caption
 from t2v_flow import (
@@ -112,6 +113,15 @@ def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, safe_serialization=True)
+    for part in ("transformer", "vae"):
+        # Half the size on disk; diffusers loads it as float32.
+        file = partial / part / "diffusion_pytorch_model.safetensors"
+        halves = {key: value.half() for key, value in load_file(file).items()}
+        save_file(halves, file, metadata={"format": "pt"})
+    # The name every release of transformers knows; newer ones write an alias of it.
+    for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
+        text = (partial / name).read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        (partial / name).write_text(text)
     out.mkdir(parents=True, exist_ok=True)
     for item in partial.iterdir():
         if item.is_dir():
@@ -120,22 +130,39 @@ def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
     partial.rmdir()
 
 
+def load_vae(config: dict, clips: Clips):
+    """The trained autoencoder with its latent statistics."""
+    vae = build_vae(**config["vae"]["model"])
+    if not load_checkpoint(Path(config["work"]) / "vae.safetensors", {"vae": vae}):
+        raise ValueError(f"{config['work']} has no vae.safetensors; train first, without --export")
+    vae.eval().requires_grad_(False)
+    set_latent_statistics(vae, clips, config["vae"]["statistics_clips"])
+    return vae
+
+
 def train(team: Team, config: dict) -> None:
     """Run every stage that is not finished yet."""
     work = Path(config["work"])
     work.mkdir(parents=True, exist_ok=True)
     clips = Clips(config["data"], "train", config["seed"])
     torch.manual_seed(config["seed"])
-    vae = build_vae(**config["vae"]["model"])
-    train_vae(vae, clips, config["vae"], work, team)
+    train_vae(build_vae(**config["vae"]["model"]), clips, config["vae"], work, team)
     team.wait()
-    load_checkpoint(work / "vae.safetensors", {"vae": vae})
-    vae.eval().requires_grad_(False)
-    set_latent_statistics(vae, clips, config["vae"]["statistics_clips"])
+    vae = load_vae(config, clips)
     encode_clips(vae, clips, config["flow"]["clips"], work, team)
     model, tokenizer = train_flow(config, clips, work, team)
     if team.rank == 0:
         export(vae, model, tokenizer, config, Path(config["out"]))
+
+
+def export_newest(config: dict) -> None:
+    """Write the pipeline folder from the newest checkpoint, finished or not."""
+    tokenizer = build_tokenizer()
+    model = build_flow_model(config, len(tokenizer))
+    if not load_checkpoint(Path(config["work"]) / "flow.safetensors", {"average": model}):
+        raise ValueError(f"{config['work']} has no flow.safetensors; train first, without --export")
+    vae = load_vae(config, Clips(config["data"], "train", config["seed"]))
+    export(vae, model, tokenizer, config, Path(config["out"]))
 
 
 def read_config(path: str) -> dict:
@@ -155,14 +182,20 @@ def main() -> None:
     parser.add_argument("config", help="YAML file, for example configs/tiny_t2v.yaml")
     for name in ("data", "work", "out"):
         parser.add_argument(f"--{name}", help=f"folder to use in place of the file's `{name}`")
+    parser.add_argument(
+        "--export", action="store_true", help="only write the pipeline from the newest checkpoint"
+    )
     arguments = parser.parse_args()
     try:
         config = read_config(arguments.config)
         config |= {k: v for k, v in vars(arguments).items() if k in config and v}
         fetch_items(config["data"])
+        if arguments.export:
+            export_newest(config)
     except ValueError as error:
         parser.error(str(error))
-    run_team(config["processes"], train, config)
+    if not arguments.export:
+        run_team(config["processes"], train, config)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def test_one_padding_key_without_its_bias_differs():
         ("A Red sneaker, moving LEFT!", 0),
         ("", 0),
         ("ein blauer Elefant \U0001f418 tanzt", 4),
-        ("  t-shirt \n", 1),
+        ("  T-Shirt \n", 0),
+        ("an orange tshirt on a grey background", 0),
+        ("banana", 1),
         ("x" * 5000, 1),
     ],
 )

@@ -37,6 +37,12 @@ def test_list_explains_every_option_of_a_method(name, capfd):
     assert all(option in out for option in option_hints(name))
 
 
+def test_list_knows_the_models(capfd):
+    code, out, _ = run(capfd, "list", "--models")
+    assert code == 0 and out.index("WanTransformer3DModel") < out.index("and refuses these")
+    assert run(capfd, "list", "radial", "--models")[0] != 0
+
+
 @pytest.mark.parametrize("name", list_methods())
 def test_draw_makes_a_picture_of_every_method(name, capfd, tmp_path):
     path = tmp_path / "new" / "plan.png"

@@ -15,7 +15,7 @@ from vidattn.registry import unknown
 COMMANDS = {
     "generate": "make a video",
     "compare": "time methods against dense attention, on one seed",
-    "list": "show the methods, or the options of one",
+    "list": "show the methods, the options of one, or the models",
     "draw": "draw the plan of a method on a grid",
 }
 

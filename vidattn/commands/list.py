@@ -1,4 +1,4 @@
-"""`vidattn list`: the methods, or everything about one of them."""
+"""`vidattn list`: the methods, everything about one of them, or the models."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ from vidattn.methods import list_methods, method_class
 EXAMPLES = """\
 examples:
   vidattn list
-  vidattn list radial"""
+  vidattn list radial
+  vidattn list --models"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("method", nargs="?", help="show the options of this method")
+    parser.add_argument(
+        "--models", action="store_true", help="show the transformers of diffusers that are known"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the methods, or one method."""
+    """Print the methods, one method, or the models."""
     console = Console(highlight=False)
-    if args.method:
+    if args.models and args.method:
+        raise ValueError(f"list takes --models or a method, got both (method {args.method!r})")
+    if args.models:
+        _show_models(console)
+    elif args.method:
         _show_method(console, args.method)
     else:
         _show_methods(console)
@@ -50,6 +58,19 @@ def _show_methods(console: Console) -> None:
     console.print(
         "\nvidattn list METHOD explains the options, vidattn draw METHOD makes a picture."
     )
+
+
+def _show_models(console: Console) -> None:
+    from vidattn.pipelines.family import families
+
+    refused = [family for family in families() if isinstance(family.refuse, str)]
+    known = [family for family in families() if family not in refused]
+    console.print("[bold]vidattn can patch pipelines of these transformers[/]")
+    for name in sorted(name for family in known for name in family.models):
+        console.print(f"  {name}")
+    console.print("\n[bold]and refuses these[/]")
+    for family in refused:
+        console.print(f"  {', '.join(family.models)}:\n    {escape(family.refuse)}")
 
 
 def _show_method(console: Console, name: str) -> None:

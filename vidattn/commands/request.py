@@ -16,8 +16,8 @@ BUNDLED_DEFAULTS = {
     "num_frames": 33,
     "height": 128,
     "width": 128,
-    "num_inference_steps": 30,
-    "guidance_scale": 5.0,
+    "num_inference_steps": 20,
+    "guidance_scale": 4.0,
 }
 BUNDLED_PROMPT = "a red boot moving right over a dark background"
 

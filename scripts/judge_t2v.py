@@ -4,16 +4,18 @@ Real clips of the held-out prompts come first, to show what the judge itself get
 """
 
 import argparse
+import functools
 import json
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from t2v_data import NUM_PROMPTS, Clips, Scene, held_out_prompts
+from t2v_data import NUM_PROMPTS, Clips, Scene, fetch_items, held_out_prompts
 from t2v_measure import (
     Classifier,
     colour_of,
@@ -25,6 +27,7 @@ from t2v_measure import (
 from tqdm import tqdm
 
 ASPECTS = ("direction", "item", "colour")
+SETTINGS = ("frames", "height", "width", "steps", "guidance", "seed", "dtype")
 
 
 def judge(video: np.ndarray, scene: Scene, classifier: Classifier) -> dict[str, str]:
@@ -66,38 +69,70 @@ def save_sheet(path: Path, videos: list[np.ndarray], columns: int = 5) -> None:
     Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8)).save(path)
 
 
+@functools.lru_cache(maxsize=1)
+def tools(model: str, classifier: str, dtype: str):
+    """The pipeline with the classifier, loaded once in each process."""
+    torch.set_num_threads(1)
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, load_classifier(Path(classifier))
+
+
 @torch.no_grad()
-def score_real(clips: Clips, scenes: list[Scene], size: tuple, classifier: Classifier, vae) -> dict:
-    """Judge real test-split clips of the prompts, plain and through the autoencoder."""
-    plain, through = [], []
-    for i, scene in enumerate(tqdm(scenes, desc="real clips")):
-        clip, _ = clips.sample(i, size, scene)
-        plain.append(judge(to_video(clip), scene, classifier))
-        decoded = vae.decode(vae.encode(clip[None]).latent_dist.mode()).sample[0]
-        through.append(judge(to_video(decoded), scene, classifier))
-    return {"real": summary(plain, scenes), "real_through_vae": summary(through, scenes)}
+def score_real(index: int, scene: Scene, arguments: argparse.Namespace) -> tuple[dict, dict]:
+    """Judge one real test-split clip of a prompt, plain and through the autoencoder."""
+    pipe, classifier = tools(arguments.model, arguments.classifier, arguments.dtype)
+    size = (arguments.frames, arguments.height, arguments.width)
+    clip, _ = unseen_clips(arguments.data).sample(index, size, scene)
+    latents = pipe.vae.encode(clip[None].to(pipe.vae.dtype)).latent_dist.mode()
+    decoded = to_video(pipe.vae.decode(latents).sample[0])
+    return judge(to_video(clip), scene, classifier), judge(decoded, scene, classifier)
 
 
-def score_model(pipe, scenes: list[Scene], arguments, classifier: Classifier) -> tuple[dict, list]:
-    """Generate every prompt and judge it; gives scores and videos."""
-    rows, videos, seconds = [], [], []
-    for i, scene in enumerate(tqdm(scenes, desc="generated")):
-        begin = time.perf_counter()
-        video = pipe(
-            scene.caption,
-            height=arguments.height,
-            width=arguments.width,
-            num_frames=arguments.frames,
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.guidance,
-            generator=torch.Generator().manual_seed(arguments.seed + i),
-        ).frames[0]
-        seconds.append(time.perf_counter() - begin)
-        videos.append(video)
-        rows.append(judge(video, scene, classifier))
-        tqdm.write(f"{scene.caption}  ->  {' '.join(rows[-1][a] for a in ASPECTS)}")
-    scores = {"generated": summary(rows, scenes), "prompts": rows}
-    return scores | {"median_seconds_per_clip": round(float(np.median(seconds)), 1)}, videos
+@functools.lru_cache(maxsize=1)
+def unseen_clips(folder: str) -> Clips:
+    """Clips of images no training has seen."""
+    return Clips(folder, "test", 1)
+
+
+def score_generated(index: int, scene: Scene, arguments: argparse.Namespace):
+    """Generate one prompt; gives what the judge sees, the video as bytes and the seconds."""
+    pipe, classifier = tools(arguments.model, arguments.classifier, arguments.dtype)
+    begin = time.perf_counter()
+    video = pipe(
+        scene.caption,
+        height=arguments.height,
+        width=arguments.width,
+        num_frames=arguments.frames,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+        generator=torch.Generator().manual_seed(arguments.seed + index),
+    ).frames[0]
+    seconds = time.perf_counter() - begin
+    return judge(video, scene, classifier), (video * 255).round().astype(np.uint8), seconds
+
+
+def score(scenes: list[Scene], arguments: argparse.Namespace) -> tuple[dict, list[np.ndarray]]:
+    """Judge real and generated clips of every scene; gives scores and generated videos."""
+    context = torch.multiprocessing.get_context("spawn")
+    numbers, given = range(len(scenes)), [arguments] * len(scenes)
+    with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+        bar = functools.partial(tqdm, total=len(scenes))
+        real = list(bar(pool.map(score_real, numbers, scenes, given), desc="real clips"))
+        made = []
+        for outcome in bar(pool.map(score_generated, numbers, scenes, given), desc="generated"):
+            made.append(outcome)
+            tqdm.write("  ->  ".join((outcome[0]["prompt"], str([outcome[0][a] for a in ASPECTS]))))
+    plain, through = zip(*real)
+    rows, videos, seconds = zip(*made)
+    scores = {
+        "real": summary(plain, scenes),
+        "real_through_vae": summary(through, scenes),
+        "generated": summary(rows, scenes),
+        "median_seconds_per_clip": round(float(np.median(seconds)), 1),
+        "prompts": rows,
+    }
+    return scores, [video / 255 for video in videos]
 
 
 def parse() -> argparse.Namespace:
@@ -115,8 +150,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     arguments = parser.parse_args()
-    for name in ("frames", "height", "width", "steps"):
+    for name in ("frames", "height", "width", "steps", "processes"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
     if not (Path(arguments.model) / "model_index.json").is_file():
@@ -133,24 +170,20 @@ def main() -> None:
     arguments = parse()
     scenes = held_out_prompts(arguments.prompts)
     path = Path(arguments.classifier or Path(arguments.model) / "judge.safetensors")
+    arguments.classifier = str(path)
     if not path.exists():
         train_classifier(Clips(arguments.data, "train", 0), path)
-    classifier = load_classifier(path)
-    pipe = DiffusionPipeline.from_pretrained(arguments.model)
-    pipe.set_progress_bar_config(disable=True)
-    size = (arguments.frames, arguments.height, arguments.width)
-    real = score_real(Clips(arguments.data, "test", 1), scenes, size, classifier, pipe.vae)
-    scores, videos = score_model(pipe, scenes, arguments, classifier)
-    settings = {k: getattr(arguments, k) for k in ("frames", "height", "width", "steps")}
-    settings |= {"guidance": arguments.guidance, "seed": arguments.seed}
+    fetch_items(arguments.data)
+    scores, videos = score(scenes, arguments)
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     out, partial = Path(arguments.out), Path(arguments.out + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps({"settings": settings} | real | scores, indent=1) + "\n")
+    partial.write_text(json.dumps({"settings": settings} | scores, indent=1) + "\n")
     os.replace(partial, out)
     if arguments.sheet:
         save_sheet(Path(arguments.sheet), videos)
     for kind in ("real", "real_through_vae", "generated"):
-        for aspect, row in (real | scores)[kind].items():
+        for aspect, row in scores[kind].items():
             low, high = row["interval"]
             print(f"{kind:17} {aspect:9} {row['right']}/{row['of']}  [{low:.2f}, {high:.2f}]")
 

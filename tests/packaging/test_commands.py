@@ -24,18 +24,19 @@ def project(tmp_path):
     """A checkout with the scripts and a .venv whose programs only note how they were called."""
     root = tmp_path / "a checkout"
     (root / "scripts").mkdir(parents=True)
-    for script in ("_env.sh", "test.sh", "demo.sh"):
+    for script in ("_env.sh", "test.sh", "demo.sh", "test_lower_bounds.sh"):
         shutil.copy(ROOT / "scripts" / script, root / "scripts" / script)
     (root / "pyproject.toml").write_text("[project]\n")
-    (root / ".venv" / "bin").mkdir(parents=True)
+    for folder in (".venv", ".venv-lower"):
+        (root / folder / "bin").mkdir(parents=True)
     fake(root, "true")
     return root
 
 
 def fake(root, action):
     """(Re)write the programs of the .venv; ``action`` runs after a call is noted."""
-    for program in ("python", "vidattn"):
-        path = root / ".venv" / "bin" / program
+    for program in (".venv/bin/python", ".venv/bin/vidattn", ".venv-lower/bin/python"):
+        path = root / program
         log = f"'{root.parent}/calls'"
         path.write_text(FAKE_PYTHON.format(python=sys.executable, log=log, action=action))
         path.chmod(0o755)
@@ -140,6 +141,19 @@ def test_missing_venv_module_leaves_nothing_behind(project, tmp_path):
     code, error, _ = run(project, "test.sh", path=f"{half.parent}:/usr/bin:/bin")
     assert code != 0 and "apt install python3-venv" in error
     assert not (project / ".venv").exists()
+
+
+def test_lower_bounds_are_pinned(project):
+    (project / "pyproject.toml").write_text(
+        "[project]\ndependencies = ['torch>=2.9', 'old>=1; python_version < \"3\"', 'av[x]>=1.2.3']"
+    )
+    code, _, calls = run(project, "test_lower_bounds.sh", "-x")
+    pins = project / ".venv-lower" / "lower-bounds.txt"
+    assert code == 0
+    assert pins.read_text().split() == ["torch==2.9.*", "av==1.2.3.*"]
+    (install,) = installs(calls)
+    assert f"--constraint {pins} --editable {project}[test]" in install
+    assert calls[-1] == "-m pytest -x"
 
 
 def test_ci_runs_the_tests():

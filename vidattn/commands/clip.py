@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,11 +32,18 @@ class Guards:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """What one generation gave: (F, 3, H, W) frames in [0, 1], its times, and its report."""
+    """What one generation gave.
+
+    Args:
+        frames: (F, 3, H, W) in [0, 1].
+        steps_ms: time of each denoising step.
+        peak_gib: the most GPU memory it held, None on a CPU.
+    """
 
     frames: Tensor
     steps_ms: list[float]
     total_ms: float
+    peak_gib: float | None
     report: Report
 
     @property
@@ -50,6 +57,7 @@ class Clip:
             "step_ms_median": round(self.step_ms, 3),
             "steps_ms": [round(x, 3) for x in self.steps_ms],
             "total_ms": round(self.total_ms, 3),
+            "peak_gpu_gib": self.peak_gib and round(self.peak_gib, 3),
         }
 
 
@@ -61,14 +69,10 @@ def make_clip(pipe: object, request: Request, choice: Choice, guards: Guards) ->
         ValueError: the pipeline, or the method, cannot do what is asked.
     """
     pipe.set_progress_bar_config(desc=choice.label)
-    arguments = request.arguments()
-    if request.image is not None:
-        from diffusers.utils import load_image
-
-        arguments["image"] = load_image(str(request.image))
-    arguments["generator"] = torch.Generator("cpu").manual_seed(request.seed)
-    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
-        arguments["output_type"] = "pt"
+    arguments = _arguments(request, "pt")
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     with (
         patch(
             pipe,
@@ -92,7 +96,26 @@ def make_clip(pipe: object, request: Request, choice: Choice, guards: Guards) ->
             f"the decoded frames of {choice.label} hold NaN or infinity although the latents did "
             "not: the VAE overflows in this dtype; try --dtype float32"
         )
-    return Clip(frames.clamp(0, 1), steps_ms, total_ms, report)
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    return Clip(frames.clamp(0, 1), steps_ms, total_ms, peak_gib, report)
+
+
+def warm_up(pipe: object, request: Request, choice: Choice) -> None:
+    """Run one sparse step without decoding it, so that no clip pays for what happens once."""
+    pipe.set_progress_bar_config(desc=f"warm-up of {choice.label}")
+    arguments = _arguments(replace(request, num_inference_steps=1), "latent")
+    with patch(pipe, choice.name, dense_steps=0, **choice.options):
+        pipe(**arguments)
+
+
+def _arguments(request: Request, output_type: str) -> dict[str, object]:
+    arguments = request.arguments()
+    if request.image is not None:
+        from diffusers.utils import load_image
+
+        arguments["image"] = load_image(str(request.image))
+    arguments["generator"] = torch.Generator("cpu").manual_seed(request.seed)
+    return arguments | {"output_type": output_type}
 
 
 @contextmanager

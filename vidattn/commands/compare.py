@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidattn.commands.choice import SYNTAX, Choice, choices_of
-from vidattn.commands.clip import Clip, Guards, make_clip
+from vidattn.commands.clip import Clip, Guards, make_clip, warm_up
 from vidattn.commands.model import load_pipeline
 from vidattn.commands.output import writable_folder, write_atomically, write_json
 from vidattn.commands.record import hardware_line, record
@@ -33,8 +33,6 @@ EXAMPLES = """\
 examples:
   vidattn compare --method radial:density=0.3 --frames 65
   vidattn compare --method radial:density=0.2 --method neighborhood:window=9,9,9 --repeats 3"""
-
-WARMUP_STEPS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +86,15 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args)
     requests = [resolve(pipe, request) for request in requests]
     guards = Guards(args.dense_layers, args.dense_steps)
-    clips = make_clips(pipe, requests, choices, guards, args.repeats)
+
+    def keep(label: str, i: int, clip: Clip) -> None:
+        number = f"-{i + 1}" if len(requests) > 1 else ""
+        with write_atomically(folder / f"{_slug(label)}{number}.mp4") as partial:
+            write_video(partial, clip.frames, fps=args.fps)
+
+    clips = make_clips(pipe, requests, choices, guards, repeats=args.repeats, keep=keep)
     rows = [_row(choice, clips[choice.label], clips["dense"]) for choice in choices]
-    _write_videos(args, folder, requests, clips, rows)
+    _write_beside(args, folder, clips, rows, len(requests))
     _write_report(folder, record(pipe, args, requests[0], guards), requests, clips, rows)
     console = Console(highlight=False)
     _print_table(console, rows)
@@ -103,20 +107,25 @@ def make_clips(
     requests: Sequence[Request],
     choices: Sequence[Choice],
     guards: Guards,
-    repeats: int = 1,
+    *,
+    repeats: int,
+    keep: Callable[[str, int, Clip], None],
 ) -> dict[str, list[Clip]]:
     """The clips of every method, by label: each prompt in turn, each round over all methods.
 
-    A few steps of each method come first and are not counted, so that no method pays for what
-    happens once.
+    Args:
+        keep: called with the label, the number of the prompt, and the clip, as soon as it is there.
     """
     for choice in choices:
-        make_clip(pipe, replace(requests[0], num_inference_steps=WARMUP_STEPS), choice, guards)
+        warm_up(pipe, requests[0], choice)
     clips: dict[str, list[Clip]] = {choice.label: [] for choice in choices}
-    for _ in range(repeats):
-        for request in requests:
+    for repeat in range(repeats):
+        for i, request in enumerate(requests):
             for choice in choices:
-                clips[choice.label].append(make_clip(pipe, request, choice, guards))
+                clip = make_clip(pipe, request, choice, guards)
+                clips[choice.label].append(clip)
+                if repeat == 0:
+                    keep(choice.label, i, clip)
     return clips
 
 
@@ -143,16 +152,10 @@ def _plan_density(clip: Clip) -> float:
     return sum(n * d for n, d in calls) / sum(n for n, _ in calls) if calls else 1.0
 
 
-def _write_videos(args, folder: Path, requests, clips, rows: Sequence[Row]) -> None:
-    slugs = {row.label: _slug(row.label) for row in rows}
-    for i in range(len(requests)):
-        number = f"-{i + 1}" if len(requests) > 1 else ""
-        for label, slug in slugs.items():
-            with write_atomically(folder / f"{slug}{number}.mp4") as partial:
-                write_video(partial, clips[label][i].frames, fps=args.fps)
+def _write_beside(args, folder: Path, clips, rows: Sequence[Row], num_prompts: int) -> None:
     captions = [_caption(row, rows[0]) for row in rows]
     strips = [
-        beside([clips[row.label][i].frames for row in rows], captions) for i in range(len(requests))
+        beside([clips[row.label][i].frames for row in rows], captions) for i in range(num_prompts)
     ]
     endings = (".mp4", ".gif") if args.gif else (".mp4",)
     for ending in endings:

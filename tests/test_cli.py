@@ -1,5 +1,6 @@
 """The command line without a model: list, draw, options of methods, answers to mistakes."""
 
+import argparse
 import json
 import signal
 
@@ -8,8 +9,17 @@ import pytest
 from vidattn.cli import COMMANDS, main
 from vidattn.commands import output
 from vidattn.commands.choice import Choice, describe_options, option_hints, parse_choice
+from vidattn.commands.model import BUNDLED
 from vidattn.commands.output import write_atomically, write_json
+from vidattn.commands.request import (
+    BUNDLED_DEFAULTS,
+    BUNDLED_PROMPT,
+    add_model_arguments,
+    add_request_arguments,
+    request_of,
+)
 from vidattn.methods import list_methods
+from vidattn.resources import resource
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -211,3 +221,16 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capfd):
     monkeypatch.setattr("vidattn.commands.list.run", interrupted)
     code, _, err = run(capfd, "list")
     assert code == 130 and "Traceback" not in err
+
+
+def test_the_bundled_model_has_defaults_of_its_own():
+    defaults = []
+    for model in ([], ["--model", str(resource(BUNDLED))]):
+        parser = argparse.ArgumentParser()
+        add_model_arguments(parser)
+        add_request_arguments(parser)
+        request = request_of(parser.parse_args([*model, "--steps", "7"]), None)
+        assert request.prompt == BUNDLED_PROMPT
+        defaults.append(request.arguments())
+    assert defaults[0] == defaults[1]
+    assert BUNDLED_DEFAULTS.items() - defaults[0].items() == {("num_inference_steps", 20)}

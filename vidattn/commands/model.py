@@ -119,6 +119,16 @@ def find_model(model: str | None) -> str:
     return model
 
 
+def is_bundled(model: str | None) -> bool:
+    """Whether a --model is the bundled one, by default or by its folder."""
+    if model is None:
+        return True
+    try:
+        return Path(model).expanduser().resolve() == resource(BUNDLED).resolve()
+    except FileNotFoundError:
+        return False
+
+
 def _no_pickle(path: Path) -> str:
     if path.suffix.lower() in PICKLES:
         return " (pickle checkpoints can run code when loaded and are refused)"

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict
 
 from vidattn.commands.clip import Guards
+from vidattn.commands.model import is_bundled
 from vidattn.commands.request import Request
 from vidattn.measure import hardware
 
@@ -30,7 +31,7 @@ def record(
         },
         "hardware": hardware(),
         "model": {
-            "name": args.model or "the bundled tiny-t2v",
+            "name": "tiny-t2v, bundled" if is_bundled(args.model) else args.model,
             "pipeline": type(pipe).__name__,
             "scheduler": type(pipe.scheduler).__name__,
             "dtypes": _dtypes(pipe),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vidattn.commands.model import DTYPES, OFFLOADS
+from vidattn.commands.model import DTYPES, OFFLOADS, is_bundled
 
 # the sizes that the bundled model was trained for
 BUNDLED_DEFAULTS = {
@@ -129,7 +129,8 @@ def request_of(args: argparse.Namespace, prompt: str | None) -> Request:
     Raises:
         ValueError: no prompt for a model that is not the bundled one, or no such image.
     """
-    if prompt is None and args.model is not None:
+    bundled = is_bundled(args.model)
+    if prompt is None and not bundled:
         raise ValueError("no prompt given; write it behind the command, in quotes")
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty; write what the video should show")
@@ -142,7 +143,7 @@ def request_of(args: argparse.Namespace, prompt: str | None) -> Request:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
     }
-    if args.model is None:
+    if bundled:
         given = {key: BUNDLED_DEFAULTS[key] if x is None else x for key, x in given.items()}
     return Request(
         prompt=BUNDLED_PROMPT if prompt is None else prompt,

@@ -217,9 +217,7 @@ class _Call:
             k = space.gather("k", self.k, index, len(q))
             v = space.gather("v", self.v, index, len(q))
             weights = space.scores(q, k, part, begin, end).sub_(lse).exp2_()
-            product = space.buffer("d weights", weights.shape, v.dtype)
-            torch.bmm(d_out, v.mT, out=product)
-            d_scores = space.cast("d scores", product, weights.dtype).sub_(delta).mul_(weights)
+            d_scores = space.d_weights(d_out, v, weights).sub_(delta).mul_(weights)
             d_scores = space.cast("d weights", d_scores, k.dtype)
             space.add_product(d_q, d_scores, k, first=not begin)
             for grad, a, b in (

@@ -16,6 +16,8 @@ from vidattn.kernels.parts import Part
 
 # Scores rounded to bfloat16 are off by at most 2 ** -6 up to here: 0.6 % of a weight in the mean.
 MAX_ROUNDED_SCORE = 8.0
+# the share of one key in a row above which rounding loses the rest
+MAX_ROUNDED_WEIGHT = 0.5
 
 
 class Workspace:
@@ -82,6 +84,24 @@ class Workspace:
         torch.bmm(q, self.cast("exact k", k, self.score_dtype).mT, out=scores)
         part.hide(scores, begin, end)
         return scores
+
+    def d_weights(self, d_out: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+        """(G, n, P * n) products of ``d_out`` (G, n, D) and ``v`` (G, P * n, D), to be overwritten.
+
+        Where one key takes most of the weight of a row, what its score gets is a small difference of
+        large products: there they are not rounded.
+        """
+        exact = self.buffer("d scores", weights.shape, self.score_dtype)
+        if self.dtype != self.score_dtype:
+            peaked = weights.amax(-1) > MAX_ROUNDED_WEIGHT
+            if peaked.sum() * 16 <= peaked.numel():
+                rounded = self.buffer("d weights", weights.shape, self.dtype)
+                torch.bmm(d_out, v.mT, out=rounded)
+                return exact.copy_(rounded)
+        d_out, v = (
+            self.cast(name, x, self.score_dtype) for name, x in (("exact q", d_out), ("exact k", v))
+        )
+        return torch.bmm(d_out, v.mT, out=exact)
 
 
 def _is_roundable(scores: Tensor) -> bool:

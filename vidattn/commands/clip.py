@@ -5,7 +5,6 @@ Letters: F frames, C channels, H height, W width.
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Iterator
@@ -81,15 +80,15 @@ def make_clip(pipe: object, request: Request, choice: Choice, guards: Guards) ->
             dense_steps=guards.dense_steps,
             **choice.options,
         ) as handle,
-        step_times(pipe) as marks,
+        step_times(pipe) as bars,
     ):
-        synchronize()
-        begin = time.perf_counter()
+        begin = _now()
         frames = pipe(**arguments).frames[0]
-        synchronize()
-        total_ms = 1e3 * (time.perf_counter() - begin)
+        total_ms = 1e3 * (_now() - begin)
         report = handle.report()
-    steps_ms = [1e3 * (stop - start) for start, stop in zip(marks, marks[1:])] or [total_ms]
+    steps_ms = [1e3 * (stop - start) for marks in bars for start, stop in zip(marks, marks[1:])]
+    if not steps_ms:
+        raise RuntimeError(f"{type(pipe).__name__} shows no progress, so its steps cannot be timed")
     frames = frames.detach().float().cpu()
     if not bool(torch.isfinite(frames).all()):
         raise FloatingPointError(
@@ -119,29 +118,33 @@ def _arguments(request: Request, output_type: str) -> dict[str, object]:
 
 
 @contextmanager
-def step_times(pipe: object) -> Iterator[list[float]]:
-    """The moments at which the scheduler was set and at which each of its steps ended."""
-    marks: list[float] = []
-    scheduler = pipe.scheduler
-    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+def step_times(pipe: object) -> Iterator[list[list[float]]]:
+    """The moments at which each progress bar of a pipeline began and moved: its denoising steps.
 
-    def marked_set(*args, **kwargs):
-        out = set_timesteps(*args, **kwargs)
-        synchronize()
-        marks[:] = [time.perf_counter()]
-        return out
+    Every pipeline has one such bar, whatever it does with its scheduler.
+    """
+    bars: list[list[float]] = []
+    progress_bar = pipe.progress_bar
 
-    def marked_step(*args, **kwargs):
-        out = step(*args, **kwargs)
-        synchronize()
-        marks.append(time.perf_counter())
-        return out
+    def marked_bar(*args, **kwargs):
+        bar = progress_bar(*args, **kwargs)
+        marks, update = [_now()], bar.update
+        bars.append(marks)
 
-    # pipelines ask for the signatures of both
-    marked_set.__signature__ = inspect.signature(set_timesteps)
-    marked_step.__signature__ = inspect.signature(step)
-    scheduler.set_timesteps, scheduler.step = marked_set, marked_step
+        def marked_update(n: int = 1):
+            marks.append(_now())
+            return update(n)
+
+        bar.update = marked_update
+        return bar
+
+    pipe.progress_bar = marked_bar
     try:
-        yield marks
+        yield bars
     finally:
-        del scheduler.set_timesteps, scheduler.step
+        del pipe.progress_bar
+
+
+def _now() -> float:
+    synchronize()
+    return time.perf_counter()

@@ -10,6 +10,7 @@ Letters: B batch, H heads, S tokens, D head dim.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vidattn.pipelines import masks
+from vidattn.pipelines.swap import swap_in, swap_out
 
 NATIVE = attention_dispatch.AttentionBackendName.NATIVE
 
@@ -59,10 +61,10 @@ class Layer(TorchFunctionMode):
         super().__init__()
         self.name, self.index, self.owner = name, index, owner
         self.paired_mask = paired_mask
-        # what the user chose with set_attention_backend, for dense calls
-        self.dense_backend = None
-        # what reigned in the process while a processor without a backend of its own runs
-        self.global_backend = None
+        # for dense calls: what the user chose with set_attention_backend, else what the processor
+        # would have run on
+        self.chosen_backend = None
+        self.usual_backend = None
         self.hits = 0
         self.number = numbered(self)
 
@@ -103,8 +105,8 @@ class Layer(TorchFunctionMode):
     @contextmanager
     def native(self) -> Iterator[None]:
         """Make the backend of the process native, if it is another."""
-        self.global_backend = _global_backend()
-        if self.global_backend == NATIVE:
+        self.usual_backend = _global_backend()
+        if self.usual_backend == NATIVE:
             yield
             return
         with attention_dispatch.attention_backend(NATIVE):
@@ -114,7 +116,7 @@ class Layer(TorchFunctionMode):
         """The attention that runs without us, on the backend that the user chose."""
         if self.paired_mask:
             mask = masks.paired(mask)
-        chosen = self.dense_backend or self.global_backend or _global_backend()
+        chosen = self.chosen_backend or self.usual_backend or _global_backend()
         if chosen == NATIVE:
             gqa = q.shape[1] != k.shape[1]
             return F.scaled_dot_product_attention(
@@ -127,10 +129,36 @@ class Layer(TorchFunctionMode):
         return out.transpose(1, 2)
 
 
-def processor_namespace(base: type) -> dict[str, object]:
+def take(processor: object, layer: Layer) -> None:
+    """Have the attention of a processor go through ``layer``."""
+    layer.chosen_backend = processor.__dict__.pop("_attention_backend", None)
+    layer.usual_backend = None if _route(type(processor)) != "direct" else NATIVE
+    swap_in(processor, _namespace, layer)
+
+
+def give_back(processor: object, layer: Layer) -> None:
+    """Undo ``take``; a backend chosen meanwhile stays."""
+    swap_out(processor)
+    keep_choice(processor, layer)
+
+
+def keep_choice(processor: object, layer: Layer) -> None:
+    """Put the backend that the user chose where diffusers keeps it."""
+    if layer.chosen_backend is not None:
+        processor._attention_backend = layer.chosen_backend
+
+
+def _route(base: type) -> str:
+    """Whether processors attend by a backend of their "own", by the "global" one, or "direct"."""
+    if hasattr(base, "_attention_backend"):
+        return "own"
+    names = inspect.unwrap(base.__call__).__code__.co_names
+    return "global" if "dispatch_attention_fn" in names else "direct"
+
+
+def _namespace(base: type) -> dict[str, object]:
     """What the subclass of a processor class has of its own."""
-    call = base.__call__
-    follows_global = not hasattr(base, "_attention_backend")
+    call, route = base.__call__, _route(base)
 
     @functools.wraps(call)
     def __call__(self, *args, **kwargs):
@@ -139,17 +167,17 @@ def processor_namespace(base: type) -> dict[str, object]:
             with layer:
                 return call(self, *args, **kwargs)
         before = layer.hits
-        with layer.native() if follows_global else nullcontext(), layer:
+        with layer.native() if route == "global" else nullcontext(), layer:
             out = call(self, *args, **kwargs)
         if layer.hits == before:
             layer.owner.skipped(layer, allowed=False)
         return out
 
-    if follows_global:
+    if route != "own":
         return {"__call__": __call__}
 
     def store(self, backend):
-        self._vidattn.dense_backend = backend
+        self._vidattn.chosen_backend = backend
 
     # diffusers always sees the native backend, which leads to the function that we catch
     return {"__call__": __call__, "_attention_backend": property(lambda self: NATIVE, store)}
@@ -165,15 +193,19 @@ def _global_backend() -> attention_dispatch.AttentionBackendName:
     return attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
 
 
+def _run(q, k, v, mask, scale, layer: Tensor) -> Tensor:
+    found = _by_number.get(layer.item())
+    if found is None:
+        # the patch is gone, the compiled code is not
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return found.owner.attend(found, q, k, v, mask, scale)
+
+
 @torch.library.custom_op("vidattn::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, layer: Tensor
 ) -> Tensor:
-    found = _by_number.get(layer.item())
-    if found is None:
-        # the patch is gone, the compiled code is not
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).contiguous()
-    return found.owner.attend(found, q, k, v, mask, scale).contiguous()
+    return _run(q, k, v, mask, scale, layer).contiguous()
 
 
 @_attend.register_fake
@@ -195,8 +227,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        found = _by_number.get(layer.item())
-        out = found.owner.attend(found, *leaves, mask, scale)
+        out = _run(*leaves, mask, scale, layer)
     return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
 
 

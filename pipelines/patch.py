@@ -234,7 +234,9 @@ def _transformers(pipe_or_transformer: object) -> dict[str, nn.Module]:
         )
     for part in found.values():
         family_of(part)
-    return found
+    # one transformer may stand under two names
+    names = {id(part): name for name, part in reversed(found.items())}
+    return {name: part for name, part in found.items() if names[id(part)] == name}
 
 
 def _layer_reports(site: Site) -> list[LayerReport]:

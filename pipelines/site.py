@@ -17,12 +17,12 @@ from vidattn.attention import attend
 from vidattn.grid import Grid, Size
 from vidattn.pipelines import masks
 from vidattn.pipelines.family import family_of
-from vidattn.pipelines.intercept import Layer, numbered, processor_namespace
+from vidattn.pipelines.intercept import Layer, give_back, keep_choice, numbered, take
 from vidattn.pipelines.record import Pass, Tally
 from vidattn.pipelines.root import install
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.stopwatch import Stopwatch
-from vidattn.pipelines.swap import is_swapped, swap_in, swap_out
+from vidattn.pipelines.swap import is_swapped, swap_out
 from vidattn.plan import Plan
 
 LAYER_GUARD, STEP_GUARD, DENSE_METHOD = "layer guard", "step guard", "dense method"
@@ -72,11 +72,10 @@ class Site:
             processor = module.processor
             if not (is_swapped(processor) and processor._vidattn is layer):
                 continue
-            swap_out(processor)
+            give_back(processor, layer)
             if layer.index in self._shared:
-                module.processor = processor = self._shared[layer.index]
-            if layer.dense_backend is not None:
-                processor._attention_backend = layer.dense_backend
+                module.processor = self._shared[layer.index]
+                keep_choice(module.processor, layer)
 
     def swap_processors(self) -> None:
         """Put our layers in, also where somebody has replaced the processor since."""
@@ -98,8 +97,7 @@ class Site:
                 processor = module.processor = copy.copy(processor)
             elif is_swapped(processor):
                 swap_out(processor)
-            layer.dense_backend = processor.__dict__.pop("_attention_backend", None)
-            swap_in(processor, processor_namespace, layer)
+            take(processor, layer)
 
     def begin(self, hidden_states: Tensor, timestep: Tensor, size: Size, num_before: int) -> None:
         """A forward pass begins.

@@ -68,6 +68,13 @@ def test_both_experts():
     assert torch.equal(run_wan(pipe), before)
 
 
+def test_one_transformer_under_two_names(wan):
+    wan.register_modules(transformer_2=wan.transformer)
+    with vidattn.patch(wan, "radial") as handle:
+        run_wan(wan)
+    assert len(handle.report().layers) == 2
+
+
 def test_default_guards(wan):
     with vidattn.patch(wan, "neighborhood", window=3) as handle:
         run_wan(wan, num_inference_steps=11)

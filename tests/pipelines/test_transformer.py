@@ -97,7 +97,7 @@ def test_replaced_processors(wan):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("key", [WAN, "CosmosTransformer3DModel"])
+@pytest.mark.parametrize("key", [WAN, "CosmosTransformer3DModel", COGVIDEOX])
 def test_chosen_backends_serve_dense_calls(key):
     model = build(key)
     choice = AttentionBackendName._NATIVE_MATH
@@ -128,6 +128,20 @@ def test_a_backend_set_on_the_model_is_kept(wan):
         # diffusers leaves the choice behind for the whole process
         registry = diffusers.models.attention_dispatch._AttentionBackendRegistry
         registry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+@torch.no_grad()
+def test_guidance_that_skips_scores():
+    # perturbed attention guidance: values instead of attention, in the layers that it names
+    from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+
+    model = build("EasyAnimateTransformer3DModel")
+    with AttentionScoreSkipFunctionMode():
+        expected = TINY["EasyAnimateTransformer3DModel"].call(model)
+        with patch(model) as handle:
+            assert torch.equal(TINY["EasyAnimateTransformer3DModel"].call(model), expected)
+    dense = handle.report().layers[0].num_dense
+    assert dense == {"scores skipped by guidance": 1}
 
 
 @torch.no_grad()

@@ -313,6 +313,9 @@ TINY: dict[str, Tiny] = {
         before=lambda length: length - 105,
     ),
     "HunyuanVideoTransformer3DModel": Tiny(HUNYUAN, hunyuan),
+    "HunyuanVideoTransformer3DModel/image to video": Tiny(
+        {**HUNYUAN, "image_condition_type": "token_replace"}, hunyuan
+    ),
     "HunyuanVideo15Transformer3DModel": Tiny(
         {
             **{k: v for k, v in HUNYUAN.items() if k not in _NOT_IN_15},

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.onednn import fast_float32_products, has_bfloat16_products
 from vidattn.kernels.parts import Part, Parts
-from vidattn.kernels.slots import Slots
+from vidattn.kernels.slots import Rows, Slots
 from vidattn.kernels.workers import run
 from vidattn.kernels.workspace import Workspace
 
@@ -101,7 +101,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Call:
-    """One call: q, k and v in blocks, and the parts that workers take them in.
+    """One call: k and v in blocks, and the parts of the queries that workers take.
 
     Args:
         q: (B, H, S, D).
@@ -109,13 +109,13 @@ class _Call:
     """
 
     def __init__(self, q, k, v, slots: Slots, lists: BlockLists, scale: float):
-        self.tokens, self.slots, self.scale = (q, k, v), slots, scale
-        self.q, self.k, self.v = (slots.fill(x) for x in self.tokens)
+        self.tokens, self.slots, self.lists, self.scale = (q, k, v), slots, lists, scale
+        self.q, self.k, self.v = Rows(q), slots.fill(k), slots.fill(v)
         self.dtype = q.dtype
         self.score_dtype = torch.float32 if q.dtype == torch.bfloat16 else q.dtype
         longest_q, longest_k = (
             torch.linalg.vector_norm(x, dim=-1, dtype=self.score_dtype).amax().item()
-            for x in (self.q, self.k)
+            for x in (q, self.k)
         )
         self.is_plain = longest_q * longest_k * abs(scale) * LOG2E <= MAX_PLAIN_SCORE
         n, D = slots.block, q.shape[-1]
@@ -124,39 +124,49 @@ class _Call:
         self.parts = Parts(lists, slots, batch, block_bytes, self.score_dtype)
 
     def _run(self, work: Callable[[Workspace, Part], None]) -> None:
-        device = self.q.device
+        device = self.k.device
+        # kept from call to call: memory new to the process costs a tenth of the time
+        spaces = self.lists.cache.setdefault(("workspaces", self.dtype, device), [])
 
         def worker(index: int) -> None:
-            space = Workspace(self.dtype, self.score_dtype, device)
+            try:
+                space = spaces.pop()
+            except IndexError:
+                space = Workspace(self.dtype, self.score_dtype, device)
+            space.begin()
             for part in self.parts.of_worker(index):
                 work(space, part)
+            spaces.append(space)
 
         with fast_float32_products(device):
             run(worker, self.parts.num_workers)
 
-    def _queries(self, part: Part) -> Tensor:
-        """(G, n, D) queries in the dtype of the scores, scaled for base 2."""
-        q = self.q.index_select(0, part.rows).to(self.score_dtype)
-        return q.mul_(self.scale * LOG2E)
+    def _take(self, rows: Rows, part: Part) -> Tensor:
+        return self.slots.take(rows, part.heads, part.blocks)
+
+    def _put(self, rows: Rows, part: Part, values: Tensor) -> None:
+        self.slots.put(rows, part.heads, part.blocks, values)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output in the dtype of q, natural log-sum-exp in the dtype of the scores."""
-        q, read = self.tokens[0], self.slots.read
-        out = torch.zeros_like(self.q)
-        lse = torch.full_like(out[..., :1], -math.inf, dtype=self.score_dtype)
+        q = self.q.tensor
+        out = torch.zeros_like(q)
+        # log2 of the sum of weights
+        lse = torch.full((*q.shape[:3], 1), -math.inf, dtype=self.score_dtype, device=q.device)
+        out_rows, lse_rows = Rows(out), Rows(lse)
 
         def work(space: Workspace, part: Part) -> None:
             acc, total, top = self._attend(space, part)
-            lse.index_copy_(0, part.rows, (total.log2() + top) * LN2)
+            self._put(lse_rows, part, total.log2().add_(top))
             acc.div_(total.clamp_min_(TINY))
-            out.index_copy_(0, part.rows, space.cast("out", acc, out.dtype))
+            self._put(out_rows, part, space.cast("out", acc, out.dtype))
 
         self._run(work)
-        return read(out, q), read(lse, q).squeeze(-1)
+        return out, lse.mul_(LN2).squeeze(-1)
 
     def _attend(self, space: Workspace, part: Part) -> tuple[Tensor, Tensor, Tensor | float]:
         """(G, n, D) weighted values, (G, n, 1) sum of the weights, and the score of weight 1."""
-        q = self._queries(part)
+        q = self._take(self.q, part).to(self.score_dtype).mul_(self.scale * LOG2E)
         acc = space.buffer("acc", q.shape, self.score_dtype)
         total, top = None, 0.0
         for begin, end in part.chunk.segments():
@@ -180,24 +190,27 @@ class _Call:
 
     def backward(self, d_out: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
         """Gradients of q, k and v; ``delta`` is what the softmax of each row loses."""
-        fill = self.slots.fill
-        d_out, lse, delta = fill(d_out), fill(lse[..., None] / LN2), fill(delta[..., None])
+        _, k, v = self.tokens
+        lse = lse[..., None] / LN2
         # a row without keys gets no weights
         lse.masked_fill_(lse == -math.inf, -FLOOR)
-        d_q, d_k, d_v = (
-            torch.zeros_like(x, dtype=self.score_dtype) for x in (self.q, self.k, self.v)
-        )
+        rows = [Rows(x) for x in (d_out, lse, delta[..., None])]
+        d_q = torch.zeros_like(self.q.tensor)
+        d_q_rows = Rows(d_q)
+        d_k, d_v = (torch.zeros_like(x, dtype=self.score_dtype) for x in (self.k, self.v))
 
         def work(space: Workspace, part: Part) -> None:
-            rows = (x.index_select(0, part.rows) for x in (d_out, lse, delta))
-            d_q.index_copy_(0, part.rows, self._pull(space, part, *rows, d_k, d_v))
+            pulls = [self._take(x, part) for x in rows]
+            empty = self.slots.is_empty(part.blocks)
+            if empty is not None:
+                pulls[1].masked_fill_(empty[..., None], -FLOOR)
+            grad = self._pull(space, part, *pulls, d_k, d_v).mul_(self.scale)
+            self._put(d_q_rows, part, space.cast("out", grad, d_q.dtype))
 
         self._run(work)
-        d_q.mul_(self.scale)
         d_k.mul_(self.scale)
-        return [
-            self.slots.read(x, like).to(self.dtype) for x, like in zip((d_q, d_k, d_v), self.tokens)
-        ]
+        d_k, d_v = (self.slots.read(d, x).to(x.dtype) for d, x in ((d_k, k), (d_v, v)))
+        return [d_q, d_k, d_v]
 
     def _pull(
         self,
@@ -210,7 +223,8 @@ class _Call:
         d_v: Tensor,
     ) -> Tensor:
         """Adds to the gradients of k and v; returns that of the queries, without the scale."""
-        q, raw_q = self._queries(part), self.q.index_select(0, part.rows)
+        raw_q = self._take(self.q, part)
+        q = raw_q.to(self.score_dtype) * (self.scale * LOG2E)
         d_q = space.buffer("acc", q.shape, self.score_dtype)
         for begin, end in part.chunk.segments():
             index = part.keys[:, begin:end].flatten()

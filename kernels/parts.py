@@ -24,8 +24,9 @@ class Part:
     """G query blocks in flight with the lists they read."""
 
     chunk: Chunk
-    rows: Tensor  # (G,) int64, query blocks, counted through heads and batch
-    keys: Tensor  # (G, L) int64, key blocks, likewise
+    heads: Tensor  # (G,) int64, query heads, counted through the batch
+    blocks: Tensor  # (G,) int64, query blocks
+    keys: Tensor  # (G, L) int64, key blocks, counted through heads and batch
     key_bias: Tensor | None  # (G, L, n), -inf for keys nobody may read
     bias: Tensor | None  # (g, n, (L - first_partial) * n), HIDDEN or less for hidden pairs
 
@@ -126,14 +127,14 @@ class Parts:
             bias = partial_bias(lists, self._slots.block, chunk.rows, partial, self._dtype)
         splits = (table[chunk.heads].T.split(chunk.num_copies) for table in tables)
         for query_heads, key_heads, samples in zip(*splits):
-            rows = (query_heads * nb + chunk.blocks).flatten()
+            query_blocks = chunk.blocks.expand_as(query_heads).flatten()
             keys = (key_heads[..., None] * nb + blocks).flatten(0, 1)
             key_bias = None
             if self._key_bias is not None:
                 cells = (samples[..., None] * nb + blocks).flatten(0, 1)
                 if bool(self._is_biased[cells].any()):
                     key_bias = self._key_bias[cells]
-            yield Part(chunk, rows, keys, key_bias, bias)
+            yield Part(chunk, query_heads.flatten(), query_blocks, keys, key_bias, bias)
 
 
 def _slices(size: int, count: int) -> list[slice]:

@@ -9,6 +9,23 @@ import torch
 from torch import Tensor
 
 
+class Rows:
+    """A (B, H, S, D) tensor seen as rows of D numbers, wherever its strides put them."""
+
+    def __init__(self, x: Tensor):
+        B, H, S, D = x.shape
+        if x.stride(-1) != 1 or any(stride % D for stride in x.stride()[:3]):
+            x = x.contiguous()
+        b, h, self.step = (stride // D for stride in x.stride()[:3])
+        # the tensor itself, or a copy where its strides do not fit
+        self.tensor = x
+        length = 1 + (B - 1) * b + (H - 1) * h + (S - 1) * self.step
+        self.flat = x.as_strided((length, D), (D, 1))
+        samples = torch.arange(B, device=x.device)[:, None] * b
+        # (B * H,) where each head begins
+        self.start = (samples + torch.arange(H, device=x.device) * h).flatten()
+
+
 class Slots:
     """The slots of one call.
 
@@ -21,9 +38,9 @@ class Slots:
     def __init__(self, order: Tensor, block: int, key_mask: Tensor | None):
         self.block = block
         self.num_blocks = order.numel() // block
-        self._token = order.long().clamp_min(0)
         live = order >= 0
         filled = live.nonzero().flatten()
+        self._token = order.long().clamp_min(0)
         self._slot = torch.empty_like(filled)
         self._slot[self._token[filled]] = filled
         self._empty = None if filled.numel() == live.numel() else (~live).nonzero().flatten()
@@ -31,6 +48,7 @@ class Slots:
         self.readable: Tensor | None = None if self._empty is None else live[None]
         if key_mask is not None and not bool(key_mask.all()):
             self.readable = live & key_mask[:, self._token]
+        self._token_of, self._is_live = self._token.view(-1, block), live.view(-1, block)
 
     def fill(self, x: Tensor) -> Tensor:
         """(B, H, S, D) tokens as (B * H * nb, n, D) blocks, 0 in empty slots."""
@@ -43,3 +61,20 @@ class Slots:
         """(B * H * nb, n, D) blocks as tokens of the shape of ``like``."""
         slots = blocks.view(*like.shape[:2], -1, blocks.shape[-1])
         return slots.index_select(2, self._slot)
+
+    def take(self, x: Rows, heads: Tensor, blocks: Tensor) -> Tensor:
+        """(G, n, D) the blocks (G,) of the heads (G,); any token of the head in empty slots."""
+        index = x.start[heads][:, None] + self._token_of[blocks] * x.step
+        return x.flat.index_select(0, index.flatten()).view(*index.shape, -1)
+
+    def put(self, x: Rows, heads: Tensor, blocks: Tensor, values: Tensor) -> None:
+        """Write what ``take`` reads; values (G, n, D) of empty slots are dropped."""
+        index = x.start[heads][:, None] + self._token_of[blocks] * x.step
+        if self._empty is not None:
+            live = self._is_live[blocks]
+            index, values = index[live], values[live]
+        x.flat.index_copy_(0, index.flatten(), values.reshape(index.numel(), -1))
+
+    def is_empty(self, blocks: Tensor) -> Tensor | None:
+        """(G, n) bool, which slots of the blocks are empty; None where none are."""
+        return None if self._empty is None else ~self._is_live[blocks]

@@ -31,6 +31,10 @@ class Workspace:
     def __init__(self, dtype: torch.dtype, score_dtype: torch.dtype, device: torch.device):
         self.dtype, self.score_dtype, self._device = dtype, score_dtype, device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what the call before taught: the same input must give the same bits."""
         self._tries = self._misses = 0
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -38,7 +42,9 @@ class Workspace:
         size = math.prod(shape)
         held = self._buffers.get((name, dtype))
         if held is None or held.numel() < size:
-            held = torch.empty(size, dtype=dtype, device=self._device)
+            # memory made in inference mode could not be written to outside of it
+            with torch.inference_mode(False):
+                held = torch.empty(size, dtype=dtype, device=self._device)
             self._buffers[name, dtype] = held
         return held[:size].view(shape)
 
@@ -88,8 +94,8 @@ class Workspace:
     def d_weights(self, d_out: Tensor, v: Tensor, weights: Tensor) -> Tensor:
         """(G, n, P * n) products of ``d_out`` (G, n, D) and ``v`` (G, P * n, D), to be overwritten.
 
-        Where one key takes most of the weight of a row, what its score gets is a small difference of
-        large products: there they are not rounded.
+        Where one key takes most of the weight of a row, what its score gets is a small difference
+        of large products: there they are not rounded.
         """
         exact = self.buffer("d scores", weights.shape, self.score_dtype)
         if self.dtype != self.score_dtype:

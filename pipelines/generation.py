@@ -34,6 +34,8 @@ class Generation:
             if "encoder" in name:
                 self._time_forward(part)
             elif name.startswith(("vae", "audio_vae")):
+                # torch.compile leaves encode and decode to the module inside
+                part = getattr(part, "_orig_mod", part)
                 swap_in(part, vae_namespace, self)
                 self._undo.append(functools.partial(swap_out, part))
         swap_in(pipe, pipeline_namespace, self)

@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from vidattn.pipelines import masks
 from vidattn.pipelines.swap import swap_in, swap_out
 
+# the operators read what changes from step to step, which a replayed CUDA graph would freeze
+TAGS = tuple(tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe")
 NATIVE = attention_dispatch.AttentionBackendName.NATIVE
 
 # operators of torch take no Python objects, so they find theirs by number
@@ -152,8 +154,8 @@ def _route(base: type) -> str:
     """Whether processors attend by a backend of their "own", by the "global" one, or "direct"."""
     if hasattr(base, "_attention_backend"):
         return "own"
-    names = inspect.unwrap(base.__call__).__code__.co_names
-    return "global" if "dispatch_attention_fn" in names else "direct"
+    code = getattr(inspect.unwrap(base.__call__), "__code__", None)
+    return "global" if code and "dispatch_attention_fn" in code.co_names else "direct"
 
 
 def _namespace(base: type) -> dict[str, object]:
@@ -201,7 +203,7 @@ def _run(q, k, v, mask, scale, layer: Tensor) -> Tensor:
     return found.owner.attend(found, q, k, v, mask, scale)
 
 
-@torch.library.custom_op("vidattn::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("vidattn::attend", mutates_args=(), tags=TAGS)
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, layer: Tensor
 ) -> Tensor:
@@ -213,9 +215,7 @@ def _(q, k, v, mask, scale, layer):
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-@torch.library.custom_op(
-    "vidattn::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
+@torch.library.custom_op("vidattn::attend_backward", mutates_args=(), tags=TAGS)
 def _attend_backward(
     grad: Tensor,
     q: Tensor,
@@ -251,7 +251,7 @@ def _backward(ctx, grad):
 _attend.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("vidattn::begin", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("vidattn::begin", mutates_args=(), tags=TAGS)
 def _begin(
     hidden_states: Tensor, timestep: Tensor, size: list[int], num_before: int, site: Tensor
 ) -> Tensor:
@@ -266,7 +266,7 @@ def _(hidden_states, timestep, size, num_before, site):
     return torch.empty_like(hidden_states)
 
 
-@torch.library.custom_op("vidattn::end", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("vidattn::end", mutates_args=(), tags=TAGS)
 def _end(output: Tensor, site: Tensor) -> Tensor:
     found = _by_number.get(site.item())
     if found is not None:

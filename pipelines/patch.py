@@ -55,17 +55,11 @@ def patch(
     ...     video = pipe(prompt).frames
     >>> print(handle.report())
     """
-    if isinstance(method, Method):
-        if options:
-            raise ValueError(
-                f"the options {sorted(options)} were given beside a method that has its own: set "
-                "them in the method, or give its name"
-            )
-    else:
-        method = create_method(method, **options)
+    method = _method(method, options)
     pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
+    steps = StepCounter(getattr(pipe, "scheduler", None))
     if dense_steps is None:
-        dense_steps = 0 if pipe is None else 0.1
+        dense_steps = 0.1 if steps.knows_num_steps else 0
     guard = DenseGuard(dense_layers, dense_steps)
     transformers = _transformers(pipe_or_transformer)
     for name, model in transformers.items():
@@ -73,14 +67,25 @@ def patch(
             raise ValueError(
                 f"{name} ({type(model).__name__}) is patched already: call vidattn.unpatch first"
             )
-    scheduler = getattr(pipe, "scheduler", None)
-    if guard.needs_num_steps and not hasattr(scheduler, "timesteps"):
+    if guard.needs_num_steps and not steps.knows_num_steps:
         raise ValueError(
             f"dense_steps={dense_steps} is a fraction of the denoising steps, and "
             f"{type(pipe_or_transformer).__name__} does not say how many there are: give a count, "
             "or patch the pipeline"
         )
-    return Handle(pipe, transformers, Settings(method, guard, strict, StepCounter(scheduler)))
+    return Handle(pipe, transformers, Settings(method, guard, strict, steps))
+
+
+def _method(method: str | Method, options: dict[str, object]) -> Method:
+    """The method with its options set."""
+    if not isinstance(method, Method):
+        return create_method(method, **options)
+    if options:
+        raise ValueError(
+            f"the options {sorted(options)} were given beside a method that has its own: set them "
+            "in the method, or give its name"
+        )
+    return method
 
 
 def unpatch(pipe_or_transformer: object) -> None:

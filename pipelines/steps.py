@@ -24,6 +24,11 @@ class StepCounter:
         return len(self._index)
 
     @property
+    def knows_num_steps(self) -> bool:
+        """Whether a scheduler says how many steps there are, once a generation runs."""
+        return hasattr(self._scheduler, "timesteps")
+
+    @property
     def num_steps(self) -> int | None:
         """Steps that the scheduler of the pipeline is set to; None without one."""
         timesteps: Tensor | None = getattr(self._scheduler, "timesteps", None)

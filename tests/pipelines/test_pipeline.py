@@ -75,6 +75,15 @@ def test_one_transformer_under_two_names(wan):
     assert len(handle.report().layers) == 2
 
 
+def test_steps_of_two_generations(wan):
+    with vidattn.patch(wan, "neighborhood", dense_steps=1, **OPTIONS) as handle:
+        for num_steps in (4, 7):
+            run_wan(wan, num_inference_steps=num_steps)
+            report = handle.report()
+            assert report.num_steps == num_steps
+            assert report.layers[0].num_dense == {"step guard": 2}
+
+
 def test_default_guards(wan):
     with vidattn.patch(wan, "neighborhood", window=3) as handle:
         run_wan(wan, num_inference_steps=11)
@@ -173,3 +182,24 @@ def test_compiled_transformer_in_a_pipeline(wan):
     with vidattn.patch(wan, "neighborhood", **sparse_options) as handle:
         torch.testing.assert_close(run_wan(wan), expected)
     assert [layer.num_sparse for layer in handle.report().layers] == [6, 6]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [None, "model", "group"])
+def test_on_a_gpu(wan, offload):
+    with vidattn.patch(wan, "neighborhood", **OPTIONS):
+        expected = run_wan(wan)
+    if offload == "model":
+        wan.enable_model_cpu_offload()
+    elif offload == "group":
+        wan.enable_group_offload(torch.device("cuda"), offload_type="leaf_level")
+    else:
+        wan.to("cuda")
+    before = run_wan(wan)
+    with vidattn.patch(wan, "dense"):
+        assert torch.equal(run_wan(wan), before)
+    with vidattn.patch(wan, "neighborhood", **OPTIONS) as handle:
+        torch.testing.assert_close(run_wan(wan).cpu(), expected, atol=1e-2, rtol=1e-2)
+        report = handle.report()
+    assert 0 < report.attention_ms < report.transformer_ms < report.total_ms
+    assert torch.equal(run_wan(wan), before)

@@ -3,6 +3,8 @@
 import copy
 import io
 import threading
+from dataclasses import dataclass
+from typing import ClassVar
 
 import accelerate
 import diffusers
@@ -14,7 +16,11 @@ from torch import nn
 
 import vidattn
 from tests.pipelines.tiny import TINY, build, latents
+from vidattn.grid import raster_layout
+from vidattn.method import Method
 from vidattn.pipelines.patch import find_handle
+from vidattn.pipelines.site import Site
+from vidattn.plan import Plan
 
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 OPTIONS = {"window": 3, "dense_layers": 0}
@@ -365,6 +371,60 @@ def test_steps_of_a_bare_transformer(wan):
     assert report.num_steps == 3 and report.num_passes == 12
     assert [layer.num_sparse for layer in report.layers] == [4, 4]
     assert [layer.num_dense for layer in report.layers] == [{"step guard": 8}] * 2
+
+
+@torch.no_grad()
+def test_pairs_of_masks_are_not_written_out(monkeypatch):
+    model, seen = build("HunyuanVideo15Transformer3DModel"), []
+    attend = Site.attend
+
+    def spy(site, layer, q, k, v, mask, scale):
+        seen.append(mask)
+        return attend(site, layer, q, k, v, mask, scale)
+
+    monkeypatch.setattr(Site, "attend", spy)
+    with patch(model):
+        TINY["HunyuanVideo15Transformer3DModel"].call(model)
+    assert len(seen) == 2
+    assert all(mask.untyped_storage().nbytes() == mask.shape[0] * mask.shape[-1] for mask in seen)
+
+
+@dataclass(frozen=True)
+class Nearest(Method):
+    """Every block of queries reads the half of the blocks whose keys are most like it."""
+
+    reads_content: ClassVar[bool] = True
+
+    def plan(self, grid, q=None, k=None):
+        layout = raster_layout(grid, 8)
+        tokens = layout.order.long().clamp_min(0)[: layout.num_video_blocks * 8]
+        q, k = (x[:, :, tokens].unflatten(2, (-1, 8)).mean(3) for x in (q, k))
+        scores = q @ k.mT
+        return Plan.from_blocks(grid, layout, scores >= scores.median(-1, keepdim=True).values)
+
+
+@pytest.mark.parametrize("key", [WAN, COGVIDEOX, "HunyuanVideoFramepackTransformer3DModel"])
+@torch.no_grad()
+def test_a_method_that_reads_content(key):
+    model, case = build(key), TINY[key]
+    dense = case.call(model)
+    with vidattn.patch(model, Nearest(), dense_layers=0) as handle:
+        case.call(model)
+        sites = handle._sites[0]
+        report = handle.report()
+    assert sites.settings._fixed_plan.cache_info().currsize == 0
+    assert 0.4 < report.density < 0.7 and report.num_dense == 0
+    assert torch.equal(case.call(model), dense)
+
+
+@torch.no_grad()
+def test_plans_are_made_once():
+    model = build(WAN)
+    with patch(model) as handle:
+        for _ in range(3):
+            TINY[WAN].call(model)
+        info = handle._sites[0].settings._fixed_plan.cache_info()
+    assert (info.misses, info.hits) == (1, 5)
 
 
 @torch.no_grad()

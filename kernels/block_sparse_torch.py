@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.chunks import Chunk
 from vidattn.kernels.onednn import fast_float32_products, has_bfloat16_products
-from vidattn.kernels.parts import Part, Parts
+from vidattn.kernels.parts import Hidden, Part, Parts
 from vidattn.kernels.slots import Rows, Slots
 from vidattn.kernels.workers import run
 from vidattn.kernels.workspace import Workspace
@@ -120,10 +121,14 @@ class _Call:
         self.is_plain = longest_q * longest_k * abs(scale) * LOG2E <= MAX_PLAIN_SCORE
         n, D = slots.block, q.shape[-1]
         block_bytes = n * (n * self.score_dtype.itemsize + 2 * D * q.dtype.itemsize)
-        batch = (q.shape[0], q.shape[1], k.shape[1])
-        self.parts = Parts(lists, slots, batch, block_bytes, self.score_dtype)
+        # log2 of the sum of weights
+        lse = torch.full((*q.shape[:3], 1), -math.inf, dtype=self.score_dtype, device=q.device)
+        self.lse = Rows(lse)
+        self.parts = Parts(
+            lists, slots, self.q, self.lse, k.shape[1], block_bytes, self.score_dtype
+        )
 
-    def _run(self, work: Callable[[Workspace, Part], None]) -> None:
+    def _run(self, work: Callable[[Workspace, Chunk, Part, Hidden | None], None]) -> None:
         device = self.k.device
         # kept from call to call: memory new to the process costs a tenth of the time
         spaces = self.lists.cache.setdefault(("workspaces", self.dtype, device), [])
@@ -134,45 +139,44 @@ class _Call:
             except IndexError:
                 space = Workspace(self.dtype, self.score_dtype, device)
             space.begin()
-            for part in self.parts.of_worker(index):
-                work(space, part)
+            for chunk, part, hidden in self.parts.of_worker(index):
+                work(space, chunk, part, hidden)
             spaces.append(space)
 
         with fast_float32_products(device):
             run(worker, self.parts.num_workers)
 
-    def _take(self, rows: Rows, part: Part) -> Tensor:
-        return self.slots.take(rows, part.heads, part.blocks)
-
-    def _put(self, rows: Rows, part: Part, values: Tensor) -> None:
-        self.slots.put(rows, part.heads, part.blocks, values)
+    def _new_output(self) -> tuple[Tensor, Callable[[Part], Tensor]]:
+        """Zeros for what is written query by query, laid out like q if it can be, and its index."""
+        out = torch.zeros_like(self.q.tensor)
+        if Rows(out).strides == self.q.strides:
+            return out, lambda part: part.query_rows
+        return out.contiguous(), lambda part: part.lse_rows
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output in the dtype of q, natural log-sum-exp in the dtype of the scores."""
-        q = self.q.tensor
-        out = torch.zeros_like(q)
-        # log2 of the sum of weights
-        lse = torch.full((*q.shape[:3], 1), -math.inf, dtype=self.score_dtype, device=q.device)
-        out_rows, lse_rows = Rows(out), Rows(lse)
+        out, row_index = self._new_output()
+        out_rows, lse_rows = Rows(out).flat, self.lse.flat
 
-        def work(space: Workspace, part: Part) -> None:
-            acc, total, top = self._attend(space, part)
-            self._put(lse_rows, part, total.log2().add_(top))
+        def work(space: Workspace, chunk: Chunk, part: Part, hidden: Hidden | None) -> None:
+            acc, total, top = self._attend(space, chunk, part, hidden)
+            part.put(lse_rows, part.lse_rows, total.log2().add_(top))
             acc.div_(total.clamp_min_(TINY))
-            self._put(out_rows, part, space.cast("out", acc, out.dtype))
+            part.put(out_rows, row_index(part), space.cast("out", acc, out.dtype))
 
         self._run(work)
-        return out, lse.mul_(LN2).squeeze(-1)
+        return out, self.lse.tensor.mul_(LN2).squeeze(-1)
 
-    def _attend(self, space: Workspace, part: Part) -> tuple[Tensor, Tensor, Tensor | float]:
+    def _attend(
+        self, space: Workspace, chunk: Chunk, part: Part, hidden: Hidden | None
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
         """(G, n, D) weighted values, (G, n, 1) sum of the weights, and the score of weight 1."""
-        q = self._take(self.q, part).to(self.score_dtype).mul_(self.scale * LOG2E)
+        q = part.take(self.q.flat, part.query_rows).to(self.score_dtype).mul_(self.scale * LOG2E)
         acc = space.buffer("acc", q.shape, self.score_dtype)
         total, top = None, 0.0
-        for begin, end in part.chunk.segments():
-            index = part.keys[:, begin:end].flatten()
+        for index, (begin, end) in zip(part.segments, chunk.segments()):
             k = space.gather("k", self.k, index, len(q))
-            scores = space.scores(q, k, part, begin, end)
+            scores = space.scores(q, k, hidden, begin, end)
             if not self.is_plain:
                 highest = scores.amax(-1, keepdim=True).clamp_min_(FLOOR)
                 if begin:
@@ -191,21 +195,20 @@ class _Call:
     def backward(self, d_out: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
         """Gradients of q, k and v; ``delta`` is what the softmax of each row loses."""
         _, k, v = self.tokens
-        lse = lse[..., None] / LN2
         # a row without keys gets no weights
-        lse.masked_fill_(lse == -math.inf, -FLOOR)
-        rows = [Rows(x) for x in (d_out, lse, delta[..., None])]
-        d_q = torch.zeros_like(self.q.tensor)
-        d_q_rows = Rows(d_q)
+        lse = (lse / LN2).masked_fill_(lse == -math.inf, -FLOOR).view(-1, 1)
+        delta = delta.reshape(-1, 1)
+        d_q, row_index = self._new_output()
+        d_q_rows = Rows(d_q).flat
+        pulls = [d_out.reshape(-1, d_out.shape[-1]), lse, delta]
         d_k, d_v = (torch.zeros_like(x, dtype=self.score_dtype) for x in (self.k, self.v))
 
-        def work(space: Workspace, part: Part) -> None:
-            pulls = [self._take(x, part) for x in rows]
-            empty = self.slots.is_empty(part.blocks)
-            if empty is not None:
-                pulls[1].masked_fill_(empty[..., None], -FLOOR)
-            grad = self._pull(space, part, *pulls, d_k, d_v).mul_(self.scale)
-            self._put(d_q_rows, part, space.cast("out", grad, d_q.dtype))
+        def work(space: Workspace, chunk: Chunk, part: Part, hidden: Hidden | None) -> None:
+            rows = [part.take(x, part.lse_rows) for x in pulls]
+            if part.live is not None:
+                rows[1].masked_fill_(~part.live[..., None], -FLOOR)
+            grad = self._pull(space, (chunk, part, hidden), rows, (d_k, d_v)).mul_(self.scale)
+            part.put(d_q_rows, row_index(part), space.cast("out", grad, d_q.dtype))
 
         self._run(work)
         d_k.mul_(self.scale)
@@ -215,22 +218,24 @@ class _Call:
     def _pull(
         self,
         space: Workspace,
-        part: Part,
-        d_out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        d_k: Tensor,
-        d_v: Tensor,
+        piece: tuple[Chunk, Part, Hidden | None],
+        rows: list[Tensor],
+        grads: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Adds to the gradients of k and v; returns that of the queries, without the scale."""
-        raw_q = self._take(self.q, part)
+        """Adds to the gradients of k and v; returns that of the queries, without the scale.
+
+        Args:
+            rows: of the queries, the gradient of their output, their log-sum-exp and ``delta``.
+        """
+        chunk, part, hidden = piece
+        (d_out, lse, delta), (d_k, d_v) = rows, grads
+        raw_q = part.take(self.q.flat, part.query_rows)
         q = raw_q.to(self.score_dtype) * (self.scale * LOG2E)
         d_q = space.buffer("acc", q.shape, self.score_dtype)
-        for begin, end in part.chunk.segments():
-            index = part.keys[:, begin:end].flatten()
+        for index, (begin, end) in zip(part.segments, chunk.segments()):
             k = space.gather("k", self.k, index, len(q))
             v = space.gather("v", self.v, index, len(q))
-            weights = space.scores(q, k, part, begin, end).sub_(lse).exp2_()
+            weights = space.scores(q, k, hidden, begin, end).sub_(lse).exp2_()
             d_scores = space.d_weights(d_out, v, weights).sub_(delta).mul_(weights)
             d_scores = space.cast("d weights", d_scores, k.dtype)
             space.add_product(d_q, d_scores, k, first=not begin)

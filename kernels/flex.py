@@ -109,8 +109,9 @@ def _tiles(block: int) -> dict[str, int]:
 def _block_mask(lists: BlockLists, slots: Slots, *, shared: bool) -> BlockMask:
     """Block lists as FlexAttention wants them; kept with the lists where no key mask is in them."""
     key = ("flex", slots.block)
-    if shared and key in lists.cache:
-        return lists.cache[key]
+    order, mask = lists.cache.get(key, (None, None))
+    if shared and order is slots.order:
+        return mask
     nb = slots.num_blocks
     listed = torch.zeros(lists.num_rows, nb, dtype=torch.bool, device=lists.row_start.device)
     rows, columns = lists.row_of_entry, lists.key_block.long()
@@ -133,7 +134,7 @@ def _block_mask(lists: BlockLists, slots: Slots, *, shared: bool) -> BlockMask:
         mask_mod=rule,
     )
     if shared:
-        lists.cache[key] = mask
+        lists.cache[key] = slots.order, mask
     return mask
 
 

@@ -16,7 +16,7 @@ class Rows:
         B, H, S, D = x.shape
         if x.stride(-1) != 1 or any(stride % D for stride in x.stride()[:3]):
             x = x.contiguous()
-        b, h, self.step = (stride // D for stride in x.stride()[:3])
+        b, h, self.step = self.strides = tuple(stride // D for stride in x.stride()[:3])
         # the tensor itself, or a copy where its strides do not fit
         self.tensor = x
         length = 1 + (B - 1) * b + (H - 1) * h + (S - 1) * self.step
@@ -36,7 +36,7 @@ class Slots:
     """
 
     def __init__(self, order: Tensor, block: int, key_mask: Tensor | None):
-        self.block = block
+        self.order, self.block = order, block
         self.num_blocks = order.numel() // block
         live = order >= 0
         filled = live.nonzero().flatten()
@@ -62,19 +62,11 @@ class Slots:
         slots = blocks.view(*like.shape[:2], -1, blocks.shape[-1])
         return slots.index_select(2, self._slot)
 
-    def take(self, x: Rows, heads: Tensor, blocks: Tensor) -> Tensor:
-        """(G, n, D) the blocks (G,) of the heads (G,); any token of the head in empty slots."""
-        index = x.start[heads][:, None] + self._token_of[blocks] * x.step
-        return x.flat.index_select(0, index.flatten()).view(*index.shape, -1)
+    def index(self, rows: Rows, heads: Tensor, blocks: Tensor) -> Tensor:
+        """(G, n) the row of each slot of the blocks (G,) of the heads (G,), any in empty slots."""
+        return rows.start[heads][:, None] + self._token_of[blocks] * rows.step
 
-    def put(self, x: Rows, heads: Tensor, blocks: Tensor, values: Tensor) -> None:
-        """Write what ``take`` reads; values (G, n, D) of empty slots are dropped."""
-        index = x.start[heads][:, None] + self._token_of[blocks] * x.step
-        if self._empty is not None:
-            live = self._is_live[blocks]
-            index, values = index[live], values[live]
-        x.flat.index_copy_(0, index.flatten(), values.reshape(index.numel(), -1))
-
-    def is_empty(self, blocks: Tensor) -> Tensor | None:
-        """(G, n) bool, which slots of the blocks are empty; None where none are."""
-        return None if self._empty is None else ~self._is_live[blocks]
+    def live(self, blocks: Tensor) -> Tensor | None:
+        """(G, n) bool, which slots of the blocks hold a token; None where all do."""
+        live = self._is_live[blocks]
+        return None if self._empty is None or bool(live.all()) else live

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vidattn.kernels.block_lists import HIDDEN
-from vidattn.kernels.parts import Part
+from vidattn.kernels.parts import Hidden
 
 # Scores rounded to bfloat16 are off by at most 2 ** -6 up to here: 0.6 % of a weight in the mean.
 MAX_ROUNDED_SCORE = 8.0
@@ -69,7 +69,7 @@ class Workspace:
         else:
             acc.baddbmm_(a, b)
 
-    def scores(self, q: Tensor, k: Tensor, part: Part, begin: int, end: int) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, hidden: Hidden | None, begin: int, end: int) -> Tensor:
         """(G, n, P * n) scores, base 2, of listed blocks begin to end; HIDDEN or less if hidden.
 
         Args:
@@ -83,12 +83,15 @@ class Workspace:
             self._tries += 1
             product = self.buffer("scores", shape, self.dtype)
             torch.bmm(self.cast("rounded q", q, self.dtype), k.mT, out=product)
-            part.hide(scores.copy_(product), begin, end)
+            scores.copy_(product)
+            if hidden is not None:
+                hidden.hide(scores, begin, end)
             if _is_roundable(scores):
                 return scores
             self._misses += 1
         torch.bmm(q, self.cast("exact k", k, self.score_dtype).mT, out=scores)
-        part.hide(scores, begin, end)
+        if hidden is not None:
+            hidden.hide(scores, begin, end)
         return scores
 
     def d_weights(self, d_out: Tensor, v: Tensor, weights: Tensor) -> Tensor:

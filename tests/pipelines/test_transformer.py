@@ -1,8 +1,10 @@
 """A patched transformer through everything that people do with transformers."""
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -188,6 +190,20 @@ def test_offload_hooks(wan, when):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sequential_offload(wan, when):
+    # every submodule loads its own weights
+    dense, sparse = outputs(WAN, wan)
+    cpu = torch.device("cpu")
+    if when == "before":
+        accelerate.cpu_offload(wan, cpu)
+    patch(wan)
+    if when == "after":
+        accelerate.cpu_offload(wan, cpu)
+    check(WAN, wan, dense, sparse)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_group_offload(wan, kind):
     dense, sparse = outputs(WAN, wan)
@@ -246,6 +262,17 @@ def test_a_copy_is_not_patched(wan):
     patch(twin)
     assert not torch.equal(TINY[WAN].call(twin), sparse)
     check(WAN, wan, dense, sparse)
+
+
+@torch.no_grad()
+def test_nothing_is_kept_alive():
+    model = build(WAN)
+    patch(model)
+    TINY[WAN].call(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @torch.no_grad()

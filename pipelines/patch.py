@@ -61,12 +61,7 @@ def patch(
     if dense_steps is None:
         dense_steps = 0.1 if steps.knows_num_steps else 0
     guard = DenseGuard(dense_layers, dense_steps)
-    transformers = _transformers(pipe_or_transformer)
-    for name, model in transformers.items():
-        if find_handle(model) is not None:
-            raise ValueError(
-                f"{name} ({type(model).__name__}) is patched already: call vidattn.unpatch first"
-            )
+    transformers = _unpatched_transformers(pipe_or_transformer)
     if guard.needs_num_steps and not steps.knows_num_steps:
         raise ValueError(
             f"dense_steps={dense_steps} is a fraction of the denoising steps, and "
@@ -242,6 +237,16 @@ def _transformers(pipe_or_transformer: object) -> dict[str, nn.Module]:
     # one transformer may stand under two names
     names = {id(part): name for name, part in reversed(found.items())}
     return {name: part for name, part in found.items() if names[id(part)] == name}
+
+
+def _unpatched_transformers(pipe_or_transformer: object) -> dict[str, nn.Module]:
+    transformers = _transformers(pipe_or_transformer)
+    for name, model in transformers.items():
+        if find_handle(model) is not None:
+            raise ValueError(
+                f"{name} ({type(model).__name__}) is patched already: call vidattn.unpatch first"
+            )
+    return transformers
 
 
 def _layer_reports(site: Site) -> list[LayerReport]:

@@ -6,7 +6,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import vidattn
-from tests.pipelines.tiny import TINY, build, latents
+from tests.pipelines.tiny import TINY, build
+from tests.pipelines.tiny_inputs import latents
 
 WAN = TINY["WanTransformer3DModel"]
 OPTIONS = {"window": 3, "dense_layers": 1}

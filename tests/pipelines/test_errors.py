@@ -7,7 +7,8 @@ from torch import nn
 
 import vidattn
 from tests.pipelines import tiny_pipes
-from tests.pipelines.tiny import TINY, WAN, build
+from tests.pipelines.tiny import TINY, build
+from tests.pipelines.tiny_inputs import WAN
 from tests.pipelines.tiny_pipes import run_wan
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines.ltx import longest_video
@@ -266,7 +267,7 @@ def test_key_masks():
 
 def test_ltx_coordinates():
     def place(*stretches):
-        from tests.pipelines.tiny import coordinates
+        from tests.pipelines.tiny_inputs import coordinates
 
         return longest_video(coordinates(*stretches)[0])
 

@@ -3,10 +3,7 @@
 import copy
 import gc
 import io
-import threading
 import weakref
-from dataclasses import dataclass
-from typing import ClassVar
 
 import accelerate
 import diffusers
@@ -17,40 +14,15 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from torch import nn
 
 import vidattn
-from tests.pipelines.tiny import TINY, build, latents
-from vidattn.grid import raster_layout
-from vidattn.method import Method
+from tests.pipelines.sparse import COGVIDEOX, WAN, check, outputs, patch
+from tests.pipelines.tiny import TINY, build
+from tests.pipelines.tiny_inputs import latents
 from vidattn.pipelines.patch import find_handle
-from vidattn.pipelines.site import Site
-from vidattn.plan import Plan
-
-WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
-OPTIONS = {"window": 3, "dense_layers": 0}
-
-
-def patch(model, **options):
-    return vidattn.patch(model, "neighborhood", **{**OPTIONS, **options})
 
 
 @pytest.fixture
 def wan():
     return build(WAN)
-
-
-def outputs(key, model, **changes):
-    """What a transformer gives as it is and patched."""
-    with torch.no_grad():
-        dense = TINY[key].call(model, **changes)
-        with patch(model):
-            return dense, TINY[key].call(model, **changes)
-
-
-@torch.no_grad()
-def check(key, model, dense, sparse):
-    """The patched ``model`` gives ``sparse``, and once unpatched ``dense``."""
-    assert torch.equal(TINY[key].call(model), sparse)
-    vidattn.unpatch(model)
-    assert torch.equal(TINY[key].call(model), dense)
 
 
 @torch.no_grad()
@@ -287,183 +259,3 @@ def test_save_and_load(wan, tmp_path):
     loaded = type(wan).from_pretrained(tmp_path).eval()
     assert torch.equal(TINY[WAN].call(loaded), dense)
     check(WAN, wan, dense, sparse)
-
-
-def gradients(key, model, checkpointing=False, autocast=False):
-    model.train()
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        TINY[key].call(model).float().square().mean().backward()
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-@pytest.mark.parametrize("key", [WAN, "HunyuanVideoTransformer3DModel", COGVIDEOX])
-def test_training(key):
-    from tests.pipelines.test_families import MaskedSoftmax
-
-    model, case = build(key), TINY[key]
-    plan = vidattn.plan("neighborhood", vidattn.Grid(*case.size), window=3)
-    with MaskedSoftmax(case, plan.mask()[0, 0]):
-        expected = gradients(key, model)
-    dense = gradients(key, model)
-    with patch(model) as handle:
-        sparse = gradients(key, model)
-        calls = handle.report().num_sparse
-        again = gradients(key, model, checkpointing=True)
-        # the recomputation of a block is no call
-        assert handle.report().num_sparse == 2 * calls
-    scale = max(gradient.abs().max().item() for gradient in expected.values())
-    for name, gradient in expected.items():
-        torch.testing.assert_close(sparse[name], gradient, atol=1e-5 * scale, rtol=1e-4)
-        torch.testing.assert_close(again[name], sparse[name], atol=1e-6 * scale, rtol=1e-5)
-    assert max((sparse[name] - dense[name]).abs().max() for name in dense) > 1e-3 * scale
-
-
-def test_training_under_autocast(wan):
-    dense = gradients(WAN, wan, autocast=True)
-    with patch(wan):
-        sparse = gradients(WAN, wan, autocast=True)
-    assert all(gradient.isfinite().all() for gradient in sparse.values())
-    assert any(not torch.equal(sparse[name], dense[name]) for name in dense)
-
-
-@torch.no_grad()
-def test_bfloat16():
-    model = build(WAN).to(torch.bfloat16)
-    inputs = {
-        name: value.bfloat16() if torch.is_tensor(value) else value
-        for name, value in TINY[WAN].inputs().items()
-    }
-    dense = model(**inputs, return_dict=False)[0]
-    with patch(model):
-        sparse = model(**inputs, return_dict=False)[0]
-    assert sparse.dtype == torch.bfloat16 and not torch.equal(sparse, dense)
-    assert torch.equal(model(**inputs, return_dict=False)[0], dense)
-
-
-@torch.no_grad()
-def test_three_threads():
-    # one transformer at two resolutions, and another beside it
-    shared, own = build(WAN), build("MochiTransformer3DModel")
-    small = {"hidden_states": latents(4, 5, 9, 8)}
-    expected = [
-        outputs(WAN, shared)[1],
-        outputs(WAN, shared, **small)[1],
-        outputs("MochiTransformer3DModel", own)[1],
-    ]
-    patch(shared)
-    patch(own)
-    got = [[], [], []]
-    # the random inputs of the cases come from one generator for the process
-    inputs = [TINY[WAN].inputs(), TINY[WAN].inputs() | small]
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        inputs = [TINY[WAN].inputs()] * 2
-        torch.manual_seed(1)
-        inputs.append(TINY["MochiTransformer3DModel"].inputs())
-    inputs[1] = inputs[1] | small
-
-    def work(i, model):
-        with torch.no_grad():
-            for _ in range(5):
-                got[i].append(model(**inputs[i], return_dict=False)[0])
-
-    threads = [
-        threading.Thread(target=work, args=(i, model))
-        for i, model in enumerate([shared, shared, own])
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(3):
-        assert len(got[i]) == 5
-        for out in got[i]:
-            torch.testing.assert_close(out, expected[i], atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_steps_of_a_bare_transformer(wan):
-    with patch(wan, dense_steps=2) as handle:
-        for _ in range(2):
-            for step in (900.0, 900.0, 600.0, 600.0, 300.0, 300.0):
-                TINY[WAN].call(wan, timestep=torch.full((2,), step))
-        report = handle.report()
-    assert report.num_steps == 3 and report.num_passes == 12
-    assert [layer.num_sparse for layer in report.layers] == [4, 4]
-    assert [layer.num_dense for layer in report.layers] == [{"step guard": 8}] * 2
-
-
-@torch.no_grad()
-def test_pairs_of_masks_are_not_written_out(monkeypatch):
-    model, seen = build("HunyuanVideo15Transformer3DModel"), []
-    attend = Site.attend
-
-    def spy(site, layer, q, k, v, mask, scale):
-        seen.append(mask)
-        return attend(site, layer, q, k, v, mask, scale)
-
-    monkeypatch.setattr(Site, "attend", spy)
-    with patch(model):
-        TINY["HunyuanVideo15Transformer3DModel"].call(model)
-    assert len(seen) == 2
-    assert all(mask.untyped_storage().nbytes() == mask.shape[0] * mask.shape[-1] for mask in seen)
-
-
-@dataclass(frozen=True)
-class Nearest(Method):
-    """Every block of queries reads the half of the blocks whose keys are most like it."""
-
-    reads_content: ClassVar[bool] = True
-
-    def plan(self, grid, q=None, k=None):
-        layout = raster_layout(grid, 8)
-        tokens = layout.order.long().clamp_min(0)[: layout.num_video_blocks * 8]
-        q, k = (x[:, :, tokens].unflatten(2, (-1, 8)).mean(3) for x in (q, k))
-        scores = q @ k.mT
-        return Plan.from_blocks(grid, layout, scores >= scores.median(-1, keepdim=True).values)
-
-
-@pytest.mark.parametrize("key", [WAN, COGVIDEOX, "HunyuanVideoFramepackTransformer3DModel"])
-@torch.no_grad()
-def test_a_method_that_reads_content(key):
-    model, case = build(key), TINY[key]
-    dense = case.call(model)
-    with vidattn.patch(model, Nearest(), dense_layers=0) as handle:
-        case.call(model)
-        sites = handle._sites[0]
-        report = handle.report()
-    assert sites.settings._fixed_plan.cache_info().currsize == 0
-    assert 0.4 < report.density < 0.7 and report.num_dense == 0
-    assert torch.equal(case.call(model), dense)
-
-
-@torch.no_grad()
-def test_plans_are_made_once():
-    model = build(WAN)
-    with patch(model) as handle:
-        for _ in range(3):
-            TINY[WAN].call(model)
-        info = handle._sites[0].settings._fixed_plan.cache_info()
-    assert (info.misses, info.hits) == (1, 5)
-
-
-@torch.no_grad()
-def test_layer_guards():
-    model = build("WanVACETransformer3DModel")
-    with patch(model, dense_layers=0.5) as handle:
-        TINY["WanVACETransformer3DModel"].call(model)
-    dense = {layer.name: layer.num_dense for layer in handle.report().layers}
-    assert dense == {
-        "transformer.blocks.0.attn1": {"layer guard": 1},
-        "transformer.blocks.1.attn1": {"layer guard": 1},
-        "transformer.blocks.2.attn1": {"layer guard": 1},
-        "transformer.vace_blocks.0.attn1": {},
-        "transformer.vace_blocks.1.attn1": {},
-    }

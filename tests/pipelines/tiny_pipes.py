@@ -16,7 +16,8 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel
 
-from tests.pipelines.tiny import TINY, WAN, build
+from tests.pipelines.tiny import TINY, build
+from tests.pipelines.tiny_inputs import WAN
 
 WAN_16 = {**WAN, "in_channels": 16, "out_channels": 16}
 # 17 frames of 80 x 112 pixels: a grid of 5 x 5 x 7

@@ -56,8 +56,18 @@ class LatentPool:
         self.latents, self.scenes = tensors["latents"], tensors["scenes"]
         self.names = clips.scenes
 
-    def draw(self, picks: list[int], frames: int) -> tuple[torch.Tensor, list[Scene]]:
-        """The first `frames` latent frames of the picked clips as (B, C, frames, h, w)."""
-        picks = [p % len(self.latents) for p in picks]
-        scenes = [self.names[self.scenes[p]] for p in picks]
-        return self.latents[picks, :, :frames].float(), scenes
+    def draw(
+        self, picks: list[int], frames: int, window: int | None = None
+    ) -> tuple[torch.Tensor, list[Scene]]:
+        """The first `frames` latent frames of the picked clips as (B, C, frames, h, w).
+
+        A `window` cuts as many rows and columns, at a place that the pick settles.
+        """
+        chosen = [p % len(self.latents) for p in picks]
+        latents = self.latents[chosen, :, :frames].float()
+        if window is not None:
+            room = latents.shape[-1] - window + 1
+            places = [divmod(p // len(self.latents) % room**2, room) for p in picks]
+            cuts = [x[..., r : r + window, c : c + window] for x, (r, c) in zip(latents, places)]
+            latents = torch.stack(cuts)
+        return latents, [self.names[self.scenes[p]] for p in chosen]

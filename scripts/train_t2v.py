@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from safetensors.torch import load_file, save_file
 from t2v_checkpoint import learning_rate, load_checkpoint, save_checkpoint
 from t2v_data import Clips, fetch_items, vary_caption
@@ -26,6 +31,7 @@ from t2v_latents import LatentPool, encode_clips
 from t2v_muon import Muon
 from t2v_team import Team, run_team
 from t2v_vae import build_vae, set_latent_statistics, train_vae
+from transformers import UMT5EncoderModel
 
 
 def build_flow_model(config: dict, vocab_size: int) -> FlowModel:
@@ -37,6 +43,29 @@ def build_flow_model(config: dict, vocab_size: int) -> FlowModel:
         latent_channels=channels, text_width=width, **config["flow"]["model"]
     )
     return FlowModel(transformer, text_encoder)
+
+
+def load_bundle(model: FlowModel, folder: str) -> None:
+    """Fill the model from a pipeline folder."""
+    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
+    text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder")
+    try:
+        model.transformer.load_state_dict(transformer.state_dict())
+        model.text_encoder.load_state_dict(text_encoder.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"{folder} holds another model than the configuration asks for") from error
+
+
+def continue_from(config: dict, folder: str, steps: int | None) -> None:
+    """Change the configuration to its last phase alone, from the weights in a folder."""
+    if not (Path(folder) / "model_index.json").is_file():
+        raise ValueError(f"{folder} has no model_index.json; give a folder this program wrote")
+    phases = config["flow"]["phases"]
+    length = phases[-1]["until"] - (phases[-2]["until"] if len(phases) > 1 else 0)
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps is {steps}; it must be at least 1")
+    config["flow"]["phases"] = [phases[-1] | {"until": steps or length}]
+    config["init"] = folder
 
 
 def flow_optimizers(model: FlowModel, team: Team) -> dict[str, torch.optim.Optimizer]:
@@ -57,7 +86,8 @@ def draw_batch(
     kind = phase["batches"][shared.choice(len(phase["batches"]), p=phase["shares"])]
     rng = np.random.default_rng((clips.seed, step, 4, team.rank))
     picks = rng.integers(0, 2**31, kind["batch"]).tolist()
-    latents, scenes = pools[tuple(kind["clips"])].draw(picks, kind["frames"])
+    pool = pools[tuple(kind["clips"])]
+    latents, scenes = pool.draw(picks, kind["frames"], kind.get("window"))
     captions = ["" if rng.random() < drop else vary_caption(s, rng) for s in scenes]
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     return latents, (tokens.input_ids, tokens.attention_mask)
@@ -66,7 +96,10 @@ def draw_batch(
 def train_flow(config: dict, clips: Clips, work: Path, team: Team) -> tuple[FlowModel, object]:
     """Train the transformer with its text encoder; returns the averaged weights."""
     options, tokenizer = config["flow"], build_tokenizer()
-    model = build_flow_model(config, len(tokenizer)).use_training_attention()
+    model = build_flow_model(config, len(tokenizer))
+    if config["init"]:
+        load_bundle(model, config["init"])
+    model.use_training_attention()
     average = copy.deepcopy(model)
     optimizers = flow_optimizers(model, team)
     parts = {"model": model, "average": average} | optimizers
@@ -132,6 +165,9 @@ def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
 
 def load_vae(config: dict, clips: Clips):
     """The trained autoencoder with its latent statistics."""
+    if config["init"]:
+        vae = AutoencoderKLWan.from_pretrained(config["init"], subfolder="vae")
+        return vae.eval().requires_grad_(False)
     vae = build_vae(**config["vae"]["model"])
     if not load_checkpoint(Path(config["work"]) / "vae.safetensors", {"vae": vae}):
         raise ValueError(f"{config['work']} has no vae.safetensors; train first, without --export")
@@ -146,7 +182,8 @@ def train(team: Team, config: dict) -> None:
     work.mkdir(parents=True, exist_ok=True)
     clips = Clips(config["data"], "train", config["seed"])
     torch.manual_seed(config["seed"])
-    train_vae(build_vae(**config["vae"]["model"]), clips, config["vae"], work, team)
+    if not config["init"]:
+        train_vae(build_vae(**config["vae"]["model"]), clips, config["vae"], work, team)
     team.wait()
     vae = load_vae(config, clips)
     encode_clips(vae, clips, config["flow"]["clips"], work, team)
@@ -173,7 +210,7 @@ def read_config(path: str) -> dict:
     needed = {"seed", "processes", "data", "work", "out", "vae", "text", "flow"}
     if missing := sorted(needed - set(config if isinstance(config, dict) else {})):
         raise ValueError(f"{path} lacks {', '.join(missing)}; see configs/tiny_t2v.yaml")
-    return config
+    return config | {"init": None}
 
 
 def main() -> None:
@@ -185,10 +222,17 @@ def main() -> None:
     parser.add_argument(
         "--export", action="store_true", help="only write the pipeline from the newest checkpoint"
     )
+    parser.add_argument("--init", help="train on from this pipeline folder, by the last phase only")
+    parser.add_argument("--steps", type=int, help="with --init: how long")
     arguments = parser.parse_args()
+    if arguments.steps is not None and not arguments.init:
+        parser.error("--steps needs --init; the configuration settles the length of a whole run")
     try:
         config = read_config(arguments.config)
-        config |= {k: v for k, v in vars(arguments).items() if k in config and v}
+        if arguments.init:
+            continue_from(config, arguments.init, arguments.steps)
+        folders = {k: getattr(arguments, k) for k in ("data", "work", "out")}
+        config |= {k: v for k, v in folders.items() if v}
         fetch_items(config["data"])
         if arguments.export:
             export_newest(config)

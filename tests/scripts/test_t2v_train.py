@@ -18,6 +18,15 @@ checkpoint = importlib.import_module("t2v_checkpoint")
 team = importlib.import_module("t2v_team")
 write_items = importlib.import_module("test_t2v_data").write_items
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 MICRO_VAE = {"z_dim": 4, "base_dim": 8, "dim_mult": [1, 1, 2], "num_res_blocks": 1}
 MICRO_FLOW = {
     "num_attention_heads": 2,
@@ -112,6 +121,7 @@ def micro_config(folder: Path) -> dict:
     size, phase = [5, 32, 32], {"shift": 2.0, "shares": [1.0]}
     schedule = {"warmup": 1, "decay": 1}
     return {
+        "init": None,
         "seed": 3,
         "processes": 1,
         "data": str(folder / "data"),
@@ -143,6 +153,27 @@ def micro_config(folder: Path) -> dict:
             "save_every": 1,
         },
     }
+
+
+def test_trains_on_from_a_folder(tmp_path):
+    first, config = micro_config(tmp_path), micro_config(tmp_path)
+    write_items(tmp_path / "data")
+    program.train(team.Team(), first)
+    config |= {"work": str(tmp_path / "more"), "out": str(tmp_path / "better")}
+    program.continue_from(config, first["out"], steps=1)
+    assert config["flow"]["phases"] == [first["flow"]["phases"][-1] | {"until": 1}]
+    program.train(team.Team(), config)
+    files = [Path(c["out"]) / "transformer" / WEIGHTS for c in (first, config)]
+    before, after = (checkpoint.load_file(file) for file in files)
+    moved = max((after[key] - before[key]).abs().max() for key in before)
+    assert 0 < moved < 0.05
+    autoencoders = [Path(c["out"]) / "vae" / WEIGHTS for c in (first, config)]
+    assert autoencoders[0].read_bytes() == autoencoders[1].read_bytes()
+    with pytest.raises(ValueError, match="model_index"):
+        program.continue_from(config, str(tmp_path / "nowhere"), None)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Interrupted(Exception):

@@ -188,7 +188,8 @@ class _Call:
                 top = highest
             sums = scores.exp2_().sum(-1, keepdim=True)
             total = total.add_(sums) if begin else sums
-            v = space.gather("v", self.v, index, len(q))
+            # over the keys, which are done with: less memory to pass through the caches
+            v = space.gather("k", self.v, index, len(q))
             space.add_product(acc, space.cast("weights", scores, v.dtype), v, first=not begin)
         return acc, total, top
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists
 
-# bytes of scores, keys and values in flight: they go through the second and third level caches
-BUDGET = 4 << 20
+# bytes of scores, keys and values in flight: few calls, and the last level cache still holds them
+BUDGET = 6 << 20
 # query blocks below which batched products lose speed: longer lists are cut before fewer are taken
 MIN_ROWS = 2
 

@@ -76,6 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="2,048 tokens only, under a minute")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
+    parser.add_argument(
+        "--backward-up-to", type=int, default=32768, help="time no backward for more tokens"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="times each function is called")
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
     args = parser.parse_args()
@@ -91,7 +94,9 @@ def main() -> None:
         methods = {
             name: grids[grid][name] for name in ("radial", "neighborhood")[: 128 // head_dim]
         }
-        rows += measure(grid, head_dim, dtype, methods, args.rounds, flex=not args.no_flex)
+        kinds = ["torch"] + ["flex"] * (not args.no_flex)
+        kinds += ["train"] * (grid.num_tokens <= args.backward_up_to)
+        rows += measure(grid, head_dim, dtype, methods, args.rounds, kinds)
     rows.sort(key=lambda row: (row["method"] != "radial", row["method"]))
     machine = hardware() | {"torch": torch.__version__}
     text = to_markdown(rows, machine, args.rounds)
@@ -105,22 +110,22 @@ def main() -> None:
 
 
 def measure(
-    grid: Grid, head_dim: int, dtype: str, methods: dict, rounds: int, *, flex: bool
+    grid: Grid, head_dim: int, dtype: str, methods: dict, rounds: int, kinds: list[str]
 ) -> list[dict]:
-    """One row of figures for each method."""
+    """One row of figures for each method; ``kinds`` of calls are torch, flex and train."""
     shape = (1, HEADS, grid.num_tokens, head_dim)
     q, k, v, d_out = (torch.randn(shape).to(DTYPES[dtype]) for _ in range(4))
     dense_heads = 1 if grid.num_tokens > 10_000 else HEADS
     few = [x[:, :dense_heads] for x in (q, k, v, d_out)]
-    functions = {
-        "dense": lambda: F.scaled_dot_product_attention(*few[:3]),
-        "train dense": lambda: train(F.scaled_dot_product_attention, *few),
-    }
+    functions = {"dense": lambda: F.scaled_dot_product_attention(*few[:3])}
+    if "train" in kinds:
+        functions["train dense"] = lambda: train(F.scaled_dot_product_attention, *few)
     plans = {name: plan_of(name, grid, **options) for name, options in methods.items()}
     for name, plan in plans.items():
-        functions |= engine_calls(name, plan, q, k, v, d_out, flex=flex)
+        calls = engine_calls(plan, q, k, v, d_out)
+        functions |= {f"{name} {kind}": calls[kind] for kind in kinds}
     seconds = in_turns(functions, rounds)
-    for name in ("dense", "train dense"):
+    for name in seconds.keys() & {"dense", "train dense"}:
         seconds[name] *= HEADS / dense_heads
     rows = []
     for name, plan in plans.items():
@@ -130,26 +135,25 @@ def measure(
         row |= {"visited": plan.visited_density} | figures(name, seconds)
         row["error"] = error(attend(q, k, v, plan, backend="torch"), q, k, v, plan)
         row["extra_mib"] = extra_mib(functions[f"{name} torch"])
-        row["train_extra_mib"] = extra_mib(functions[f"{name} train torch"])
+        trained = functions.get(f"{name} train")
+        row["train_extra_mib"] = extra_mib(trained) if trained else None
         rows.append(row)
     return rows
 
 
 def engine_calls(
-    name: str, plan: Plan, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, flex: bool
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor
 ) -> dict[str, Callable[[], object]]:
-    """What is timed for one plan."""
+    """What can be timed for one plan."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, backend: str = "torch") -> Tensor:
         return attend(q, k, v, plan, backend=backend)
 
-    calls = {
-        f"{name} torch": lambda: run(q, k, v),
-        f"{name} train torch": lambda: train(run, q, k, v, d_out),
+    return {
+        "torch": lambda: run(q, k, v),
+        "flex": lambda: run(q, k, v, "flex"),
+        "train": lambda: train(run, q, k, v, d_out),
     }
-    if flex:
-        calls[f"{name} flex"] = lambda: run(q, k, v, "flex")
-    return calls
 
 
 def train(attention: Callable, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> None:
@@ -180,18 +184,22 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def figures(name: str, seconds: dict[str, float]) -> dict[str, float | None]:
-    """Times in ms of one method, and ratios."""
+    """Times in ms of one method, and ratios; None for what was not timed."""
     ms = {key: 1e3 * value for key, value in seconds.items()}
-    flex = ms.get(f"{name} flex")
+
+    def ratio(slow: str, fast: str) -> float | None:
+        return ms[slow] / ms[fast] if slow in ms and fast in ms else None
+
+    own, flex, train = (f"{name} {kind}" for kind in ("torch", "flex", "train"))
     return {
         "dense_ms": ms["dense"],
-        "torch_ms": ms[f"{name} torch"],
-        "times_dense": ms["dense"] / ms[f"{name} torch"],
-        "flex_ms": flex,
-        "times_flex": flex / ms[f"{name} torch"] if flex else None,
-        "train_dense_ms": ms["train dense"],
-        "train_torch_ms": ms[f"{name} train torch"],
-        "train_times_dense": ms["train dense"] / ms[f"{name} train torch"],
+        "torch_ms": ms[own],
+        "times_dense": ratio("dense", own),
+        "flex_ms": ms.get(flex),
+        "times_flex": ratio(flex, own),
+        "train_dense_ms": ms.get("train dense"),
+        "train_torch_ms": ms.get(train),
+        "train_times_dense": ratio("train dense", train),
     }
 
 

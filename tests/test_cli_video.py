@@ -140,12 +140,15 @@ def test_compare_shows_methods_beside_dense(original, capfd, tmp_path):
     assert all(row["step_ms"] > 0 and len(row["clips"]) == 2 for row in report["methods"].values())
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "report.json", "side_by_side.mp4", "side_by_side.gif", "dense-1.mp4", "dense-2.mp4",
+        "report.json", "report.md", "side_by_side.mp4", "side_by_side.gif",
+        "dense-1.mp4", "dense-2.mp4",
         "neighborhood-window=99-1.mp4", "neighborhood-window=99-2.mp4",
         "radial-near=0,sink=false,decay=0.1-1.mp4", "radial-near=0,sink=false,decay=0.1-2.mp4",
     }  # fmt: skip
     frames, _ = frames_of(folder / "side_by_side.mp4")
     assert len(frames) == 9 and frames[0].shape[1] > 3 * 256 and frames[0].shape[0] > 2 * 192
+    table = (folder / "report.md").read_text()
+    assert table.count("|\n") == 5 and "`neighborhood:window=99`" in table and "Grid(" not in table
     assert "speed-up" in out and "of a dense step" in out and "384 video tokens" not in err
 
 

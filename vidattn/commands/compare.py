@@ -34,6 +34,8 @@ examples:
   vidattn compare --method radial:density=0.3 --frames 65
   vidattn compare --method radial:density=0.2 --method neighborhood:window=9,9,9 --repeats 3"""
 
+COLUMNS = ("density", "in all", "step", "speed-up", "whole run", "PSNR", "SSIM")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
@@ -98,7 +100,10 @@ def run(args: argparse.Namespace) -> None:
     _write_report(folder, record(pipe, args, requests[0], guards), requests, clips, rows)
     console = Console(highlight=False)
     _print_table(console, rows)
-    _print_setting(console, requests[0], [clips[row.label][0] for row in rows], rows[0])
+    setting = _setting(requests[0], [clips[row.label][0] for row in rows], rows[0])
+    console.print(f"\n{setting}")
+    with write_atomically(folder / "report.md") as partial:
+        partial.write_text(f"{_markdown(rows)}\n{setting}\n", encoding="utf-8")
     console.print(f"wrote {folder}", soft_wrap=True)
 
 
@@ -193,32 +198,38 @@ def _describe(clip: Clip) -> dict[str, object]:
 
 
 def _print_table(console: Console, rows: Sequence[Row]) -> None:
-    dense = rows[0]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("method", overflow="fold")
-    for column in ("density", "in all", "step", "speed-up", "whole run", "PSNR", "SSIM"):
+    for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        like = ("", "") if row is dense else (f"{row.psnr_db:.2f} dB", f"{row.ssim:.4f}")
-        speedup = f"{dense.step_ms / row.step_ms:.2f}x"
-        times = (_seconds(row.step_ms), speedup, _seconds(row.total_ms))
-        densities = (f"{row.density:.3f}", f"{row.density_in_all:.3f}")
-        table.add_row(row.label.replace(":", "\n  "), *densities, *times, *like)
+        table.add_row(row.label.replace(":", "\n  "), *_cells(row, rows[0]))
     console.print(table)
 
 
-def _print_setting(console: Console, request: Request, clips: Sequence[Clip], dense: Row) -> None:
+def _markdown(rows: Sequence[Row]) -> str:
+    lines = [["method", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
+    lines += [[f"`{row.label}`", *_cells(row, rows[0])] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cells(row: Row, dense: Row) -> list[str]:
+    like = ["", ""] if row is dense else [f"{row.psnr_db:.2f} dB", f"{row.ssim:.4f}"]
+    times = [f"{dense.step_ms / row.step_ms:.2f}x", _seconds(row.total_ms)]
+    densities = [f"{row.density:.3f}", f"{row.density_in_all:.3f}"]
+    return [*densities, _seconds(row.step_ms), *times, *like]
+
+
+def _setting(request: Request, clips: Sequence[Clip], dense: Row) -> str:
     frames, _, height, width = clips[0].frames.shape
     grids = dict.fromkeys(_grid_words(grid) for clip in clips for grid in clip.report.grids)
-    console.print(
-        f"\n{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
-        f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step."
-    )
-    console.print(
+    return (
+        f"{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
+        f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step.\n"
         "density: of the plan, then with the dense layers and steps. step: median. "
-        "PSNR and SSIM: against dense, on the frames before they are encoded."
+        "PSNR and SSIM: against dense, on the frames before they are encoded.\n"
+        f"{hardware_line()}."
     )
-    console.print(f"{hardware_line()}.")
 
 
 def _grid_words(grid: str) -> str:

@@ -13,7 +13,6 @@ DISTRIBUTION = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
     "google": "protobuf",
-    "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
 

@@ -11,7 +11,6 @@ from tests.test_imports import imported
 
 DISTRIBUTION = {
     "PIL": "pillow",
-    "cv2": "opencv-python-headless",
     "google": "protobuf",
     "yaml": "pyyaml",
 }

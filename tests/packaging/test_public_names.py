@@ -62,7 +62,7 @@ assert isinstance(plan, Plan)
 
 def test_the_function_plan_wins_and_heavy_libraries_stay_out():
     heavy = (
-        "heavy = {'diffusers', 'transformers', 'timm', 'matplotlib', 'cv2', 'imageio'}\n"
+        "heavy = {'diffusers', 'transformers', 'timm', 'matplotlib', 'imageio'}\n"
         "dir(vidattn)\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )

@@ -233,4 +233,4 @@ def test_the_bundled_model_has_defaults_of_its_own():
         assert request.prompt == BUNDLED_PROMPT
         defaults.append(request.arguments())
     assert defaults[0] == defaults[1]
-    assert BUNDLED_DEFAULTS.items() - defaults[0].items() == {("num_inference_steps", 20)}
+    assert BUNDLED_DEFAULTS.items() - defaults[0].items() == {("num_inference_steps", 12)}

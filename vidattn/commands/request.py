@@ -16,7 +16,7 @@ BUNDLED_DEFAULTS = {
     "num_frames": 33,
     "height": 128,
     "width": 128,
-    "num_inference_steps": 20,
+    "num_inference_steps": 12,
     "guidance_scale": 4.0,
 }
 BUNDLED_PROMPT = "a red boot moving right over a dark background"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # what hides a pair when added to its score: below every real score, and finite, so that the largest
@@ -93,6 +94,30 @@ class BlockLists:
         rank = torch.arange(self.key_block.numel(), device=self.row_start.device)
         rows = self.row_of_entry
         return rank - self.row_start[rows] >= self.num_full[rows]
+
+    def transposed(self) -> BlockLists:
+        """The lists of the key blocks: which query blocks read each, made once.
+
+        ``box`` and ``masks`` stay as they are, query by key.
+        """
+        if "transposed" not in self.cache:
+            num_blocks = self.num_rows // (self.batch * self.heads)
+            rows, partial = self.row_of_entry, self.is_partial
+            new_rows = rows - rows % num_blocks + self.key_block
+            order = (new_rows * 2 + partial).argsort(stable=True)
+            counts = torch.bincount(new_rows, minlength=self.num_rows)
+            num_full = torch.bincount(new_rows[~partial], minlength=self.num_rows)
+            self.cache["transposed"] = BlockLists(
+                self.batch,
+                self.heads,
+                F.pad(counts.cumsum(0), (1, 0)),
+                num_full.int(),
+                (rows % num_blocks)[order].int(),
+                self.box,
+                None if self.mask_id is None else self.mask_id[order],
+                self.masks,
+            )
+        return self.cache["transposed"]
 
     def to(self, device: torch.device | str) -> BlockLists:
         """The same lists with their tensors on ``device``."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from t2v_data import BACKGROUNDS, COLOURS, DIRECTIONS, ITEMS
+from t2v_precision import fast_products
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -116,12 +117,22 @@ class TrainingAttention:
         if rotary_emb is not None:
             query, key = (_rotate(x, *rotary_emb) for x in (query, key))
         query, key, value = (x.type_as(value).transpose(1, 2) for x in (query, key, value))
-        # Plain products: at these lengths the fused CPU kernel takes twice the time.
-        logits = (query * query.shape[-1] ** -0.5) @ key.mT
-        if encoder_hidden_states is not None:
-            logits = logits + self.bias.type_as(logits)
-        out = logits.softmax(-1).type_as(value) @ value
+        bias = None if encoder_hidden_states is None else self.bias.type_as(query)
+        out = _attend(query, key, value, bias)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Dense attention; at these lengths the fused CPU kernel is fast in float32 only."""
+    if query.dtype is torch.float32:
+        rows = query.shape[2]
+        bias = None if bias is None else bias.expand(-1, -1, rows, -1)
+        return F.scaled_dot_product_attention(query, key, value, bias)
+    logits = (query * query.shape[-1] ** -0.5) @ key.mT
+    logits = logits if bias is None else logits + bias
+    return logits.softmax(-1).type_as(value) @ value
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -177,6 +188,6 @@ def flow_loss(
     sigma = sample_sigma(len(latents), shift, generator)
     noise = torch.randn(latents.shape, generator=generator)
     level = sigma.view(-1, 1, 1, 1, 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products():
         velocity = model((1 - level) * latents + level * noise, sigma, *tokens)
     return (velocity.float() - (noise - latents)).square().mean()

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from t2v_data import Clips, Scene
+from t2v_precision import fast_products
 from t2v_team import Team
 from t2v_vae import encode_moments, normalise
 
@@ -34,7 +35,7 @@ def encode_clips(
         bar = team.bar(0, len(mine), f"latents {size}")
         for index in mine:
             clip, scene = clips.sample((order + 2) * 10**7 + index, size)
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_products():
                 mean = encode_moments(vae, clip[None]).chunk(2, dim=1)[0]
             latents.append(normalise(vae, mean[0].float()).half())
             scenes.append(number[scene])

@@ -1,13 +1,14 @@
 """Muon (Jordan et al., 2024): momentum whose matrices are orthogonalised, batched by shape."""
 
 import torch
+from t2v_precision import fast_dtype
 from t2v_team import Team
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Near-orthogonal factors of (N, R, K) matrices by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(fast_dtype())
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).contiguous()

@@ -9,6 +9,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+# One heap that keeps what is freed: large tensors come and go without page faults.
+HEAP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
 
 class Team:
     """This process's place among `size` workers that train one model together."""
@@ -69,6 +76,7 @@ def _work(rank: int, size: int, port: int, function: Callable, arguments: tuple)
 
 def run_team(size: int, function: Callable, *arguments) -> None:
     """Call `function(team, *arguments)` in `size` processes, or here when it is one."""
+    os.environ |= HEAP
     if size == 1:
         _work(0, 1, 0, function, arguments)
         return

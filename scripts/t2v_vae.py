@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchi
 from t2v_checkpoint import learning_rate, load_checkpoint, save_checkpoint
 from t2v_data import Clips
 from t2v_muon import Muon
+from t2v_precision import fast_products
 from t2v_team import Team
 
 # Clips are rendered this many pixels larger than the windows cut from them.
@@ -83,7 +84,7 @@ def decode_clips(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 def vae_loss(vae: AutoencoderKLWan, clips: torch.Tensor, noise_seed: int, kl_weight: float):
     """Training loss with the L1 error it contains, both scalars."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products():
         mean, log_var = encode_moments(vae, clips).float().chunk(2, dim=1)
         log_var = log_var.clamp(-20, 10)
         generator = torch.Generator().manual_seed(noise_seed)

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.chunks import Chunk
+from vidattn.kernels.library import Operator
 from vidattn.kernels.onednn import fast_float32_products, has_bfloat16_products
 from vidattn.kernels.parts import Hidden, Part, Parts
 from vidattn.kernels.slots import Rows, Slots
@@ -31,7 +32,6 @@ FLOOR = -1e20
 TINY = 1e-37
 
 
-@torch.compiler.disable
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -42,6 +42,7 @@ def block_sparse_attention(
     *,
     scale: float,
     key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over listed blocks.
 
@@ -57,17 +58,19 @@ def block_sparse_attention(
         lists: which key blocks each query block reads.
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
+        key_bias: (B|1, H|1, S), finite, added to the scaled scores; it has a gradient too.
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
     """
     dtype = q.dtype
-    with torch.autocast(q.device.type, enabled=False):
-        if not _computes_in(dtype, q.device):
-            q, k, v = q.float(), k.float(), v.float()
-        slots = Slots(order, block, key_mask)
-        out, lse = _Attention.apply(q, k, v, slots, lists, scale)
-        return out.to(dtype), lse
+    if key_bias is not None or not _computes_in(dtype, q.device):
+        q, k, v = q.float(), k.float(), v.float()
+    if key_bias is not None:
+        q, k, v = _with_bias(q, k, v, key_bias / scale)
+    out, lse = _attention(q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask)
+    out = out if key_bias is None else out[..., :-1]
+    return out.to(dtype), lse.float()
 
 
 def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
@@ -76,29 +79,26 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, slots, lists, scale):
-        out, lse = _Call(q, k, v, slots, lists, scale).forward()
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.slots, ctx.lists, ctx.scale = slots, lists, scale
-        ctx.set_materialize_grads(False)
-        return out, lse.float()
+def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias):
+    with torch.autocast(q.device.type, enabled=False):
+        return _Call(q, k, v, Slots(order, block, key_mask), lists, scale).forward()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out, d_lse):
-        q, k, v, out, lse = ctx.saved_tensors
-        if d_out is None and d_lse is None:
-            return (None,) * 6
-        with torch.autocast(q.device.type, enabled=False):
-            d_out = torch.zeros_like(out) if d_out is None else d_out
-            # what the softmax of a row loses when its output, or its log-sum-exp, is pulled
-            delta = (out.to(lse.dtype) * d_out).sum(-1)
-            if d_lse is not None:
-                delta -= d_lse
-            grads = _Call(q, k, v, ctx.slots, ctx.lists, ctx.scale).backward(d_out, lse, delta)
-            return *grads, None, None, None
+
+def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
+    with torch.autocast(q.device.type, enabled=False):
+        call = _Call(q, k, v, Slots(order, block, key_mask), lists, scale)
+        return *call.backward(d_out, lse, delta), q.new_empty(0)
+
+
+_attention = Operator("block_sparse_torch", _forward, _backward)
+
+
+def _with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One more channel, in which every query is 1 and every key its bias."""
+    B, H, S, _ = q.shape
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    bias = bias.to(k.dtype).expand(B, H, S)[..., None]
+    return F.pad(q, (0, 1), value=1.0), torch.cat([k, bias], dim=-1), F.pad(v, (0, 1))
 
 
 class _Call:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidattn.kernels import block_sparse_torch, flex, reference
+from vidattn.kernels import block_sparse_torch, reference
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 
@@ -122,6 +122,9 @@ def _torch(q, k, v, plan, scale, key_mask, need_lse):
 
 
 def _flex(q, k, v, plan, scale, key_mask, need_lse):
+    # brings in the compiler of PyTorch: seconds that only this engine's users should wait
+    from vidattn.kernels import flex
+
     layout, lists = plan.layout, plan.lists
     return flex.block_sparse_attention(
         q,

@@ -1,0 +1,138 @@
+"""Engines as operators of ``torch.library``: what torch.compile, export, FX and meta tensors see.
+
+Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vidattn.kernels.block_lists import BlockLists, Box
+
+# the arguments that describe the block lists, in the order of `_flatten`
+_LISTS = (
+    "Tensor row_start, Tensor num_full, Tensor key_block, Tensor? box_key, Tensor? box_low, "
+    "Tensor? box_high, Tensor? mask_id, Tensor? masks, int guard, int batch, int heads"
+)
+_REST = "Tensor order, int block, float scale, Tensor? key_mask, Tensor? key_bias"
+_NUM_LISTS = _LISTS.count(",") + 1
+# lists that are alive, with what engines derived from them, by the id of their key_block
+_alive: weakref.WeakValueDictionary[int, BlockLists] = weakref.WeakValueDictionary()
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, ...]]
+
+
+class Operator:
+    """A differentiable block-sparse attention, registered as ``vidattn::name``.
+
+    Args:
+        name: of the operator; its backward is ``name_backward``.
+        forward: takes q (B, H, S, D), k and v (B, K, S, D), the block lists, order, block, scale,
+            key_mask and key_bias; gives the output with the natural log-sum-exp (B, H, S), float64
+            for float64 inputs, else float32.
+        backward: takes the gradient of the output, ``delta`` (B, H, S), which is what the softmax
+            of each row loses, q, k, v, the log-sum-exp, then what ``forward`` takes after v; gives
+            the gradients of q, k, v and key_bias, any tensor for the last where there is none.
+    """
+
+    def __init__(self, name: str, forward: Forward, backward: Backward):
+        self._forward = torch.library.custom_op(
+            f"vidattn::{name}",
+            lambda q, *rest: _laid_out(forward(q, *rest[:2], *_gather(rest[2:])), (q,)),
+            mutates_args=(),
+            schema=f"(Tensor q, Tensor k, Tensor v, {_LISTS}, {_REST}) -> (Tensor, Tensor)",
+        )
+        self._backward = torch.library.custom_op(
+            f"vidattn::{name}_backward",
+            lambda *inputs: _laid_out(
+                backward(*inputs[:6], *_gather(inputs[6:])), (*inputs[2:5], inputs[-1])
+            ),
+            mutates_args=(),
+            schema=f"(Tensor d_out, Tensor delta, Tensor q, Tensor k, Tensor v, Tensor lse, "
+            f"{_LISTS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
+        )
+        self._forward.register_fake(_fake_forward)
+        self._backward.register_fake(_fake_backward)
+        self._forward.register_autograd(self._pull, setup_context=_keep)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lists: BlockLists,
+        *,
+        order: Tensor,
+        block: int,
+        scale: float,
+        key_mask: Tensor | None,
+        key_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, H, S, D) and log-sum-exp (B, H, S)."""
+        rest = (order, block, float(scale), key_mask, key_bias)
+        return self._forward(q, k, v, *_flatten(lists), *rest)
+
+    def _pull(self, ctx, d_out, d_lse):
+        q, k, v, out, lse = ctx.saved_tensors
+        rest = ctx.rest
+        # what the softmax of a row loses when its output, or its log-sum-exp, is pulled
+        delta = (out.to(lse.dtype) * d_out).sum(-1) - d_lse
+        d_q, d_k, d_v, d_bias = self._backward(d_out, delta, q, k, v, lse, *rest)
+        has_bias = rest[-1] is not None
+        return d_q, d_k, d_v, *(None,) * (len(rest) - 1), d_bias if has_bias else None
+
+
+def _laid_out(outputs: tuple[Tensor, ...], like: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """The outputs with the strides that the fake operators promise."""
+    promised = [None if x is None else torch.empty_like(x, device="meta") for x in like]
+    return tuple(
+        x if y is None or x.stride() == y.stride() else torch.empty_like(z).copy_(x)
+        for x, y, z in itertools.zip_longest(outputs, promised, like)
+    )
+
+
+def _keep(ctx, inputs, output):
+    """Save the inputs and outputs of the forward operator for its backward."""
+    q, k, v, *rest = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    # held as they are: a plan made in inference mode cannot be saved for backward
+    ctx.rest = rest
+
+
+def _flatten(lists: BlockLists) -> tuple:
+    if not torch.compiler.is_compiling():
+        _alive[id(lists.key_block)] = lists
+    box = lists.box
+    packed = (None, None, None) if box is None else (box.key, box.low, box.high)
+    shape = (0 if box is None else box.guard, lists.batch, lists.heads)
+    held = (lists.row_start, lists.num_full, lists.key_block, *packed, lists.mask_id, lists.masks)
+    return *held, *shape
+
+
+def _gather(rest: tuple) -> tuple:
+    """The block lists, from their tensors, with the arguments after them."""
+    row_start, num_full, key_block, key, low, high, mask_id, masks, guard, batch, heads = rest[
+        :_NUM_LISTS
+    ]
+    lists = _alive.get(id(key_block))
+    if lists is None or lists.key_block is not key_block:
+        box = None if key is None else Box(key, low, high, guard)
+        lists = BlockLists(batch, heads, row_start, num_full, key_block, box, mask_id, masks)
+    return lists, *rest[_NUM_LISTS:]
+
+
+def _fake_forward(q, k, v, *rest):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _fake_backward(d_out, delta, q, k, v, lse, *rest):
+    key_bias = rest[-1]
+    d_bias = q.new_empty(0) if key_bias is None else torch.empty_like(key_bias)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias

@@ -1,0 +1,100 @@
+"""The engines as operators: what compilers, exporters and meta tensors see of them."""
+
+import pytest
+import torch
+
+import vidattn
+from tests.kernels import attention_cases as cases
+from vidattn.attention import attend
+from vidattn.grid import Grid
+from vidattn.kernels import block_sparse_torch
+from vidattn.plan import Plan
+
+GRID = Grid(2, 5, 7, text=3)
+PLANS = {
+    "blocks": lambda: cases.random_blocks(GRID),
+    "box": lambda: vidattn.plan("neighborhood", GRID, window=(2, 3, 3)),
+    "masks": lambda: Plan.from_rule(GRID, cases.random_blocks(GRID).layout, cases.striped),
+}
+
+
+def leaves(strided=False):
+    """q, k and v that want gradients; laid out as (B, S, H, D) where strided."""
+    q, k, v, *_ = cases.random_inputs(GRID, key_heads=2, head_dim=16)
+    if strided:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    return [x.detach().requires_grad_() for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_operator_keeps_its_promises(name, strided):
+    plan = PLANS[name]()
+    lists, layout = plan.lists, plan.layout
+    box = lists.box
+    packed = (None, None, None) if box is None else (box.key, box.low, box.high)
+    inputs = (
+        *leaves(strided),
+        *(lists.row_start, lists.num_full, lists.key_block, *packed, lists.mask_id, lists.masks),
+        *(0 if box is None else box.guard, lists.batch, lists.heads),
+        *(layout.order, layout.block, 0.25, None, None),
+    )
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.vidattn.block_sparse_torch, inputs, test_utils=tests)
+
+
+def test_one_graph_holds_attention_and_its_gradient():
+    plan = PLANS["box"]()
+    assert not plan.is_dense
+
+    def loss(q, k, v):
+        return attend(q.sin(), k, v, plan, backend="torch").square().sum()
+
+    expected = leaves()
+    actual = [x.detach().clone().requires_grad_() for x in expected]
+    loss(*expected).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(*actual).backward()
+    for a, b in zip(actual, expected):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_exported_program_attends():
+    plan = PLANS["blocks"]()
+
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attend(q, k, v, plan, backend="torch")
+
+    q, k, v = (x.detach() for x in leaves())
+    program = torch.export.export(Model(), (q, k, v))
+    torch.testing.assert_close(program.module()(q, k, v), Model()(q, k, v))
+
+
+def test_meta_tensors_give_shapes():
+    plan = PLANS["box"]().to("meta")
+    q, k, v = (x.detach().to("meta") for x in leaves())
+    out, lse = block_sparse_torch.block_sparse_attention(
+        q, k, v, plan.layout.order, plan.layout.block, plan.lists, scale=0.25
+    )
+    assert out.shape == q.shape and out.is_meta
+    assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_key_bias_is_added_to_the_scores(per_head):
+    plan = PLANS["blocks"]()
+    q, k, v = (x.detach() for x in leaves())
+    bias = torch.randn(2, 4 if per_head else 1, GRID.num_tokens).requires_grad_()
+    out, lse = block_sparse_torch.block_sparse_attention(
+        q, k, v, plan.layout.order, plan.layout.block, plan.lists, scale=0.3, key_bias=bias
+    )
+    scores = 0.3 * q.double() @ k.double().repeat_interleave(2, 1).mT + bias[:, :, None]
+    scores = scores.masked_fill(~plan.mask(), -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    expected = weights @ v.double().repeat_interleave(2, 1)
+    assert cases.relative_rms(out, expected) < 1e-5
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    pull = torch.randn(out.shape)
+    (grad,) = torch.autograd.grad((out * pull).sum(), bias)
+    (exact,) = torch.autograd.grad((expected * pull).sum(), bias)
+    assert cases.relative_rms(grad, exact) < 1e-5

@@ -1,0 +1,257 @@
+"""Block-sparse attention in C++: the fast engine of every CPU with a compiler beside it.
+
+``block_sparse_cpu.cpp`` is compiled at the first call and picks the best instruction set of the
+processor: AVX-512 with bfloat16 products, AVX-512, AVX2, or what every processor has. Its twin is
+``block_sparse_torch``.
+
+Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block,
+nb blocks, R plan rows, E listed blocks, M masks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.compiler import load
+from vidattn.kernels.library import Operator
+
+SOURCE = Path(__file__).with_name("block_sparse_cpu.cpp")
+# in the order of the numbers that the library knows them by
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ERRORS = {
+    1: ValueError(
+        "the plan points outside its grid: order must hold tokens or -1, key_block blocks of the "
+        "layout, mask_id masks, and a partial block needs a box or a mask"
+    ),
+    2: MemoryError("no memory for the packed blocks of attention"),
+}
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    block: int,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over listed blocks.
+
+    Computes in float32, or in bfloat16 with float32 sums where the processor multiplies bfloat16.
+    Gradients reach q, k, v and key_bias, also through the log-sum-exp. A query that sees no key
+    gives 0. The same call gives the same bits on the same number of threads.
+
+    Args:
+        q: (B, H, S, D) float32, bfloat16 or float16 on the CPU.
+        k, v: (B, K, S, D), H a multiple of K.
+        order: (N,) int32, token in each slot, -1 for an empty slot.
+        block: slots to a block.
+        lists: which key blocks each query block reads.
+        scale: factor of the scores.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+        key_bias: (B|1, H|1, S) added to the scaled scores.
+
+    Returns:
+        (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
+
+    Raises:
+        ValueError: another device or dtype, or lists that do not fit the tensors.
+        CompileError: there is no compiler, or it failed.
+    """
+    _check(q, order, block, lists, key_bias)
+    if key_bias is not None:
+        key_bias = key_bias.float()
+    return _operator(
+        q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask, key_bias=key_bias
+    )
+
+
+def instruction_set(dtype: torch.dtype) -> str:
+    """The instruction set that runs a dtype on this processor.
+
+    Raises:
+        CompileError: there is no compiler, or it failed.
+    """
+    return next(
+        name for name in instruction_sets() if dtype == torch.bfloat16 or "bf16" not in name
+    )
+
+
+@lru_cache
+def instruction_sets() -> dict[str, int]:
+    """Those this processor has, best first, with their numbers in the library.
+
+    Raises:
+        CompileError: there is no compiler, or it failed.
+    """
+    library = load(SOURCE)
+    library.vidattn_instruction_set.restype = ctypes.c_char_p
+    library.vidattn_instruction_set.argtypes = [ctypes.c_int64]
+    library.vidattn_is_supported.argtypes = [ctypes.c_int64]
+    found, index = {}, 0
+    while name := library.vidattn_instruction_set(index):
+        if library.vidattn_is_supported(index):
+            found[name.decode()] = index
+        index += 1
+    return found
+
+
+def _check(
+    q: Tensor, order: Tensor, block: int, lists: BlockLists, key_bias: Tensor | None
+) -> None:
+    if q.device.type not in ("cpu", "meta") or q.dtype not in DTYPES:
+        raise ValueError(
+            f"the C++ engine takes float32, bfloat16 and float16 on the CPU, got {q.dtype} on "
+            f'{q.device}: use backend="torch"'
+        )
+    B, H, S, _ = q.shape
+    rows, entries = lists.batch * lists.heads * (order.numel() // block), lists.key_block.numel()
+    sizes = {
+        "order": (order.numel() % block, 0),
+        "row_start": (lists.row_start.numel(), rows + 1),
+        "num_full": (lists.num_full.numel(), rows),
+        "batch": (lists.batch in (1, B), True),
+        "heads": (lists.heads in (1, H), True),
+    }
+    if lists.box is not None:
+        sizes |= {name: (getattr(lists.box, name).numel(), order.numel()) for name in BOX}
+    elif lists.mask_id is not None:
+        sizes["mask_id"] = (lists.mask_id.numel(), entries)
+        sizes["masks"] = (tuple(lists.masks.shape[1:]), (block, block))
+    for name, (given, needed) in sizes.items():
+        if given != needed:
+            raise ValueError(f"the plan's {name} does not fit: got {given}, needed {needed}")
+    if key_bias is not None and (
+        key_bias.dim() != 3
+        or key_bias.shape[0] not in (1, B)
+        or key_bias.shape[1] not in (1, H)
+        or key_bias.shape[2] != S
+    ):
+        raise ValueError(
+            f"key_bias must be of shape (1 or {B}, 1 or {H}, {S}), got {tuple(key_bias.shape)}"
+        )
+
+
+BOX = ("key", "low", "high")
+ROWS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+ARRAYS = (
+    ("lse", torch.float32),
+    ("delta", torch.float32),
+    ("d_bias", torch.float32),
+    ("key_bias", torch.float32),
+    ("key_mask", torch.bool),
+    ("order", torch.int32),
+    ("row_start", torch.int64),
+    ("num_full", torch.int32),
+    ("key_block", torch.int32),
+    *((f"box_{name}", torch.int32) for name in BOX),
+    ("mask_id", torch.int32),
+    ("masks", torch.bool),
+)
+NUMBERS = (
+    *("guard", "bias_sample", "bias_head", "B", "H", "K", "S", "D", "N", "n"),
+    *("plan_batch", "plan_heads", "num_entries", "num_masks", "kind", "instructions", "threads"),
+)
+
+
+class Rows(ctypes.Structure):
+    """A (B, H, S, D) tensor whose last stride is 1; strides count numbers."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("sample", "head", "token")),
+    ]
+
+
+class Call(ctypes.Structure):
+    """One call; the struct of this name in the C++ source has the same fields."""
+
+    _fields_ = [
+        *((name, Rows) for name in ROWS),
+        *((name, ctypes.c_void_p) for name, _ in ARRAYS),
+        *((name, ctypes.c_int64) for name in NUMBERS),
+        ("scale", ctypes.c_double),
+    ]
+
+
+def _run(
+    direction: str,
+    rows: dict[str, Tensor],
+    arrays: dict[str, Tensor | None],
+    lists: BlockLists,
+    block: int,
+    scale: float,
+) -> None:
+    """Call the library; ``rows`` and ``arrays`` are fields of ``Call`` by name."""
+    q, bias = rows["q"], arrays["key_bias"]
+    B, H, S, D = q.shape
+    arrays = arrays | {name: getattr(lists, name) for name in ("row_start", "num_full")}
+    arrays |= {name: getattr(lists, name) for name in ("key_block", "mask_id", "masks")}
+    if lists.box is not None:
+        arrays |= {f"box_{name}": getattr(lists.box, name) for name in BOX}
+    # kept until the call returns
+    held = {
+        name: arrays[name].to(dtype).contiguous()
+        for name, dtype in ARRAYS
+        if arrays.get(name) is not None
+    }
+    number = instruction_sets()[instruction_set(q.dtype)]
+    call = Call(
+        **{name: Rows(x.data_ptr(), *x.stride()[:3]) for name, x in rows.items()},
+        **{name: x.data_ptr() for name, x in held.items()},
+        guard=0 if lists.box is None else lists.box.guard,
+        bias_sample=0 if bias is None or bias.shape[0] == 1 else bias.shape[1] * S,
+        bias_head=0 if bias is None or bias.shape[1] == 1 else S,
+        **dict(zip("BHSD", q.shape)),
+        K=rows["k"].shape[1],
+        N=arrays["order"].numel(),
+        n=block,
+        plan_batch=lists.batch,
+        plan_heads=lists.heads,
+        num_entries=lists.key_block.numel(),
+        num_masks=0 if lists.masks is None else len(lists.masks),
+        kind=DTYPES.index(q.dtype),
+        instructions=number,
+        threads=torch.get_num_threads(),
+        scale=scale,
+    )
+    status = getattr(load(SOURCE), f"vidattn_{direction}")(ctypes.byref(call))
+    if status:
+        raise ERRORS[status]
+
+
+def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias):
+    q, k, v = (_rows(x) for x in (q, k, v))
+    out = _rows(torch.empty_like(q))
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    arrays = {"lse": lse, "order": order, "key_mask": key_mask, "key_bias": key_bias}
+    _run("forward", {"q": q, "k": k, "v": v, "out": out}, arrays, lists, block, scale)
+    return out, lse
+
+
+def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
+    rows = {"d_out": _rows(d_out), "q": _rows(q), "k": _rows(k), "v": _rows(v)}
+    rows |= {f"d_{name}": _rows(torch.empty_like(rows[name])) for name in "qkv"}
+    d_bias = None if key_bias is None else torch.empty(q.shape[:3], dtype=torch.float32)
+    arrays = {"lse": lse, "delta": delta, "d_bias": d_bias, "order": order}
+    arrays |= {"key_mask": key_mask, "key_bias": key_bias}
+    _run("backward", rows, arrays, lists, block, scale)
+    d_bias = q.new_empty(0) if d_bias is None else d_bias.sum_to_size(key_bias.shape)
+    return *(rows[f"d_{name}"] for name in "qkv"), d_bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+_operator = Operator("block_sparse_cpu", _forward, _backward)

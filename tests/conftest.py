@@ -2,12 +2,15 @@
 
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+# A shell that runs the tests in the background may have made them deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // _WORKERS))
 
 

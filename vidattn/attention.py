@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidattn.kernels import block_sparse_torch, reference
+from vidattn.kernels import block_sparse_torch, block_sparse_triton, reference
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 
-BACKENDS = ("auto", "torch", "flex", "reference")
+BACKENDS = ("auto", "triton", "torch", "flex", "reference")
 log = logging.getLogger("vidattn")
 
 
@@ -42,9 +42,10 @@ def attend(
         plan: for the grid of these S tokens, with 1 or B samples and 1 or H heads.
         scale: factor of the scores; D ** -0.5 by default.
         key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
-        backend: "torch" (any device; fast on a CPU), "flex" (compiled FlexAttention), "reference"
-            (float64, dense memory), or "auto": dense plans run on PyTorch's own attention, others
-            on "torch" on a CPU and on "flex" on a GPU.
+        backend: "triton" (NVIDIA GPUs), "torch" (any device; fast on a CPU), "flex" (compiled
+            FlexAttention), "reference" (float64, dense memory), or "auto": dense plans run on
+            PyTorch's own attention, others on "torch" on a CPU, on "triton" on a GPU that it knows
+            and on "flex" on others.
         return_lse: also return the (B, H, S) float32 log-sum-exp of the scaled scores.
 
     Returns:
@@ -109,7 +110,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None)
 
 @lru_cache
 def _auto_engine(device: str) -> str:
-    engine = "torch" if device == "cpu" else "flex"
+    engine = "triton" if block_sparse_triton.is_available(device) else "flex"
+    engine = "torch" if device == "cpu" else engine
     log.info("attention on %s runs on the %r engine", device, engine)
     return engine
 
@@ -117,6 +119,13 @@ def _auto_engine(device: str) -> str:
 def _torch(q, k, v, plan, scale, key_mask, need_lse):
     layout, lists = plan.layout, plan.lists
     return block_sparse_torch.block_sparse_attention(
+        q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
+    )
+
+
+def _triton(q, k, v, plan, scale, key_mask, need_lse):
+    layout, lists = plan.layout, plan.lists
+    return block_sparse_triton.block_sparse_attention(
         q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
     )
 
@@ -147,4 +156,4 @@ def _reference(q, k, v, plan, scale, key_mask, need_lse):
     return reference.masked_attention(q, k, v, mask, scale)
 
 
-_ENGINES = {"torch": _torch, "flex": _flex, "reference": _reference}
+_ENGINES = {"triton": _triton, "torch": _torch, "flex": _flex, "reference": _reference}

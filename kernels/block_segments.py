@@ -1,0 +1,113 @@
+"""Block lists as the kernels of a GPU walk them: clear blocks first, blocks of even length.
+
+A clear block is visible as a whole and has no empty slot, so that its tiles need no test. Behind
+the clear blocks of a row stand the other whole ones, then the partial ones.
+
+Letters: R rows, E listed blocks, N slots, n slots to a block, M distinct masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidattn.kernels.block_lists import BlockLists
+
+# rows of a tile of the kernels, largest first
+TILES = (128, 64, 32, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """A layout and its lists, or the transposed lists, in the form the kernels take."""
+
+    block: int  # n
+    order: Tensor  # (N,) int32, token in each slot, -1 for an empty slot
+    row_start: Tensor  # (R + 1,) int64
+    num_clear: Tensor  # (R,) int32
+    num_whole: Tensor  # (R,) int32, the clear ones among them
+    listed: Tensor  # (E,) int32
+    mask_id: Tensor | None  # (E,) int32
+    masks: Tensor | None  # (M, n, n) uint8
+    box: tuple[Tensor, Tensor, Tensor] | None  # key, low and high, (N,) int32
+
+
+def even_block(block: int) -> int:
+    """The smallest length from ``block`` on that a tile divides well: at most a quarter wasted."""
+    for tile in TILES:
+        even = -(-block // tile) * tile
+        if even * 4 <= block * 5:
+            return even
+    return -(-block // TILES[-1]) * TILES[-1]
+
+
+def segments(order: Tensor, block: int, lists: BlockLists, *, transposed: bool = False) -> Segments:
+    """The segments of a layout and its lists, or of the transposed lists; made once.
+
+    Args:
+        order: (N,) int32, token in each slot, -1 for an empty slot.
+        block: slots to a block.
+        lists: which key blocks each query block reads.
+
+    Raises:
+        ValueError: a list names a block that the layout does not have.
+    """
+    key = ("segments", transposed)
+    kept_order, kept = lists.cache.get(key, (None, None))
+    if kept_order is order:
+        return kept
+    _check(lists, order.numel() // block)
+    even = even_block(block)
+    slots = _pad(order, block, even, -1)
+    has_gap = (slots.view(-1, even) < 0).any(-1)
+    rows = _clear_first(lists.transposed() if transposed else lists, has_gap)
+    masks = None
+    if lists.masks is not None:
+        masks = F.pad(lists.masks.to(torch.uint8), (0, even - block, 0, even - block))
+    made = Segments(even, slots, *rows, masks, _box(lists, slots, block, even))
+    lists.cache[key] = order, made
+    return made
+
+
+def _check(lists: BlockLists, num_blocks: int) -> None:
+    if lists.key_block.numel():
+        first, last = (x.item() for x in torch.aminmax(lists.key_block))
+        if first < 0 or last >= num_blocks:
+            raise ValueError(
+                f"the plan lists blocks {first} to {last}, its layout has {num_blocks}: "
+                "make both from one grid"
+            )
+
+
+def _pad(x: Tensor, block: int, even: int, value: int) -> Tensor:
+    """(N,) of longer blocks."""
+    return F.pad(x.view(-1, block), (0, even - block), value=value).flatten()
+
+
+def _box(lists: BlockLists, slots: Tensor, block: int, even: int) -> tuple[Tensor, ...] | None:
+    box = lists.box
+    if box is None:
+        return None
+    key, low, high = (_pad(x, block, even, 0) for x in (box.key, box.low, box.high))
+    # no box holds the guard bits themselves
+    return torch.where(slots < 0, box.guard, key), low, high
+
+
+def _clear_first(lists: BlockLists, has_gap: Tensor) -> tuple[Tensor | None, ...]:
+    """Row starts, clear and whole blocks of each row, listed blocks and their masks."""
+    start, rows = lists.row_start, lists.row_of_entry
+    is_clear = ~lists.is_partial & ~has_gap[lists.key_block.long()]
+    # a stable partition of every row, by counting
+    before = F.pad(is_clear.cumsum(0), (1, 0))
+    num_clear = before[start[1:]] - before[start[:-1]]
+    rank = before[:-1] - before[start[:-1]][rows]
+    entry = torch.arange(is_clear.numel(), device=start.device)
+    place = torch.where(is_clear, start[rows] + rank, num_clear[rows] + entry - rank)
+    listed, mask_id = (
+        None if x is None else torch.empty_like(x).scatter_(0, place, x)
+        for x in (lists.key_block, lists.mask_id)
+    )
+    return start, num_clear.int(), lists.num_full, listed, mask_id

@@ -1,0 +1,258 @@
+"""Block-sparse attention on NVIDIA GPUs, by Triton kernels.
+
+Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, nb blocks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.block_segments import Segments, segments
+from vidattn.kernels.library import Operator
+from vidattn.kernels.triton_configs import Tile, architecture, padded_head_dim, tile
+
+LOG2E = math.log2(math.e)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+# the tiles an interpreted kernel runs
+INTERPRETED_AS = 90
+# the log-sum-exp of a query that gets no gradient: every weight is then 0
+NO_QUERY = 1e30
+
+
+def is_available(device: torch.device | str) -> bool:
+    """Whether these kernels run on a device."""
+    if torch.device(device).type != "cuda" or torch.version.hip is not None:
+        return False
+    has_triton = importlib.util.find_spec("triton") is not None
+    return has_triton and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    block: int,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The result of ``block_sparse_torch.block_sparse_attention``, by Triton kernels.
+
+    Gradients reach q, k, v and ``key_bias``, also through the log-sum-exp, and are the same bits
+    every time.
+
+    Args:
+        q: (B, H, S, D).
+        k, v: (B, K, S, D), H a multiple of K.
+        order: (N,) int32, token in each slot, -1 for an empty slot.
+        block: slots to a block.
+        lists: which key blocks each query block reads.
+        scale: factor of the scores, above 0.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+        key_bias: (B|1, H|1, S) added to the scaled scores of a key.
+
+    Returns:
+        (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
+
+    Raises:
+        ValueError: something these kernels cannot do, with the engine that can.
+    """
+    _check(q, scale)
+    return _attention(
+        q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask, key_bias=key_bias
+    )
+
+
+def _check(q: Tensor, scale: float) -> None:
+    wrong = None
+    if q.dtype not in DTYPES:
+        wrong = f"take float16, bfloat16 and float32, got {q.dtype}"
+    elif q.shape[-1] > MAX_HEAD_DIM:
+        wrong = f"take head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
+    elif not scale > 0:
+        wrong = f"need a scale above 0, got {scale}"
+    elif torch.compiler.is_compiling() or q.device.type == "meta":
+        return
+    elif importlib.util.find_spec("triton") is None:
+        wrong = "need Triton, which is not installed"
+    elif not (is_available(q.device) or (q.device.type == "cpu" and _is_interpreted())):
+        wrong = f"need an NVIDIA GPU from compute capability 8.0 on, the tensors are on {q.device}"
+    if wrong is not None:
+        raise ValueError(f'the Triton kernels {wrong}: use backend="torch"')
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias):
+    rows = segments(order, block, lists)
+    out, lse = _new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return launch_forward(q, k, v, out, lse, rows, lists, scale, _bias(q, key_mask, key_bias))
+
+
+def launch_forward(q, k, v, out, lse, rows, lists, scale, bias):
+    from vidattn.kernels import triton_forward
+
+    q, k, v = map(_rows_of, (q, k, v))
+    shipped = _tile("forward", q, rows)
+    grid = (rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],)
+    triton_forward.forward_kernel[grid](
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lse=lse,
+        gain=None,
+        shift=None,
+        scale=scale * LOG2E,
+        num_tokens=q.shape[2],
+        stride_gain_b=0,
+        stride_gain_h=0,
+        **bias,
+        **_strides(q=q, k=k, v=v, o=out),
+        **_lists(rows, lists, q, k),
+        **_constants(rows, q, shipped),
+    )
+    return out, lse
+
+
+def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
+    from vidattn.kernels import triton_backward
+
+    rows = segments(order, block, lists)
+    columns = segments(order, block, lists, transposed=True)
+    d_q, d_k, d_v = map(_new_like, (q, k, v))
+    d_out, q, k, v = map(_rows_of, (d_out, q, k, v))
+    # by slot; what is empty, or has no keys, hides itself
+    token = rows.order.long()
+    lse = (lse * LOG2E).masked_fill_(lse == -math.inf, NO_QUERY)
+    lse, delta = (x.index_select(2, token.clamp_min(0)) for x in (lse, delta))
+    lse.masked_fill_(token < 0, NO_QUERY)
+    given = {"q": q, "k": k, "v": v, "d_out": d_out, "slot_lse": lse, "delta": delta}
+    given |= {"scale": scale, **_bias(q, key_mask, key_bias), **_strides(q=q, k=k, v=v, d=d_out)}
+    shipped = _tile("query_gradient", q, rows)
+    grid = (rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],)
+    triton_backward.query_gradient_kernel[grid](
+        d_q=d_q,
+        **given,
+        **_strides(g=d_q),
+        **_lists(rows, lists, q, k),
+        **_constants(rows, q, shipped),
+    )
+    d_bias = None if key_bias is None else torch.empty(q.shape[:3], device=q.device)
+    shipped = _tile("key_gradient" if d_bias is None else "key_gradient_bias", q, rows)
+    grid = (rows.order.numel() // shipped.columns * q.shape[0] * k.shape[1],)
+    triton_backward.key_gradient_kernel[grid](
+        d_k=d_k,
+        d_v=d_v,
+        d_bias=d_bias,
+        num_tokens=q.shape[2],
+        **given,
+        **_strides(gk=d_k, gv=d_v),
+        **_lists(columns, lists, q, k),
+        **_constants(columns, q, shipped),
+    )
+    if d_bias is None:
+        return d_q, d_k, d_v, q.new_empty(0)
+    return d_q, d_k, d_v, d_bias.sum_to_size(key_bias.shape).to(key_bias.dtype)
+
+
+_attention = Operator("block_sparse_triton", _forward, _backward)
+
+
+def _tile(kernel: str, q: Tensor, rows: Segments) -> Tile:
+    """The shipped tile of a kernel on this device."""
+    arch = INTERPRETED_AS
+    if q.device.type == "cuda":
+        arch = architecture(torch.cuda.get_device_capability(q.device))
+    return tile(kernel, arch, q.itemsize, q.shape[-1], rows.block)
+
+
+def _new_like(x: Tensor) -> Tensor:
+    """Memory for a result where tokens stay as they are, the numbers of one side by side."""
+    like = torch.empty_like(x)
+    return like if like.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """``x`` with the numbers of a token side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    return {
+        f"stride_{name}{axis}": stride
+        for name, x in tensors.items()
+        for axis, stride in zip("bhs", x.stride())
+    }
+
+
+def _bias(q: Tensor, key_mask: Tensor | None, key_bias: Tensor | None) -> dict[str, Any]:
+    """The arguments about (B|1, H|1, S) float32 biases, base 2, -inf for keys nobody may read."""
+    if key_mask is None and key_bias is None:
+        return {"key_bias": None, "stride_bias_b": 0, "stride_bias_h": 0}
+    bias = (
+        torch.zeros_like(key_mask[:, None], dtype=torch.float32) if key_bias is None else key_bias
+    )
+    bias = bias.float() * LOG2E
+    if key_mask is not None:
+        bias = torch.where(key_mask[:, None], bias, -math.inf)
+    bias = bias.contiguous().expand(*q.shape[:2], -1)
+    return {"key_bias": bias, "stride_bias_b": bias.stride(0), "stride_bias_h": bias.stride(1)}
+
+
+def _lists(rows: Segments, lists: BlockLists, q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The arguments about lists and layout, which all kernels name alike."""
+    num_blocks = rows.order.numel() // rows.block
+    key, low, high = (None, None, None) if rows.box is None else rows.box
+    return {
+        "order": rows.order,
+        "row_start": rows.row_start,
+        "num_clear": rows.num_clear,
+        "num_whole": rows.num_whole,
+        "listed": rows.listed,
+        "mask_id": rows.mask_id,
+        "masks": rows.masks,
+        "key_code": key,
+        "low": low,
+        "high": high,
+        "guard": 0 if lists.box is None else lists.box.guard,
+        "stride_row_b": lists.heads * num_blocks if lists.batch > 1 else 0,
+        "stride_row_h": num_blocks if lists.heads > 1 else 0,
+        "num_heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "num_blocks": num_blocks,
+    }
+
+
+def _constants(rows: Segments, q: Tensor, shipped: Tile) -> dict[str, Any]:
+    """The compile-time arguments and the options of a launch."""
+    from vidattn.kernels.triton_tiles import BOX, LIVE, NO_RULE, TABLE
+
+    rule = LIVE if rows.order.numel() != q.shape[2] else NO_RULE
+    if rows.box is not None or rows.masks is not None:
+        rule = TABLE if rows.box is None else BOX
+    return {
+        "D": q.shape[-1],
+        "BD": padded_head_dim(q.shape[-1]),
+        "BLOCK": rows.block,
+        "BM": shipped.rows,
+        "BN": shipped.columns,
+        "RULE": rule.value,
+        "STAGES": shipped.stages,
+        "num_warps": shipped.warps,
+        # its default changes with Triton 3.10, and the bits of results with it
+        "enable_fp_fusion": True,
+    }

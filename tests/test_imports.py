@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # the three folders beside it and scripts/.
 LAYERS = (
     {"grid", "registry", "resources", "kernels"},
-    {"plan"},
+    {"plan", "gpus", "video_models"},
     {"method"},
     {"methods", "cache", "attention"},
     {"mixture", "schedule", "measure", "video", "config"},
-    {"draw"},
+    {"draw", "simulate"},
     {"pipelines", "backbones"},
     {"commands"},
     {"cli", "scripts"},

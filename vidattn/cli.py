@@ -1,4 +1,4 @@
-"""The command line: vidattn generate | compare | list | draw."""
+"""The command line: vidattn generate | compare | list | draw | simulate."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "time methods against dense attention, on one seed",
     "list": "show the methods, the options of one, or the models",
     "draw": "draw the plan of a method on a grid",
+    "simulate": "bound how fast a method can be on a GPU, and pick its tile",
 }
 
 
@@ -77,10 +78,11 @@ def _run(argv: list[str]) -> int:
 
 def _add_method_flags(parser: _Parser, rest: list[str], default: str | None) -> None:
     """Give the options of the method on the command line flags of their own, where it is one."""
+    is_bare = parser.prog.endswith((" draw", " simulate"))
     words = [
         word.removeprefix("--method=").partition(":")[0]
         for before, word in zip(["", *rest], rest)
-        if before == "--method" or word.startswith("--method=") or parser.prog.endswith(" draw")
+        if before == "--method" or word.startswith("--method=") or is_bare
     ]
     names = list(dict.fromkeys(word for word in words if word in list_methods()))
     names = names or [name for name in [default] if name]

@@ -16,6 +16,8 @@ from vidattn.grid import Grid, Layout, Size, dilation_order, tile_layout
 from vidattn.kernels.block_lists import BlockLists, Box, partial_mask
 
 Window = tuple[Tensor, Tensor]
+# rows of block lists taken together where all of them would need much memory
+ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +36,11 @@ class Plan:
     def is_dense(self) -> bool:
         """Whether every token reads every token."""
         entries = self.lists.num_rows * self.layout.num_blocks
-        return self.lists.key_block.numel() == entries and not bool(self.lists.is_partial.any())
+        return self.lists.key_block.numel() == entries and self._num_partial == 0
+
+    @property
+    def _num_partial(self) -> int:
+        return int(self.lists.key_block.numel() - self.lists.num_full.sum())
 
     @cached_property
     def density(self) -> float:
@@ -43,29 +49,47 @@ class Plan:
         if lists.box is not None:
             video = layout.live[: layout.num_video_blocks * layout.block].nonzero().flatten()
             return lists.box.num_visible(video).sum().item() / self.grid.num_video_tokens**2
-        pairs, video = self._visited_pairs()
+        pairs = self._visited_pairs
         if lists.masks is not None:
-            partial = lists.is_partial
-            pairs[partial] = lists.masks.sum((1, 2))[lists.mask_id[partial].long()]
-        return self._share(pairs[video])
+            pairs -= self._masked_pairs()
+        return self._share(pairs)
 
     @cached_property
     def visited_density(self) -> float:
         """Pairs in visited blocks over all pairs of video tokens: what an engine has to compute."""
-        pairs, video = self._visited_pairs()
-        return self._share(pairs[video])
+        return self._share(self._visited_pairs)
 
-    def _visited_pairs(self) -> tuple[Tensor, Tensor]:
-        """(E,) token pairs of every listed block, and whether both its sides are video."""
-        query = self.lists.row_of_entry % self.layout.num_blocks
-        key = self.lists.key_block.long()
-        tokens = self.layout.tokens_per_block
-        video = (query < self.layout.num_video_blocks) & (key < self.layout.num_video_blocks)
-        return tokens[query] * tokens[key], video
+    @cached_property
+    def _visited_pairs(self) -> int:
+        """Pairs of video tokens in the listed blocks, some rows at a time."""
+        lists, tokens, total = self.lists, self._video_tokens, 0
+        for rows in torch.arange(lists.num_rows, device=tokens.device).split(ROWS_AT_ONCE):
+            start = lists.row_start[rows[0] : rows[-1] + 2]
+            keys = tokens.index_select(0, lists.key_block[start[0] : start[-1]])
+            before = torch.nn.functional.pad(keys.cumsum(0), (1, 0))
+            sums = before[start - start[0]].diff()
+            total += int((sums * tokens[rows % self.layout.num_blocks]).sum())
+        return total
 
-    def _share(self, pairs: Tensor) -> float:
+    def _masked_pairs(self) -> int:
+        """Pairs of video tokens in the listed blocks that a mask hides."""
+        lists, tokens = self.lists, self._video_tokens
+        partial = lists.is_partial.nonzero().flatten()
+        query = lists.row_of_entry[partial] % self.layout.num_blocks
+        pairs = tokens[query] * tokens[lists.key_block[partial].long()]
+        seen = lists.masks.sum((1, 2))[lists.mask_id[partial].long()]
+        return int((pairs - seen)[pairs > 0].sum())
+
+    @property
+    def _video_tokens(self) -> Tensor:
+        """(nb,) int64, video tokens in each block."""
+        tokens = self.layout.tokens_per_block.clone()
+        tokens[self.layout.num_video_blocks :] = 0
+        return tokens
+
+    def _share(self, pairs: int) -> float:
         rows = self.lists.batch * self.lists.heads
-        return pairs.sum().item() / (self.grid.num_video_tokens**2 * rows)
+        return pairs / (self.grid.num_video_tokens**2 * rows)
 
     def mask(self) -> Tensor:
         """(B|1, H|1, S, S) bool in sequence order, query by key; for tests and pictures."""
@@ -102,7 +126,7 @@ class Plan:
             "visited_density": self.visited_density,
             "block": self.layout.block,
             "num_blocks": self.lists.key_block.numel(),
-            "num_partial_blocks": int(self.lists.is_partial.sum()),
+            "num_partial_blocks": self._num_partial,
             "memory_mib": sum(x.numel() * x.element_size() for x in tensors) / 2**20,
         }
 
@@ -127,13 +151,15 @@ class Plan:
                 f"got {blocks.dtype} {tuple(blocks.shape)}"
             )
         blocks = torch.nn.functional.pad(blocks, (0, nb - nv, 0, nb - nv), value=True)
-        counts = blocks.sum(-1).flatten()
+        # some rows at a time: sum() and nonzero() take 8 and 16 bytes to a block
+        pieces = blocks.flatten(0, 2).split(ROWS_AT_ONCE)
+        counts = torch.cat([rows.sum(-1) for rows in pieces])
         lists = BlockLists(
             batch=blocks.shape[0],
             heads=blocks.shape[1],
             row_start=_row_start(counts),
             num_full=counts.int(),
-            key_block=blocks.flatten(0, 2).nonzero()[:, 1].int(),
+            key_block=torch.cat([rows.nonzero()[:, 1].int() for rows in pieces]),
         )
         return cls(grid, layout, lists)
 

@@ -10,23 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def writable_file(path: Path, endings: Sequence[str]) -> Path:
+def writable_file(path: Path, endings: Sequence[str], flag: str = "--output") -> Path:
     """The path of a file that can be written, its folder made if it was missing.
 
     Raises:
         ValueError: another ending, a folder of that name, or no permission.
     """
     if path.suffix.lower() not in endings:
-        raise ValueError(f"--output must end in {' or '.join(endings)}, got '{path}'")
+        raise ValueError(f"{flag} must end in {' or '.join(endings)}, got '{path}'")
     if path.is_dir():
-        raise ValueError(f"--output '{path}' is a folder; give the name of a file in it")
-    writable_folder(path.parent)
+        raise ValueError(f"{flag} '{path}' is a folder; give the name of a file in it")
+    writable_folder(path.parent, flag)
     if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"--output '{path}' exists and cannot be overwritten: no permission")
+        raise ValueError(f"{flag} '{path}' exists and cannot be overwritten: no permission")
     return path
 
 
-def writable_folder(path: Path) -> Path:
+def writable_folder(path: Path, flag: str = "--output") -> Path:
     """The path of a folder in which files can be written, made if it was missing.
 
     Raises:
@@ -38,7 +38,7 @@ def writable_folder(path: Path) -> Path:
             pass
     except OSError as error:
         raise ValueError(
-            f"cannot write in '{path}' ({error.strerror}); choose another --output"
+            f"cannot write in '{path}' ({error.strerror}); choose another {flag}"
         ) from error
     return path
 

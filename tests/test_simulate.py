@@ -122,6 +122,7 @@ def test_counts_are_those_of_the_mask(name, grid):
     assert found.needed_pairs == plan.mask().sum()
     assert found.needed_pairs <= found.visited_pairs == round(found.visited_share * pairs)
     assert found.visited_share <= found.computed_share
+    assert found.computed_share == found.num_blocks * found.block**2 / pairs
     assert found.num_blocks == plan.lists.key_block.numel()
 
 
@@ -138,12 +139,15 @@ def test_counts_of_many_heads_are_a_mean():
 
 
 def test_tiles_leave_a_window_alone():
-    method = create_method("neighborhood", window=(3, 5, 5))
-    found = list(count_tiles(method, Grid(6, 17, 12, text=3)))
+    method, grid = create_method("neighborhood", window=(3, 5, 5)), Grid(6, 17, 12, text=3)
+    found = list(count_tiles(method, grid))
+    for x in found[::9]:
+        set_by_hand = create_method("neighborhood", window=(3, 5, 5), tile=x.tile)
+        assert x == count(set_by_hand.plan(grid), x.tile)
     assert len({x.density for x in found}) == 1 and len({x.tile for x in found}) > 10
     assert found[-1].tile is None
     gpu, work = find_gpu("H100"), Work(4, 64)
-    ranked = best_first(estimate(x, Grid(6, 17, 12, text=3), gpu, work) for x in found)
+    ranked = best_first(estimate(x, grid, gpu, work) for x in found)
     assert ranked[0].sparse_ms == min(x.sparse_ms for x in ranked)
 
 

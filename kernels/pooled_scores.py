@@ -1,0 +1,95 @@
+"""Attention between block means, and which blocks it selects; nothing waits for the device.
+
+Letters: B batch, H heads, S tokens, D head dim, N slots, n slots to a block, nb blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vidattn.kernels.slots import Slots
+
+
+def block_means(
+    x: Tensor, order: Tensor, block: int, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean of the tokens of every block, over their true number.
+
+    Args:
+        x: (B, H, S, D).
+        order: (N,) int32, token in each slot, -1 for an empty slot.
+        block: slots to a block.
+        key_mask: (B, S) bool, False for tokens that do not count.
+
+    Returns:
+        (B, H, nb, D) float32, 0 for a block without tokens; (B|1, 1, nb) float32 counts.
+    """
+    live = (order >= 0)[None]
+    if key_mask is not None:
+        live = live & key_mask[:, order.long().clamp_min(0)]
+    blocks = Slots(order, block, None).fill(x).view(*x.shape[:2], -1, block, x.shape[-1])
+    weights = live.view(live.shape[0], 1, -1, block).float()
+    counts = weights.sum(-1)
+    total = (blocks.float() * weights[..., None]).sum(-2)
+    return total / counts.clamp_min(1)[..., None], counts
+
+
+def pooled_scores(
+    q: Tensor,
+    k: Tensor,
+    order: Tensor,
+    block: int,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax of the scores of block means, each key block weighed by its number of tokens.
+
+    Args:
+        q: (B, H, S, D).
+        k: (B, K, S, D), H a multiple of K.
+        order, block, scale, key_mask: as in ``block_means``; the scale multiplies the scores.
+
+    Returns:
+        (B, H, nb, nb) float32, query block by key block; rows sum to 1.
+    """
+    queries, _ = block_means(q, order, block)
+    keys, counts = block_means(k, order, block, key_mask)
+    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = scale * queries @ keys.mT + counts.log()[..., None, :]
+    return scores.softmax(-1)
+
+
+def select_count(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` best entries of every row as bool of the shape of ``scores``.
+
+    Raises:
+        ValueError: a count that no row has.
+    """
+    if not 1 <= count <= scores.shape[-1]:
+        raise ValueError(f"count is {count}; it must be from 1 to {scores.shape[-1]}")
+    best = scores.topk(count, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+
+
+def select_mass(scores: Tensor, mass: float) -> Tensor:
+    """The best entries of every row that together reach a share of its sum, as bool.
+
+    The entry that crosses the share is among them.
+
+    Args:
+        scores: (..., nb), none of them negative.
+        mass: share of each row's sum, above 0 and at most 1.
+
+    Raises:
+        ValueError: a share outside that range.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass is {mass}; it must be above 0 and at most 1")
+    ranked, index = scores.sort(dim=-1, descending=True)
+    before = ranked.cumsum(-1) - ranked
+    # rounding must not drop an entry from a full share
+    enough = mass * ranked.sum(-1, keepdim=True) if mass < 1 else torch.inf
+    keep = (before < enough) & (ranked > 0)
+    return torch.zeros_like(keep).scatter_(-1, index, keep)

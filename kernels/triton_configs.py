@@ -12,6 +12,8 @@ KERNELS = ("forward", "query_gradient", "key_gradient", "key_gradient_bias")
 # compute capability the rows of the table are for
 ARCHITECTURES = (80, 89, 90, 100, 120)
 HEAD_DIMS = (32, 64, 128, 256)
+# what one program may use of it, in bytes
+SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """The Triton engine is float64 masked attention, forward and backward, in Triton's interpreter."""
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 import vidattn
 from tests.kernels.attention_cases import (
@@ -15,14 +18,15 @@ from tests.kernels.attention_cases import (
 from tests.kernels.triton_interpreter import interpreted  # noqa: F401
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
-from vidattn.kernels import block_sparse_triton
+from vidattn.kernels import block_segments, block_sparse_triton
 from vidattn.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("interpreted")
-GRID = Grid(3, 5, 7, text=5)
+GRID = Grid(3, 7, 4, text=5)
+TILE = (2, 4, 4)
 
 
-def blocks(grid=GRID, *, batch=1, heads=2, tile=(2, 4, 4)):
+def blocks(grid=GRID, *, batch=1, heads=2, tile=TILE):
     """Random blocks for every sample and head; one query block reads nothing of the video."""
     layout = tile_layout(grid, tile)
     nv = layout.num_video_blocks
@@ -31,11 +35,11 @@ def blocks(grid=GRID, *, batch=1, heads=2, tile=(2, 4, 4)):
     return Plan.from_blocks(grid, layout, chosen)
 
 
-def window(grid=GRID, *, tile=(2, 4, 4)):
+def window(grid=GRID, *, tile=TILE):
     return vidattn.plan("neighborhood", grid, window=(2, 3, 5), tile=tile)
 
 
-def rule(grid=GRID, *, tile=(2, 4, 4)):
+def rule(grid=GRID, *, tile=TILE):
     return Plan.from_rule(grid, tile_layout(grid, tile), striped)
 
 
@@ -43,6 +47,176 @@ def inputs(grid=GRID, *, batch=1, heads=2, key_heads=1, **options):
     return random_inputs(grid, batch=batch, heads=heads, key_heads=key_heads, **options)
 
 
+def run(plan, q, k, v, **options):
+    """The engine itself, for what attend does not offer."""
+    layout = plan.layout
+    return block_sparse_triton.block_sparse_attention(
+        q, k, v, layout.order, layout.block, plan.lists, **{"scale": 0.3} | options
+    )
+
+
 @pytest.mark.parametrize("make", [blocks, window, rule])
 def test_every_kind_of_plan(make):
     assert_right(inputs(), make(), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    assert_right(inputs(key_heads=2, dtype=dtype), window(), "triton")
+
+
+@pytest.mark.parametrize("shared", ["batch", "heads", "neither"])
+def test_plans_of_samples_and_heads(shared):
+    grid = Grid(1, 7, 5)
+    batch, heads = (1 if shared == name else 2 for name in ("batch", "heads"))
+    plan = blocks(grid, batch=batch, heads=heads, tile=(1, 4, 4))
+    assert_right(inputs(grid, batch=2, key_heads=2), plan, "triton")
+
+
+@pytest.mark.parametrize("make", [blocks, window, rule])
+def test_padded_keys(make):
+    grid = Grid(2, 5, 3, text=13)
+    key_mask = torch.ones(2, grid.num_tokens, dtype=torch.bool)
+    key_mask[1, -9:] = False
+    assert_right(inputs(grid, batch=2), make(grid), "triton", key_mask=key_mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "tile", "head_dim"), [(window, (1, 3, 3), 24), (rule, (3, 3, 2), 80)]
+)
+def test_blocks_and_head_dims_that_are_no_power_of_two(make, tile, head_dim):
+    grid = Grid(3, 4, 5)
+    assert_right(inputs(grid, heads=1, head_dim=head_dim), make(grid, tile=tile), "triton")
+
+
+@pytest.mark.parametrize("make", [window, rule])
+def test_blocks_of_several_tiles(make, monkeypatch):
+    small = block_sparse_triton.Tile(rows=16, columns=32, warps=1, stages=1)
+    monkeypatch.setattr(block_sparse_triton, "tile", lambda *_: small)
+    grid = Grid(3, 3, 7, text=3)
+    assert_right(inputs(grid, heads=1), make(grid, tile=(4, 4, 4)), "triton")
+
+
+def test_any_strides():
+    q, k, v, d_out, d_lse = inputs(key_heads=2)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    v, d_out = torch.cat([v, v], -1)[..., :32], d_out.mT.contiguous().mT
+    plan, strided = blocks(), (q, k, v, d_out, d_lse)
+    for actual, expected in zip(results(strided, plan, "triton"), results(strided, plan, "torch")):
+        assert relative_rms(actual, expected) < TOLERANCE[torch.float32]
+
+
+def test_key_bias_and_its_gradient():
+    plan, grid = window(), GRID
+    q, k, v, d_out, d_lse = inputs()
+    key_mask = torch.ones(1, grid.num_tokens, dtype=torch.bool)
+    key_mask[0, ::7] = False
+    for heads in (1, 2):
+        bias = torch.randn(1, heads, grid.num_tokens)
+        actual = pull(run, plan, (q, k, v, bias), (d_out, d_lse), key_mask)
+        exact = [x.double() for x in (q, k, v, bias)]
+        expected = pull(biased_reference, plan, exact, (d_out.double(), d_lse), key_mask)
+        for a, e in zip(actual, expected):
+            assert relative_rms(a, e) < TOLERANCE[torch.float32]
+
+
+def pull(attention, plan, tensors, pulls, key_mask) -> list[Tensor]:
+    """Output, log-sum-exp and the gradients of q, k, v and the bias."""
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    *qkv, bias = leaves
+    out, lse = attention(plan, *qkv, key_bias=bias, key_mask=key_mask)
+    total = (out * pulls[0]).sum() + (lse * pulls[1]).sum()
+    return [out.detach(), lse.detach(), *torch.autograd.grad(total, leaves)]
+
+
+def biased_reference(plan, q, k, v, *, key_bias, key_mask):
+    """Dense attention in float64, with the scale of ``run``."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * 0.3 + key_bias[:, :, None]
+    scores = scores.masked_fill(~(plan.mask() & key_mask[:, None, None]), -math.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def test_equal_inputs_give_equal_bits():
+    plan, given = window(), inputs()
+    assert all(map(torch.equal, results(given, plan, "triton"), results(given, plan, "triton")))
+
+
+@pytest.mark.parametrize("make", [blocks, window])
+def test_operator_keeps_its_promises(make):
+    plan = make(Grid(2, 3, 5, text=2))
+    lists, layout, box = plan.lists, plan.layout, plan.lists.box
+    packed = (None, None, None) if box is None else (box.key, box.low, box.high)
+    leaves = [x.requires_grad_() for x in inputs(plan.grid)[:3]]
+    arguments = (
+        *leaves,
+        *(lists.row_start, lists.num_full, lists.key_block, *packed, lists.mask_id, lists.masks),
+        *(0 if box is None else box.guard, lists.batch, lists.heads),
+        *(layout.order, layout.block, 0.25, None, None),
+    )
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.vidattn.block_sparse_triton, arguments, test_utils=tests)
+
+
+def test_one_graph_holds_attention_and_its_gradient():
+    plan = window(Grid(2, 3, 5, text=2))
+
+    def loss(q, k, v):
+        return attend(q.sin(), k, v, plan, backend="triton").square().sum()
+
+    expected = [x.requires_grad_() for x in inputs(plan.grid)[:3]]
+    actual = [x.detach().clone().requires_grad_() for x in expected]
+    loss(*expected).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(*actual).backward()
+    for a, b in zip(actual, expected):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_block_outside_the_layout_is_caught():
+    plan = blocks()
+    plan.lists.key_block[3] = plan.layout.num_blocks
+    with pytest.raises(ValueError, match="lists blocks 0 to 5, its layout has 5"):
+        attend(*inputs()[:3], plan, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda x: x.double(), {}, "take float16, bfloat16 and float32, got torch.float64"),
+        (lambda x: x.repeat(1, 1, 1, 9), {}, "head dims up to 256, got 288"),
+        (lambda x: x, {"scale": -1.0}, "need a scale above 0, got -1.0"),
+    ],
+)
+def test_what_it_cannot_do_is_an_error(change, options, message):
+    tensors = [change(x) for x in inputs()[:3]]
+    with pytest.raises(ValueError, match=message + '.*use backend="torch"'):
+        attend(*tensors, blocks(), backend="triton", **options)
+
+
+def test_without_a_gpu_it_says_which_engine_runs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match='the tensors are on cpu: use backend="torch"'):
+        attend(*inputs()[:3], blocks(), backend="triton")
+
+
+def test_without_triton_it_says_which_engine_runs(monkeypatch):
+    monkeypatch.setattr(block_sparse_triton.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match='need Triton, which is not installed: use backend="torch"'
+    ):
+        attend(*inputs()[:3], blocks(), backend="triton")
+
+
+def test_meta_tensors_give_shapes():
+    plan = window().to("meta")
+    q, k, v = (x.to("meta") for x in inputs()[:3])
+    out, lse = run(plan, q, k, v)
+    assert out.shape == q.shape and out.is_meta
+    assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("block", [1, 16, 18, 27, 60, 64, 96, 100, 112, 128, 250])
+def test_blocks_are_padded_to_whole_tiles(block):
+    even = block_segments.even_block(block)
+    assert even % 16 == 0 and even >= block
+    assert even <= max(16, 1.25 * block, 16 * -(-block // 16))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.block_segments import Segments, segments
-from vidattn.kernels.library import Operator
+from vidattn.kernels.library import LISTS, REST, Operator, flatten, gather
 from vidattn.kernels.triton_configs import Tile, architecture, padded_head_dim, tile
 
 LOG2E = math.log2(math.e)
@@ -46,11 +46,14 @@ def block_sparse_attention(
     scale: float,
     key_mask: Tensor | None = None,
     key_bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The result of ``block_sparse_torch.block_sparse_attention``, by Triton kernels.
 
-    Gradients reach q, k, v and ``key_bias``, also through the log-sum-exp, and are the same bits
-    every time.
+    Gradients reach all of q, k, v, ``key_bias``, ``gain`` and ``shift``, also through the
+    log-sum-exp, and are the same bits every time. Where none is wanted, gain and shift cost no pass
+    over the output.
 
     Args:
         q: (B, H, S, D).
@@ -61,6 +64,8 @@ def block_sparse_attention(
         scale: factor of the scores, above 0.
         key_mask: (B, S) bool, False for keys that nobody may read.
         key_bias: (B|1, H|1, S) added to the scaled scores of a key.
+        gain: (B|1, H|1, nb) factor of the output of a query block.
+        shift: (B|1, H|1, nb, D) added to the output of a query block after that.
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
@@ -69,9 +74,41 @@ def block_sparse_attention(
         ValueError: something these kernels cannot do, with the engine that can.
     """
     _check(q, scale)
-    return _attention(
+    inputs = (q, k, v, key_bias, gain, shift)
+    pulled = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if not pulled and (gain is not None or shift is not None):
+        rest = (order, block, float(scale), key_mask, key_bias)
+        return _compensated(q, k, v, gain, shift, *flatten(lists), *rest)
+    out, lse = _attention(
         q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask, key_bias=key_bias
     )
+    return compensate(out, order, block, gain, shift), lse
+
+
+def compensate(
+    out: Tensor, order: Tensor, block: int, gain: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """``gain * out + shift``, each token by its query block: what the forward kernel does itself.
+
+    Args:
+        out: (B, H, S, D).
+        order: (N,) int32, token in each slot, -1 for an empty slot.
+        block: slots to a block.
+        gain: (B|1, H|1, nb).
+        shift: (B|1, H|1, nb, D).
+    """
+    if gain is None and shift is None:
+        return out
+    # empty slots write behind the last token
+    token = torch.where(order < 0, out.shape[2], order).long()
+    block_of_slot = torch.arange(order.numel(), device=order.device) // block
+    block_of_token = token.new_zeros(out.shape[2] + 1).scatter(0, token, block_of_slot)[:-1]
+    result = out.float()
+    if gain is not None:
+        result = result * gain.float()[..., block_of_token, None]
+    if shift is not None:
+        result = result + shift.float()[..., block_of_token, :]
+    return result.to(out.dtype)
 
 
 def _check(q: Tensor, scale: float) -> None:
@@ -96,15 +133,11 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias):
-    rows = segments(order, block, lists)
-    out, lse = _new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    return launch_forward(q, k, v, out, lse, rows, lists, scale, _bias(q, key_mask, key_bias))
-
-
-def launch_forward(q, k, v, out, lse, rows, lists, scale, bias):
+def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None, shift=None):
     from vidattn.kernels import triton_forward
 
+    rows = segments(order, block, lists)
+    out, lse = _new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(_rows_of, (q, k, v))
     shipped = _tile("forward", q, rows)
     grid = (rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],)
@@ -114,13 +147,11 @@ def launch_forward(q, k, v, out, lse, rows, lists, scale, bias):
         v=v,
         out=out,
         lse=lse,
-        gain=None,
-        shift=None,
+        gain=_per_head(gain, q),
+        shift=_per_head(shift, q),
         scale=scale * LOG2E,
         num_tokens=q.shape[2],
-        stride_gain_b=0,
-        stride_gain_h=0,
-        **bias,
+        **_bias(q, key_mask, key_bias),
         **_strides(q=q, k=k, v=v, o=out),
         **_lists(rows, lists, q, k),
         **_constants(rows, q, shipped),
@@ -128,8 +159,13 @@ def launch_forward(q, k, v, out, lse, rows, lists, scale, bias):
     return out, lse
 
 
+def _per_head(x: Tensor | None, q: Tensor) -> Tensor | None:
+    """(B|1, H|1, ...) as (B, H, ...), contiguous and float32."""
+    return None if x is None else x.float().expand(*q.shape[:2], *x.shape[2:]).contiguous()
+
+
 def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
-    from vidattn.kernels import triton_backward
+    from vidattn.kernels import triton_key_gradient, triton_query_gradient
 
     rows = segments(order, block, lists)
     columns = segments(order, block, lists, transposed=True)
@@ -144,7 +180,7 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
     given |= {"scale": scale, **_bias(q, key_mask, key_bias), **_strides(q=q, k=k, v=v, d=d_out)}
     shipped = _tile("query_gradient", q, rows)
     grid = (rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],)
-    triton_backward.query_gradient_kernel[grid](
+    triton_query_gradient.query_gradient_kernel[grid](
         d_q=d_q,
         **given,
         **_strides(g=d_q),
@@ -154,7 +190,7 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
     d_bias = None if key_bias is None else torch.empty(q.shape[:3], device=q.device)
     shipped = _tile("key_gradient" if d_bias is None else "key_gradient_bias", q, rows)
     grid = (rows.order.numel() // shipped.columns * q.shape[0] * k.shape[1],)
-    triton_backward.key_gradient_kernel[grid](
+    triton_key_gradient.key_gradient_kernel[grid](
         d_k=d_k,
         d_v=d_v,
         d_bias=d_bias,
@@ -170,6 +206,18 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
 
 
 _attention = Operator("block_sparse_triton", _forward, _backward)
+
+
+_compensated = torch.library.custom_op(
+    "vidattn::block_sparse_triton_compensated",
+    lambda q, k, v, gain, shift, *rest: _forward(q, k, v, *gather(rest), gain, shift),
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? shift, "
+    f"{LISTS}, {REST}) -> (Tensor, Tensor)",
+)
+_compensated.register_fake(
+    lambda q, k, v, *rest: (_new_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+)
 
 
 def _tile(kernel: str, q: Tensor, rows: Segments) -> Tile:

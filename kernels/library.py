@@ -14,13 +14,13 @@ from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists, Box
 
-# the arguments that describe the block lists, in the order of `_flatten`
-_LISTS = (
+# the arguments of an operator that describe the block lists, in the order of `flatten`, and others
+LISTS = (
     "Tensor row_start, Tensor num_full, Tensor key_block, Tensor? box_key, Tensor? box_low, "
     "Tensor? box_high, Tensor? mask_id, Tensor? masks, int guard, int batch, int heads"
 )
-_REST = "Tensor order, int block, float scale, Tensor? key_mask, Tensor? key_bias"
-_NUM_LISTS = _LISTS.count(",") + 1
+REST = "Tensor order, int block, float scale, Tensor? key_mask, Tensor? key_bias"
+_NUM_LISTS = LISTS.count(",") + 1
 # lists that are alive, with what engines derived from them, by the id of their key_block
 _alive: weakref.WeakValueDictionary[int, BlockLists] = weakref.WeakValueDictionary()
 
@@ -44,18 +44,18 @@ class Operator:
     def __init__(self, name: str, forward: Forward, backward: Backward):
         self._forward = torch.library.custom_op(
             f"vidattn::{name}",
-            lambda q, *rest: _laid_out(forward(q, *rest[:2], *_gather(rest[2:])), (q,)),
+            lambda q, *rest: _laid_out(forward(q, *rest[:2], *gather(rest[2:])), (q,)),
             mutates_args=(),
-            schema=f"(Tensor q, Tensor k, Tensor v, {_LISTS}, {_REST}) -> (Tensor, Tensor)",
+            schema=f"(Tensor q, Tensor k, Tensor v, {LISTS}, {REST}) -> (Tensor, Tensor)",
         )
         self._backward = torch.library.custom_op(
             f"vidattn::{name}_backward",
             lambda *inputs: _laid_out(
-                backward(*inputs[:6], *_gather(inputs[6:])), (*inputs[2:5], inputs[-1])
+                backward(*inputs[:6], *gather(inputs[6:])), (*inputs[2:5], inputs[-1])
             ),
             mutates_args=(),
             schema=f"(Tensor d_out, Tensor delta, Tensor q, Tensor k, Tensor v, Tensor lse, "
-            f"{_LISTS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
+            f"{LISTS}, {REST}) -> (Tensor, Tensor, Tensor, Tensor)",
         )
         self._forward.register_fake(_fake_forward)
         self._backward.register_fake(_fake_backward)
@@ -76,7 +76,7 @@ class Operator:
     ) -> tuple[Tensor, Tensor]:
         """Output (B, H, S, D) and log-sum-exp (B, H, S)."""
         rest = (order, block, float(scale), key_mask, key_bias)
-        return self._forward(q, k, v, *_flatten(lists), *rest)
+        return self._forward(q, k, v, *flatten(lists), *rest)
 
     def _pull(self, ctx, d_out, d_lse):
         q, k, v, out, lse = ctx.saved_tensors
@@ -105,7 +105,8 @@ def _keep(ctx, inputs, output):
     ctx.rest = rest
 
 
-def _flatten(lists: BlockLists) -> tuple:
+def flatten(lists: BlockLists) -> tuple:
+    """The arguments ``LISTS`` of an operator."""
     if not torch.compiler.is_compiling():
         _alive[id(lists.key_block)] = lists
     box = lists.box
@@ -115,7 +116,7 @@ def _flatten(lists: BlockLists) -> tuple:
     return *held, *shape
 
 
-def _gather(rest: tuple) -> tuple:
+def gather(rest: tuple) -> tuple:
     """The block lists, from their tensors, with the arguments after them."""
     row_start, num_full, key_block, key, low, high, mask_id, masks, guard, batch, heads = rest[
         :_NUM_LISTS

@@ -115,8 +115,8 @@ def forward_kernel(
     out,  # (B, H, S, D)
     lse,  # (B, H, S) natural log
     key_bias,  # (B|1, H|1, S) base 2, or None
-    gain,  # (B|1, H|1, N / BLOCK), or None
-    shift,  # (B|1, H|1, N / BLOCK, D), with gain
+    gain,  # (B, H, N / BLOCK) factor of the output, or None
+    shift,  # (B, H, N / BLOCK, D) added to it, or None
     order,  # (N,) token of each slot, -1 for none
     row_start,  # (R + 1,)
     num_clear,  # (R,)
@@ -143,8 +143,6 @@ def forward_kernel(
     stride_os,
     stride_bias_b,
     stride_bias_h,
-    stride_gain_b,
-    stride_gain_h,
     stride_row_b,
     stride_row_h,
     num_heads,
@@ -213,10 +211,11 @@ def forward_kernel(
     b_sum = tl.where(m_empty, 1.0, b_sum)
     b_acc = b_acc / b_sum[:, None]
     if gain is not None:
-        i_gain = i_b * stride_gain_b + i_h * stride_gain_h + i_block
+        b_acc *= tl.load(gain + i_bh * num_blocks + i_block)
+    if shift is not None:
         o_d = tl.arange(0, BD)
-        b_shift = tl.load(shift + i_gain * D + o_d, mask=o_d < D, other=0.0)
-        b_acc = b_acc * tl.load(gain + i_gain) + b_shift[None, :]
+        p_shift = shift + (i_bh * num_blocks + i_block) * D + o_d
+        b_acc += tl.load(p_shift, mask=o_d < D, other=0.0)[None, :]
     store_rows(out + i_b * stride_ob + i_h * stride_oh, b_acc, b_token, stride_os, D, BD)
     b_lse = tl.where(m_empty, float("-inf"), (b_top + tl.log2(b_sum)) * LN2)
     tl.store(lse + i_bh * num_tokens + b_token, b_lse, mask=b_token >= 0)

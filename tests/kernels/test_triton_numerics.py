@@ -220,3 +220,24 @@ def test_blocks_are_padded_to_whole_tiles(block):
     even = block_segments.even_block(block)
     assert even % 16 == 0 and even >= block
     assert even <= max(16, 1.25 * block, 16 * -(-block // 16))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("parts", ["both", "gain", "shift"])
+def test_gain_and_shift_of_query_blocks(parts, heads):
+    plan = blocks(heads=1)
+    q, k, v, d_out, _ = inputs()
+    num_blocks, block = plan.layout.num_blocks, plan.layout.block
+    gain = torch.rand(1, heads, num_blocks) if parts != "shift" else None
+    shift = torch.randn(1, heads, num_blocks, 32) if parts != "gain" else None
+    plain = results((q, k, v, d_out, d_out[..., 0]), plan, "reference")[0]
+    expected = torch.zeros_like(plain)
+    for token, slot in enumerate(plan.layout.slot_of_token.tolist()):
+        factor = 1 if gain is None else gain[:, :, slot // block, None]
+        extra = 0 if shift is None else shift[:, :, slot // block]
+        expected[:, :, token] = factor * plain[:, :, token] + extra
+    options = {"scale": 32**-0.5, "gain": gain, "shift": shift}
+    fused, _ = run(plan, q, k, v, **options)
+    assert relative_rms(fused, expected) < TOLERANCE[torch.float32]
+    pulled, _ = run(plan, q.requires_grad_(), k, v, **options)
+    assert relative_rms(pulled, expected) < TOLERANCE[torch.float32] and pulled.requires_grad

@@ -13,10 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"grid", "registry", "resources", "kernels"},
     {"plan", "gpus", "video_models"},
+    {"head_plan"},
     {"method"},
     {"methods", "cache", "attention"},
     {"mixture", "schedule", "measure", "video", "config"},
-    {"draw", "simulate"},
+    {"draw", "neighborhood", "simulate"},
     {"pipelines", "backbones"},
     {"commands"},
     {"cli", "scripts"},

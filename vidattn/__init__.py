@@ -15,12 +15,21 @@ from vidattn.grid import Grid
 # Importing the module vidattn.plan, which the lines above do, binds its name here. The function
 # takes the name over, for good: Python binds a submodule only when it first loads it.
 from vidattn.methods import list_methods, plan
+from vidattn.neighborhood import neighborhood_attention
 
 if TYPE_CHECKING:
     from vidattn.pipelines.patch import patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "attend", "list_methods", "patch", "plan", "unpatch"]
+__all__ = [
+    "Grid",
+    "attend",
+    "list_methods",
+    "neighborhood_attention",
+    "patch",
+    "plan",
+    "unpatch",
+]
 
 # These import diffusers, which takes longer than everything else together.
 _LAZY = {"patch": "vidattn.pipelines.patch", "unpatch": "vidattn.pipelines.patch"}

@@ -8,7 +8,15 @@ import pytest
 import vidattn
 from tests.packaging.conftest import ROOT
 
-PUBLIC = {"Grid", "attend", "list_methods", "patch", "plan", "unpatch"}
+PUBLIC = {
+    "Grid",
+    "attend",
+    "list_methods",
+    "neighborhood_attention",
+    "patch",
+    "plan",
+    "unpatch",
+}
 
 
 def run(code):

@@ -1,0 +1,290 @@
+"""Neighborhood attention on a line, a picture or a video, with the argument names users know.
+
+It follows NATTEN's generalized neighborhood attention: its ``kernel_size`` is ``window`` here, its
+``is_causal`` is ``causal``, its ``additional_keys`` and ``additional_values`` are ``extra_k`` and
+``extra_v``; its tensors are those of ``layout="heads_last"``. Beyond it, a window may be longer
+than its axis, and relative position biases (Hassani et al., "Neighborhood Attention Transformer",
+arXiv:2204.07143) are there, with their gradient.
+
+Letters: B batch, H heads, Hk key heads, S tokens, D head dim, E extra tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from vidattn.attention import BACKENDS, attend
+from vidattn.grid import Grid, Size, dilation_order
+from vidattn.kernels import neighborhood_torch
+from vidattn.kernels.halo import EDGES, Axis, Halo, choose_edges, every_pair, window_axis
+from vidattn.methods.neighborhood import Neighborhood, axis_window
+from vidattn.mixture import merge
+from vidattn.plan import Plan
+from vidattn.registry import unknown
+
+LAYOUTS = ("heads_first", "heads_last")
+Flags = tuple[bool, bool, bool]
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    *,
+    scale: float | None = None,
+    rel_bias: Tensor | None = None,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    layout: str = "heads_first",
+    backend: str = "auto",
+) -> Tensor:
+    """Every token attends to the window around it, which slides inward at the borders.
+
+    Gradients reach every tensor.
+
+    Args:
+        q: (B, H, *size, D) with one to three axes in ``size``: (S,), (h, w) or (t, h, w);
+            (B, *size, H, D) for ``layout="heads_last"``.
+        k, v: likewise, with Hk heads; H must be a multiple of Hk (grouped-query attention).
+        window: keys that a query reads along each axis; NATTEN's ``kernel_size``.
+        stride: queries that share one window, at most ``window``.
+        dilation: distance between the keys of a window.
+        causal: whether a query reads only keys at or before its own position on an axis; NATTEN's
+            ``is_causal``. These four are one value, or one for each axis.
+        scale: factor of the scores; D ** -0.5 by default.
+        rel_bias: (H, *(2 * window - 1)), added to the scaled scores at (key - query) / dilation
+            + window - 1 on each axis, as in NAT and DiNAT.
+        extra_k, extra_v: (B, Hk, E, D), or (B, E, Hk, D) for heads last: tokens without a place
+            that every query reads, such as registers or text.
+        layout: "heads_first" or "heads_last".
+        backend: "halo" (tiles of queries times all keys around them, in PyTorch), a backend of
+            ``attend``, or "auto": "halo" with a bias, which no other one takes, else that of
+            ``attend``.
+
+    Returns:
+        The output, of the shape and dtype of ``q``.
+
+    Raises:
+        ValueError: shapes or options that do not fit together, an unknown layout or backend, or a
+            bias on a backend without one.
+
+    >>> q = k = v = torch.randn(1, 4, 16, 24, 32)  # 16 x 24 tokens
+    >>> neighborhood_attention(q, k, v, window=(7, 9), dilation=2).shape
+    torch.Size([1, 4, 16, 24, 32])
+    """
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    if layout == "heads_last":
+        q, k, v = (x.movedim(-2, 1) for x in (q, k, v))
+        extra_k, extra_v = (None if x is None else x.transpose(1, 2) for x in (extra_k, extra_v))
+    _check(q, k, v, extra_k, extra_v)
+    num_axes = q.dim() - 3
+    options = _options(num_axes, window, stride, dilation, causal)
+    bias = _table(rel_bias, q, options[0], num_axes)
+    backend = _backend(backend, bias)
+    size = (1,) * (3 - num_axes) + tuple(q.shape[2:-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "halo":
+        out = _on_halo(q, k, v, size, options, scale, bias, extra_k, extra_v)
+    else:
+        out = _on_plan(q, k, v, size, options, scale, extra_k, extra_v, backend)
+    out = out.view(q.shape) if out.is_contiguous() else out.reshape(q.shape)
+    return out.movedim(1, -2) if layout == "heads_last" else out
+
+
+def _on_halo(q, k, v, size, options, scale, bias, extra_k, extra_v) -> Tensor:
+    """(B, H, S, D) by tiles and halos; extra tokens are attended to apart, then merged."""
+
+    def split(x: Tensor, size: Size) -> Tensor:
+        copies = q.shape[1] // x.shape[1]
+        x = x if copies == 1 else x.repeat_interleave(copies, dim=1)
+        return x.reshape(*x.shape[:2], *size, x.shape[-1])
+
+    tokens = split(q, size)
+    out, lse = _halo_op(tokens, split(k, size), split(v, size), bias, *options, scale)
+    out, lse = out.flatten(2, 4), lse.flatten(2)
+    if extra_k is None:
+        return out
+    line = (1, 1, lse.shape[2])
+    extra = (1, 1, extra_k.shape[2])
+    nothing = ([], [], [], [])
+    extra_out, extra_lse = _halo_op(
+        split(q, line), split(extra_k, extra), split(extra_v, extra), None, *nothing, scale
+    )
+    return merge(out, lse, extra_out.flatten(2, 4), extra_lse.flatten(2))[0]
+
+
+def _on_plan(q, k, v, size, options, scale, extra_k, extra_v, backend) -> Tensor:
+    """(B, H, S, D) by ``attend``; extra tokens stand in the sequence like text."""
+    q, k, v = (x.flatten(2, -2) for x in (q, k, v))
+    num_tokens, num_extra = q.shape[2], 0
+    if extra_k is not None:
+        num_extra = extra_k.shape[2]
+        # what these queries would read is nobody's business
+        q = torch.cat([q, q.new_zeros(*q.shape[:2], num_extra, q.shape[-1])], 2)
+        k, v = torch.cat([k, extra_k], 2), torch.cat([v, extra_v], 2)
+    plan = _plan(Grid(*size, text=num_extra), *options, q.device)
+    return attend(q, k, v, plan, scale=scale, backend=backend)[:, :, :num_tokens]
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    grid: Grid, window: Size, stride: Size, dilation: Size, causal: Flags, device: torch.device
+) -> Plan:
+    return Neighborhood(window, stride, dilation, causal).plan(grid).to(device)
+
+
+@lru_cache(maxsize=64)
+def _halo(size: Size, window: Size, stride: Size, dilation: Size, causal: Flags) -> Halo:
+    axes = []
+    for axis in zip(size, window, stride, dilation, causal):
+        first, last = (x.tolist() for x in axis_window(*axis))
+        extent, reach, step = axis[0], axis[1] - 1, axis[3]
+        lengths = [len(range(group, extent, step)) for group in range(min(step, extent))]
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        groups = [(end - length, end) for end, length in zip(ends, lengths)]
+        edges = sorted({min(edge, max(lengths)) for edge in EDGES})
+        runs = {edge: window_axis(first, last, groups, edge, reach) for edge in edges}
+        axes.append((runs, reach, None if step == 1 else dilation_order(extent, step)))
+    edges = choose_edges([runs for runs, _, _ in axes])
+    t, h, w = (Axis(runs[edge], *rest) for (runs, *rest), edge in zip(axes, edges))
+    return Halo((t, h, w))
+
+
+def _halo_of(q: Tensor, k: Tensor, rule: tuple[Sequence, ...]) -> Halo:
+    """The halo of the arguments of an operator; without a window, every pair."""
+    if not rule[0]:
+        return every_pair(q.shape[4], k.shape[4])
+    return _halo(tuple(q.shape[2:5]), *(tuple(x) for x in rule))
+
+
+_RULE = "int[] window, int[] stride, int[] dilation, bool[] causal, float scale"
+
+
+@torch.library.custom_op(
+    "vidattn::neighborhood",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias, {_RULE}) -> (Tensor, Tensor)",
+)
+def _halo_op(q, k, v, bias, *rule):
+    flat = None if bias is None else bias.flatten(1)
+    return neighborhood_torch.forward(q, k, v, _halo_of(q, k, rule[:4]), rule[4], flat)
+
+
+@torch.library.custom_op(
+    "vidattn::neighborhood_backward",
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor delta, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? bias, "
+    f"{_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _halo_backward_op(d_out, delta, q, k, v, lse, bias, *rule):
+    flat = None if bias is None else bias.flatten(1)
+    halo = _halo_of(q, k, rule[:4])
+    *grads, d_bias = neighborhood_torch.backward(d_out, delta, q, k, v, lse, halo, rule[4], flat)
+    return *grads, d_bias if bias is None else d_bias.view(bias.shape)
+
+
+@_halo_op.register_fake
+def _(q, k, v, bias, *rule):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=lse_dtype)
+
+
+@_halo_backward_op.register_fake
+def _(d_out, delta, q, k, v, lse, bias, *rule):
+    d_bias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, bias, *ctx.rule = inputs
+    ctx.save_for_backward(q, k, v, *output, bias)
+
+
+def _pull(ctx, d_out, d_lse):
+    q, k, v, out, lse, bias = ctx.saved_tensors
+    # what the softmax of a row loses when its output, or its log-sum-exp, is pulled
+    delta = (out.to(lse.dtype) * d_out).sum(-1) - d_lse
+    *grads, d_bias = _halo_backward_op(d_out, delta, q, k, v, lse, bias, *ctx.rule)
+    return *grads, None if bias is None else d_bias, *(None,) * len(ctx.rule)
+
+
+_halo_op.register_autograd(_pull, setup_context=_keep)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (heads first)"
+    if q.dim() not in (4, 5, 6) or k.shape != v.shape:
+        raise ValueError(f"q, k and v must be (B, H, *size, D) with 1 to 3 axes, got {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "q, k and v must agree in batch, size and head dim, and the heads of q must be a "
+            f"multiple of the heads of k, got {shapes}"
+        )
+    if (extra_k is None) != (extra_v is None):
+        raise ValueError("extra_k and extra_v go together, got only one of them")
+    wanted = (*k.shape[:2], k.shape[-1])
+    for name, x in (("extra_k", extra_k), ("extra_v", extra_v)):
+        if x is not None and (x.dim() != 4 or (*x.shape[:2], x.shape[3]) != wanted):
+            raise ValueError(
+                f"{name} must have the batch, heads and head dim of k, {wanted}, beside its "
+                f"tokens, got {tuple(x.shape)} (heads first)"
+            )
+    if extra_k is not None and extra_k.shape != extra_v.shape:
+        raise ValueError(
+            f"extra_k {tuple(extra_k.shape)} and extra_v {tuple(extra_v.shape)} must agree"
+        )
+    given = [x for x in (q, k, v, extra_k, extra_v) if x is not None]
+    if len({(x.dtype, x.device) for x in given}) > 1:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
+        raise ValueError(f"q, k, v and extra tokens must share dtype and device, got {kinds}")
+
+
+def _options(num_axes: int, *values) -> tuple[Size, Size, Size, Flags]:
+    """Window, stride, dilation and causal of three axes; those that are not there come first."""
+    names, kinds = ("window", "stride", "dilation", "causal"), (int, int, int, bool)
+    found = []
+    for name, kind, value in zip(names, kinds, values):
+        each = (value,) * num_axes if isinstance(value, kind) else tuple(value)
+        if len(each) != num_axes or not all(isinstance(x, kind) and x >= 0 for x in each):
+            raise ValueError(
+                f"{name} must be one {kind.__name__}, or one for each of {num_axes} axes, "
+                f"got {value!r}"
+            )
+        found.append((kind(kind is int),) * (3 - num_axes) + each)
+    window, stride, dilation, causal = found
+    # the method checks the values
+    Neighborhood(window, stride, dilation, causal)
+    return window, stride, dilation, causal
+
+
+def _table(rel_bias: Tensor | None, q: Tensor, window: Size, num_axes: int) -> Tensor | None:
+    """(H, 2 wt - 1, 2 wh - 1, 2 ww - 1) from a table with the axes that are there."""
+    if rel_bias is None:
+        return None
+    size = tuple(2 * x - 1 for x in window)
+    wanted = (q.shape[1], *size[3 - num_axes :])
+    if tuple(rel_bias.shape) != wanted:
+        raise ValueError(
+            f"rel_bias must be (heads, 2 * window - 1 on each axis) = {wanted}, got "
+            f"{tuple(rel_bias.shape)}"
+        )
+    if rel_bias.device != q.device:
+        raise ValueError(f"rel_bias is on {rel_bias.device}, q on {q.device}")
+    return rel_bias.view(q.shape[1], *size)
+
+
+def _backend(backend: str, bias: Tensor | None) -> str:
+    if backend not in ("halo", *BACKENDS):
+        raise unknown("backend", backend, ("halo", *BACKENDS))
+    if bias is not None and backend not in ("auto", "halo"):
+        raise ValueError(f"backend {backend!r} takes no rel_bias; 'halo' does")
+    return "halo" if bias is not None else backend

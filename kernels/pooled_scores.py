@@ -23,15 +23,17 @@ def block_means(
         key_mask: (B, S) bool, False for tokens that do not count.
 
     Returns:
-        (B, H, nb, D) float32, 0 for a block without tokens; (B|1, 1, nb) float32 counts.
+        (B, H, nb, D) float32, or float64 for float64, 0 for a block without tokens; (B|1, 1, nb)
+        counts of the same dtype.
     """
     live = (order >= 0)[None]
     if key_mask is not None:
         live = live & key_mask[:, order.long().clamp_min(0)]
     blocks = Slots(order, block, None).fill(x).view(*x.shape[:2], -1, block, x.shape[-1])
-    weights = live.view(live.shape[0], 1, -1, block).float()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weights = live.view(live.shape[0], 1, -1, block).to(dtype)
     counts = weights.sum(-1)
-    total = (blocks.float() * weights[..., None]).sum(-2)
+    total = (blocks.to(dtype) * weights[..., None]).sum(-2)
     return total / counts.clamp_min(1)[..., None], counts
 
 

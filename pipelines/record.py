@@ -11,11 +11,12 @@ from vidattn.pipelines.stopwatch import Stopwatch
 
 @dataclass
 class Pass:
-    """One forward pass of a transformer."""
+    """One forward pass of a transformer, number ``turn`` of its denoising step."""
 
     size: Size
     num_before: int
     step: int
+    turn: int
     dense_step: bool
     start: object
     ran: set[int] = field(default_factory=set)

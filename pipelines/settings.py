@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vidattn.grid import Grid
+from vidattn.head_plan import HeadPlan
 from vidattn.method import Method
 from vidattn.methods.dense import Dense
 from vidattn.pipelines.steps import StepCounter
@@ -26,12 +27,14 @@ class Settings:
         # a generation has one grid, or one per length of text; training may have more
         self._fixed_plan = lru_cache(maxsize=16)(self._make_plan)
 
-    def plan(self, grid: Grid, q: Tensor, k: Tensor) -> Plan:
-        """The plan of the method, made once per grid and device unless it reads content."""
-        if self.method.reads_content:
-            return self._make_plan(grid, q.device, q, k)
-        return self._fixed_plan(grid, q.device)
+    def plan(self, method: Method, grid: Grid, q: Tensor, k: Tensor) -> Plan | HeadPlan:
+        """The plan of a layer's method, made once per grid and device unless it reads content."""
+        if method.reads_content:
+            return self._make_plan(method, grid, q.device, q, k)
+        return self._fixed_plan(method, grid, q.device)
 
-    def _make_plan(self, grid: Grid, device: torch.device, *content: Tensor) -> Plan:
-        with self.watch.span(device):
-            return self.method.plan(grid, *content).to(device)
+    def _make_plan(
+        self, method: Method, grid: Grid, device: torch.device, *content: Tensor
+    ) -> Plan | HeadPlan:
+        with self.watch.span(device), torch.no_grad():
+            return method.plan(grid, *content).to(device)

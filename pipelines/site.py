@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from vidattn.attention import attend
 from vidattn.grid import Grid, Size
+from vidattn.head_plan import HeadPlan
 from vidattn.pipelines import masks
+from vidattn.pipelines.break_even import break_even
 from vidattn.pipelines.family import family_of
 from vidattn.pipelines.intercept import Layer, give_back, keep_choice, numbered, take
 from vidattn.pipelines.record import Pass, Tally
@@ -62,6 +64,8 @@ class Site:
         self.watch = Stopwatch()
         self.num_passes = 0
         self.grids: set[Grid] = set()
+        # plans that their method said it would keep, by thread, layer, turn, grid and heads
+        self._kept: dict[tuple, tuple[int, Plan | HeadPlan]] = {}
         self._finite: Tensor | None = None
 
     def remove(self) -> None:
@@ -120,7 +124,9 @@ class Site:
             self._not_finite(f"the latents were NaN or infinite at the start of step {step + 1}")
         dense_step = step < guard.num_steps(steps.num_steps)
         start = Stopwatch.now(hidden_states.device)
-        self._latest = Pass(size, num_before, step, dense_step, start)
+        last = self._passes.get(threading.get_ident())
+        turn = last.turn + 1 if last is not None and last.step == step else 0
+        self._latest = Pass(size, num_before, step, turn, dense_step, start)
         self._passes[threading.get_ident()] = self._latest
 
     def end(self, output: Tensor) -> None:
@@ -172,7 +178,9 @@ class Site:
                 why = str(error)
                 self.cannot(layer, why, record=False)
         if where is not None:
-            plan = self._plan(where[0], where[1], q, k)
+            plan = self._plan(layer, current, where, q, k)
+            if (limit := break_even(q.device)) < plan.visited_density:
+                why, plan = f"dense is faster above density {limit:.2f} on this GPU", None
         start = Stopwatch.now(q.device)
         if plan is None:
             out = layer.dense(q, k, v, mask, scale)
@@ -250,13 +258,27 @@ class Site:
         grid = Grid(t, h, w, text=beside, text_first=bool(before) and not turn)
         return grid, turn, keys
 
-    def _plan(self, grid: Grid, turn: int, q: Tensor, k: Tensor) -> Plan:
+    def _plan(self, layer: Layer, current: Pass, where, q: Tensor, k: Tensor) -> Plan | HeadPlan:
+        grid, turn, _ = where
         self.grids.add(grid)
-        if turn and self.settings.method.reads_content:
+        method = self.settings.method.at(layer.index)
+        if not method.reads_content:
+            return self.settings.plan(method, grid, q, k)
+        key = (threading.get_ident(), layer.index, current.turn, grid, q.shape[:2])
+        step, num_steps = current.step, self.settings.steps.num_steps
+        made, plan = self._kept.get(key, (step, None))
+        if plan is not None and made < step and method.keeps(made, step, num_steps):
+            return plan
+        if turn:
             q, k = (x.roll(-turn, 2) for x in (q, k))
-        return self.settings.plan(grid, q, k)
+        plan = self.settings.plan(method, grid, q, k)
+        if method.keeps(step, step + 1, num_steps):
+            self._kept[key] = step, plan
+        return plan
 
-    def _sparse(self, q, k, v, scale, plan: Plan, turn: int, keys: Tensor | None) -> Tensor:
+    def _sparse(
+        self, q, k, v, scale, plan: Plan | HeadPlan, turn: int, keys: Tensor | None
+    ) -> Tensor:
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))

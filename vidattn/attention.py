@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidattn.kernels import block_sparse_torch, block_sparse_triton, reference
+from vidattn.head_plan import HeadPlan
+from vidattn.kernels import block_sparse_cpu, block_sparse_torch, block_sparse_triton, reference
+from vidattn.kernels.pooled_scores import block_means
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 
-BACKENDS = ("auto", "triton", "torch", "flex", "reference")
+BACKENDS = ("auto", "triton", "cpp", "torch", "flex", "reference")
 log = logging.getLogger("vidattn")
 
 
@@ -24,7 +26,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan,
+    plan: Plan | HeadPlan,
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
@@ -42,10 +44,10 @@ def attend(
         plan: for the grid of these S tokens, with 1 or B samples and 1 or H heads.
         scale: factor of the scores; D ** -0.5 by default.
         key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
-        backend: "triton" (NVIDIA GPUs), "torch" (any device; fast on a CPU), "flex" (compiled
-            FlexAttention), "reference" (float64, dense memory), or "auto": dense plans run on
-            PyTorch's own attention, others on "torch" on a CPU, on "triton" on a GPU that it knows
-            and on "flex" on others.
+        backend: "triton" (NVIDIA GPUs), "cpp" (CPUs with a C++ compiler), "torch" (any device),
+            "flex" (compiled FlexAttention), "reference" (float64, dense memory), or "auto": dense
+            plans run on PyTorch's own attention, others on "cpp" on a CPU where it compiles, else
+            on "torch", on "triton" on a GPU that it knows, and on "flex" on other GPUs.
         return_lse: also return the (B, H, S) float32 log-sum-exp of the scaled scores.
 
     Returns:
@@ -59,21 +61,75 @@ def attend(
     >>> attend(q, k, v, vidattn.plan("radial", grid)).shape
     torch.Size([1, 4, 320, 64])
     """
-    _check(q, k, v, plan, key_mask)
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if plan.layout.order.device != q.device:
+    if plan.device != q.device:
         plan = plan.to(q.device)
-    if backend == "auto" and plan.is_dense and not return_lse:
+    options = {"scale": scale, "key_mask": key_mask, "backend": backend, "need_lse": return_lse}
+    if isinstance(plan, HeadPlan):
+        out, lse = _attend_by_heads(q, k, v, plan, options)
+    else:
+        out, lse = _attend(q, k, v, plan, **options)
+    return (out, lse) if return_lse else out
+
+
+def _attend_by_heads(
+    q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, options: dict
+) -> tuple[Tensor, Tensor | None]:
+    """Every group of heads by its own plan."""
+    if plan.num_heads != q.shape[1]:
+        raise ValueError(f"the plan is for {plan.num_heads} heads, q has {q.shape[1]}")
+    groups = q.shape[1] // max(k.shape[1], 1)
+    parts = [
+        _attend(q[:, heads], k[:, heads // groups], v[:, heads // groups], part, **options)
+        for part, heads in zip(plan.plans, plan.heads)
+    ]
+    # the heads stand in the order of the plans: put them back
+    back = torch.cat(plan.heads).argsort()
+    outs, lses = zip(*parts)
+    out = torch.cat(outs, dim=1)[:, back]
+    return out, torch.cat(lses, dim=1)[:, back] if options["need_lse"] else None
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    key_mask: Tensor | None,
+    backend: str,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    _check(q, k, v, plan, key_mask)
+    if backend == "auto" and plan.is_dense and not need_lse:
         mask = None if key_mask is None else key_mask[:, None, None]
         grouped = k.shape[1] != q.shape[1]
-        return F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
         )
-    engine = _auto_engine(q.device.type) if backend == "auto" else backend
-    out, lse = _ENGINES[engine](q, k, v, plan, scale, key_mask, return_lse)
-    return (out, lse) if return_lse else out
+        return out, None
+    engine = _auto_engine(q.device.type, q.dtype) if backend == "auto" else backend
+    out, lse = _ENGINES[engine](q, k, v, plan, scale, key_mask, need_lse)
+    return _compensate(out, v, plan, key_mask), lse
+
+
+def _compensate(out: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None) -> Tensor:
+    """Gain, and the mean values of what was not read (see ``Plan``)."""
+    if plan.gain is None and plan.rest is None:
+        return out
+    layout = plan.layout
+    block_of_token = layout.slot_of_token // layout.block
+    result = out.to(torch.promote_types(out.dtype, torch.float32))
+    if plan.gain is not None:
+        result = result * plan.gain[..., block_of_token, None]
+    if plan.rest is not None:
+        means, _ = block_means(v, layout.order, layout.block, key_mask)
+        means = means.repeat_interleave(out.shape[1] // v.shape[1], dim=1)
+        result = result + (plan.rest @ means)[..., block_of_token, :]
+    return result.to(out.dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None) -> None:
@@ -109,16 +165,25 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None)
 
 
 @lru_cache
-def _auto_engine(device: str) -> str:
-    engine = "triton" if block_sparse_triton.is_available(device) else "flex"
-    engine = "torch" if device == "cpu" else engine
-    log.info("attention on %s runs on the %r engine", device, engine)
+def _auto_engine(device: str, dtype: torch.dtype) -> str:
+    if device == "cpu":
+        engine = "cpp" if block_sparse_cpu.is_available(dtype) else "torch"
+    else:
+        engine = "triton" if block_sparse_triton.is_available(device) else "flex"
+    log.info("attention in %s on %s runs on the %r engine", dtype, device, engine)
     return engine
 
 
 def _torch(q, k, v, plan, scale, key_mask, need_lse):
     layout, lists = plan.layout, plan.lists
     return block_sparse_torch.block_sparse_attention(
+        q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
+    )
+
+
+def _cpp(q, k, v, plan, scale, key_mask, need_lse):
+    layout, lists = plan.layout, plan.lists
+    return block_sparse_cpu.block_sparse_attention(
         q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
     )
 
@@ -156,4 +221,10 @@ def _reference(q, k, v, plan, scale, key_mask, need_lse):
     return reference.masked_attention(q, k, v, mask, scale)
 
 
-_ENGINES = {"triton": _triton, "torch": _torch, "flex": _flex, "reference": _reference}
+_ENGINES = {
+    "triton": _triton,
+    "cpp": _cpp,
+    "torch": _torch,
+    "flex": _flex,
+    "reference": _reference,
+}

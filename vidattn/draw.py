@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidattn.head_plan import HeadPlan
 from vidattn.kernels.block_lists import partial_mask
 from vidattn.measure import speedup_bound
 from vidattn.plan import Plan
@@ -25,7 +26,9 @@ INK, FAINT = "#1b2330", "#6b7684"
 MAP_CELLS = 420
 
 
-def draw(plans: Mapping[str, Plan], *, query: int | None = None, head: int = 0) -> Figure:
+def draw(
+    plans: Mapping[str, Plan | HeadPlan], *, query: int | None = None, head: int = 0
+) -> Figure:
     """A figure with one row per plan: its block map, and the keys that one query token reads.
 
     Memory follows the plan, never the square of the sequence.
@@ -53,18 +56,20 @@ def draw(plans: Mapping[str, Plan], *, query: int | None = None, head: int = 0) 
     )  # fmt: skip
     for row, (title, plan) in enumerate(plans.items()):
         token = middle_token(plan) if query is None else query
+        figures = _figures(plan)
+        plan, row_head = plan.of_head(head) if isinstance(plan, HeadPlan) else (plan, head)
         left, right = (figure.add_subplot(rows[row, column]) for column in (0, 1))
-        _draw_blocks(left, plan, head)
-        _draw_frames(right, plan, token, head)
+        _draw_blocks(left, plan, row_head)
+        _draw_frames(right, plan, token, row_head)
         box = rows[row, :].get_position(figure)
         y = box.y1 + 0.12 / height
         figure.text(box.x0, y, title, size=13, weight="bold", color=INK)
-        figure.text(box.x1, y, _figures(plan), size=10, color=INK, ha="right")
+        figure.text(box.x1, y, figures, size=10, color=INK, ha="right")
     _draw_legend(figure)
     return figure
 
 
-def middle_token(plan: Plan) -> int:
+def middle_token(plan: Plan | HeadPlan) -> int:
     """The token in the middle of the video, by its place in the sequence."""
     t, h, w = plan.grid.size
     return plan.grid.video_start + ((t // 2) * h + h // 2) * w + w // 2
@@ -200,7 +205,7 @@ def _columns(t: int, h: int, w: int, aspect: float = 2.9) -> int:
     return max(range(1, t + 1), key=scale)
 
 
-def _figures(plan: Plan) -> str:
+def _figures(plan: Plan | HeadPlan) -> str:
     grid = plan.grid
     text = f" + {grid.text} text" if grid.text else ""
     return (

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vidattn.grid import Grid, Size
+from vidattn.head_plan import HeadPlan
 from vidattn.plan import Plan
 
 
@@ -23,8 +24,23 @@ class Method(ABC):
     reads_content: ClassVar[bool] = False
 
     @abstractmethod
-    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
-        """Who reads whom on ``grid``; ``q`` and ``k`` are (B, H, S, D) if the method reads them."""
+    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan | HeadPlan:
+        """Who reads whom on ``grid``.
+
+        A method that reads content is given ``q`` (B, H, S, D) and ``k`` (B, K, S, D), H a multiple
+        of K, and plans every sample and head of ``q`` on its own.
+        """
+
+    def at(self, layer: int) -> Method:
+        """The method as a layer, counted from 0, uses it: the same one unless it says otherwise."""
+        return self
+
+    def keeps(self, made: int, now: int, num_steps: int | None) -> bool:
+        """Whether a plan read from content at denoising step ``made`` still serves at step ``now``.
+
+        Steps count from 0; ``num_steps`` is None where nobody knows how many there will be.
+        """
+        return False
 
 
 def as_size(name: str, value: int | Size, least: int = 1) -> Size:

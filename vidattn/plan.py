@@ -31,12 +31,21 @@ class Plan:
     grid: Grid
     layout: Layout
     lists: BlockLists
+    # compensation of what is not read: out = gain * out + rest @ (means of v over key blocks)
+    gain: Tensor | None = None  # (B|1, H|1, nb), per query block
+    rest: Tensor | None = None  # (B|1, H|1, nb, nb), query block by key block
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         """Whether every token reads every token."""
         entries = self.lists.num_rows * self.layout.num_blocks
-        return self.lists.key_block.numel() == entries and self._num_partial == 0
+        whole = self.lists.key_block.numel() == entries and self._num_partial == 0
+        return whole and self.gain is None and self.rest is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.layout.order.device
 
     @property
     def _num_partial(self) -> int:
@@ -132,14 +141,26 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan with its tensors on ``device``."""
-        return Plan(self.grid, self.layout.to(device), self.lists.to(device))
+        extras = (None if x is None else x.to(device) for x in (self.gain, self.rest))
+        return Plan(self.grid, self.layout.to(device), self.lists.to(device), *extras)
 
     @classmethod
-    def from_blocks(cls, grid: Grid, layout: Layout, blocks: Tensor) -> Plan:
+    def from_blocks(
+        cls,
+        grid: Grid,
+        layout: Layout,
+        blocks: Tensor,
+        *,
+        gain: Tensor | None = None,
+        rest: Tensor | None = None,
+    ) -> Plan:
         """A plan of whole blocks; text reads, and is read by, everything.
 
         Args:
             blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block of the video.
+            gain: (B|1, H|1, nb) factor of the output of a query block.
+            rest: (B|1, H|1, nb, nb) share of the mean value of each key block that is added to the
+                output of a query block.
 
         Raises:
             ValueError: ``blocks`` does not fit the layout.
@@ -161,7 +182,7 @@ class Plan:
             num_full=counts.int(),
             key_block=torch.cat([rows.nonzero()[:, 1].int() for rows in pieces]),
         )
-        return cls(grid, layout, lists)
+        return cls(grid, layout, lists, gain, rest)
 
     @classmethod
     def from_windows(

@@ -133,6 +133,69 @@ def test_a_method_that_reads_content(key):
     assert torch.equal(case.call(model), dense)
 
 
+@dataclass(frozen=True)
+class Rarely(Nearest):
+    """Looks again at every second step; the second layer looks for ever fewer keys.
+
+    Args:
+        layer: which one it is for.
+    """
+
+    layer: int = -1
+    calls: ClassVar[list] = []
+
+    def at(self, layer):
+        return Rarely(layer)
+
+    def keeps(self, made, now, num_steps):
+        return now < made + 2
+
+    def plan(self, grid, q=None, k=None):
+        self.calls.append((self.layer, len(q)))
+        return super().plan(grid, q, k)
+
+
+@torch.no_grad()
+def test_plans_are_kept_as_long_as_the_method_says():
+    model, case = build(WAN), TINY[WAN]
+    Rarely.calls.clear()
+    with vidattn.patch(model, Rarely(), dense_layers=0):
+        for step in (900.0, 900.0, 600.0, 600.0, 300.0, 300.0):
+            case.call(model, timestep=torch.full((2,), step))
+    # two passes at the first step and two at the third, each with plans of its own
+    assert Rarely.calls == [(0, 2), (1, 2)] * 4
+
+
+@torch.no_grad()
+def test_kept_plans_are_those_of_the_same_pass():
+    model, case = build(WAN), TINY[WAN]
+    videos = [torch.randn_like(case.inputs()["hidden_states"]) for _ in range(2)]
+
+    def run(order, method):
+        outs = []
+        with vidattn.patch(model, method, dense_layers=0):
+            for step in (900.0, 600.0):
+                for i in order:
+                    timestep = torch.full((2,), step)
+                    outs.append(case.call(model, hidden_states=videos[i], timestep=timestep))
+        return outs
+
+    first, second = run((0, 1), Rarely()), run((1, 0), Rarely())
+    for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        torch.testing.assert_close(first[i], second[j])
+
+
+@torch.no_grad()
+def test_dense_runs_where_it_is_faster(monkeypatch):
+    model, case = build(WAN), TINY[WAN]
+    dense = case.call(model)
+    monkeypatch.setattr("vidattn.pipelines.site.break_even", lambda device: 0.1)
+    with vidattn.patch(model, Nearest(), dense_layers=0) as handle:
+        assert torch.equal(case.call(model), dense)
+    (why,) = {why for layer in handle.report().layers for why in layer.num_dense}
+    assert why == "dense is faster above density 0.10 on this GPU"
+
+
 @torch.no_grad()
 def test_plans_are_made_once():
     model = build(WAN)

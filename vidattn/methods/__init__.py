@@ -10,6 +10,7 @@ import pkgutil
 from torch import Tensor
 
 from vidattn.grid import Grid
+from vidattn.head_plan import HeadPlan
 from vidattn.method import Method
 from vidattn.plan import Plan
 from vidattn.registry import unknown
@@ -52,13 +53,13 @@ def create_method(name: str, **options: object) -> Method:
 
 def plan(
     name: str, grid: Grid, q: Tensor | None = None, k: Tensor | None = None, **options: object
-) -> Plan:
+) -> Plan | HeadPlan:
     """The plan of a method on a grid.
 
     Args:
         name: one of ``list_methods()``.
         q: (B, H, S, D) queries, for methods that read content.
-        k: (B, H, S, D) keys, likewise.
+        k: (B, K, S, D) keys, likewise.
         options: fields of the method's dataclass.
 
     Raises:

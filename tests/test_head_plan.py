@@ -1,0 +1,102 @@
+"""Groups of heads with plans of their own, and what stands in for what is not read."""
+
+import pytest
+import torch
+
+from tests.kernels import attention_cases as cases
+from vidattn.attention import attend
+from vidattn.grid import Grid, tile_layout
+from vidattn.head_plan import HeadPlan
+from vidattn.methods import plan
+from vidattn.plan import Plan
+
+GRID = Grid(3, 5, 7, text=4)
+
+
+def head_plan() -> HeadPlan:
+    """Heads 0 and 3 share a window, 2 has its own, 1 and 4 random blocks, one list each."""
+    parts = (
+        plan("neighborhood", GRID, window=(2, 3, 3)),
+        cases.random_blocks(GRID, batch=1, heads=2),
+        plan("neighborhood", GRID, window=3, tile=(3, 2, 2)),
+    )
+    return HeadPlan(parts, torch.tensor([0, 1, 2, 0, 1, 0]))
+
+
+@pytest.mark.parametrize("key_heads", [6, 2])
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+def test_every_head_follows_its_plan(key_heads, backend):
+    made = head_plan()
+    inputs = cases.random_inputs(GRID, heads=6, key_heads=key_heads)
+    mask = made.mask()
+    window = made.plans[0].mask()[0, 0]
+    assert torch.equal(mask[0, 0], window) and torch.equal(mask[0, 5], window)
+    assert torch.equal(mask[0, 4], made.plans[1].mask()[0, 1])
+    q, k, v, *_ = inputs
+    k, v = (x.double().repeat_interleave(6 // key_heads, 1) for x in (k, v))
+    scores = (q.double() @ k.mT / 32**0.5).masked_fill(~mask, -torch.inf)
+    out, lse = attend(*inputs[:3], made, backend=backend, return_lse=True)
+    assert cases.relative_rms(out, scores.softmax(-1).nan_to_num(0) @ v) < 1e-5
+    seen = mask.any(-1).expand(lse.shape)
+    assert cases.relative_rms(lse[seen], scores.logsumexp(-1)[seen]) < 1e-5
+
+
+def test_gradients_reach_every_head():
+    made = head_plan()
+    inputs = cases.random_inputs(GRID, heads=6, key_heads=2)
+    exact = [x.double() for x in inputs[:4]] + [inputs[4]]
+    expected = cases.results(exact, made, "reference")
+    for a, b in zip(cases.results(inputs, made, "torch"), expected):
+        assert cases.relative_rms(a, b) < 1e-5
+
+
+def test_figures_are_means_over_heads():
+    made = head_plan()
+    video = slice(0, GRID.num_video_tokens)
+    assert made.density == pytest.approx(made.mask()[..., video, video].double().mean().item())
+    assert made.density <= made.visited_density < 1 and not made.is_dense
+    assert made.summary()["num_plans"] == 3
+    assert made.of_head(3) == (made.plans[0], 1) and made.of_head(4) == (made.plans[1], 1)
+    with pytest.raises(ValueError, match="from 0 to 5"):
+        made.of_head(6)
+
+
+def test_plans_that_do_not_match_are_refused():
+    one, two = plan("neighborhood", GRID), plan("neighborhood", Grid(3, 5, 7))
+    with pytest.raises(ValueError, match="one grid"):
+        HeadPlan((one, two), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="do not match"):
+        HeadPlan((one, one), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="do not match"):
+        HeadPlan((one, cases.random_blocks(GRID, heads=2)), torch.tensor([0, 1]))
+    q, k, v, *_ = cases.random_inputs(GRID)
+    with pytest.raises(ValueError, match="6 heads, q has 4"):
+        attend(q, k, v, head_plan())
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_compensation_adds_the_means_of_what_is_not_read(key_heads):
+    layout = tile_layout(GRID, (1, 4, 4))
+    nv, nb = layout.num_video_blocks, layout.num_blocks
+    blocks = torch.rand(2, 4, nv, nv) < 0.5
+    gain, rest = torch.rand(2, 4, nb), torch.rand(2, 4, nb, nb)
+    plain = Plan.from_blocks(GRID, layout, blocks)
+    made = Plan.from_blocks(GRID, layout, blocks, gain=gain, rest=rest)
+    q, k, v, *_ = cases.random_inputs(GRID, key_heads=key_heads)
+    v.requires_grad_()
+    out = attend(q, k, v, made)
+    values = v.double().repeat_interleave(4 // key_heads, 1)
+    expected = attend(q, k, v, plain).double().clone()
+    for i, tokens in enumerate(layout.order.view(nb, -1)):
+        tokens = tokens[tokens >= 0].long()
+        row = gain[:, :, i, None, None] * expected[:, :, tokens]
+        for j, keys in enumerate(layout.order.view(nb, -1)):
+            mean = values[:, :, keys[keys >= 0].long()].mean(2)
+            row = row + (rest[:, :, i, j, None] * mean)[:, :, None]
+        expected = expected.index_copy(2, tokens, row)
+    assert cases.relative_rms(out, expected) < 1e-5
+    pull = torch.randn(out.shape)
+    (grad,) = torch.autograd.grad((out * pull).sum(), v, retain_graph=True)
+    (exact,) = torch.autograd.grad((expected * pull).sum(), v)
+    assert cases.relative_rms(grad, exact) < 1e-5
+    assert not Plan.from_blocks(GRID, layout, torch.ones_like(blocks), gain=gain).is_dense

@@ -1,0 +1,119 @@
+"""A plan for each group of heads, where one layout does not suit them all.
+
+Letters: B batch, H heads, S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vidattn.grid import Grid
+from vidattn.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPlan:
+    """Plans of one grid, and which of them each head follows.
+
+    A plan with lists per head holds one for each of the heads that follow it, in their order.
+
+    Args:
+        plans: for one grid.
+        plan_of_head: (H,) int64, index into ``plans``; every plan has a head.
+
+    Raises:
+        ValueError: no plans, plans of several grids, or heads that do not match them.
+    """
+
+    plans: tuple[Plan, ...]
+    plan_of_head: Tensor
+
+    def __post_init__(self):
+        if len({plan.grid for plan in self.plans}) != 1:
+            grids = [str(plan.grid) for plan in self.plans]
+            raise ValueError(f"the plans of the heads must be for one grid, got {grids}")
+        counts = torch.bincount(self.plan_of_head, minlength=len(self.plans)).tolist()
+        wanted = [plan.lists.heads for plan in self.plans]
+        if len(counts) != len(wanted) or not all(
+            count and want in (1, count) for count, want in zip(counts, wanted)
+        ):
+            raise ValueError(
+                f"{len(wanted)} plans for {wanted} heads (1 fits any number) do not match the "
+                f"heads that follow each: {counts}"
+            )
+
+    @property
+    def grid(self) -> Grid:
+        """What the plans are for."""
+        return self.plans[0].grid
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.plan_of_head.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.plans[0].device
+
+    @cached_property
+    def heads(self) -> tuple[Tensor, ...]:
+        """For each plan the (h,) int64 heads that follow it."""
+        return tuple((self.plan_of_head == i).nonzero().flatten() for i in range(len(self.plans)))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token reads every token in every head."""
+        return all(plan.is_dense for plan in self.plans)
+
+    @property
+    def density(self) -> float:
+        """Kept pairs over all pairs of video tokens, mean over the heads."""
+        return self._mean("density")
+
+    @property
+    def visited_density(self) -> float:
+        """Pairs in visited blocks over all pairs of video tokens, mean over the heads."""
+        return self._mean("visited_density")
+
+    def _mean(self, what: str) -> float:
+        total = sum(getattr(plan, what) * len(heads) for plan, heads in zip(self.plans, self.heads))
+        return total / self.num_heads
+
+    def mask(self) -> Tensor:
+        """(B|1, H, S, S) bool in sequence order, query by key; for tests and pictures."""
+        masks = [plan.mask() for plan in self.plans]
+        batch = max(mask.shape[0] for mask in masks)
+        whole = masks[0].new_empty(batch, self.num_heads, *masks[0].shape[2:])
+        for mask, heads in zip(masks, self.heads):
+            whole[:, heads] = mask
+        return whole
+
+    def of_head(self, head: int) -> tuple[Plan, int]:
+        """The plan that a head follows, and its number among the heads that do.
+
+        Raises:
+            ValueError: no such head.
+        """
+        if not 0 <= head < self.num_heads:
+            raise ValueError(f"head must be from 0 to {self.num_heads - 1}, got {head}")
+        index = int(self.plan_of_head[head])
+        return self.plans[index], int((self.heads[index] < head).sum())
+
+    def summary(self) -> dict[str, float | int]:
+        """Figures worth printing: densities, blocks and memory."""
+        parts = [plan.summary() for plan in self.plans]
+        sums = ("num_blocks", "num_partial_blocks", "memory_mib")
+        figures = {"num_tokens": self.grid.num_tokens, "num_plans": len(parts)}
+        figures |= {"density": self.density, "visited_density": self.visited_density}
+        return figures | {name: sum(part[name] for part in parts) for name in sums}
+
+    def to(self, device: torch.device | str) -> HeadPlan:
+        """The same plans with their tensors on ``device``."""
+        plans = tuple(plan.to(device) for plan in self.plans)
+        return HeadPlan(plans, self.plan_of_head.to(device))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.block_segments import Segments, segments
+from vidattn.kernels.compensation import compensate
 from vidattn.kernels.library import LISTS, REST, Operator, flatten, gather
 from vidattn.kernels.triton_configs import Tile, architecture, padded_head_dim, tile
 
@@ -83,32 +84,6 @@ def block_sparse_attention(
         q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask, key_bias=key_bias
     )
     return compensate(out, order, block, gain, shift), lse
-
-
-def compensate(
-    out: Tensor, order: Tensor, block: int, gain: Tensor | None, shift: Tensor | None
-) -> Tensor:
-    """``gain * out + shift``, each token by its query block: what the forward kernel does itself.
-
-    Args:
-        out: (B, H, S, D).
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block.
-        gain: (B|1, H|1, nb).
-        shift: (B|1, H|1, nb, D).
-    """
-    if gain is None and shift is None:
-        return out
-    # empty slots write behind the last token
-    token = torch.where(order < 0, out.shape[2], order).long()
-    block_of_slot = torch.arange(order.numel(), device=order.device) // block
-    block_of_token = token.new_zeros(out.shape[2] + 1).scatter(0, token, block_of_slot)[:-1]
-    result = out.float()
-    if gain is not None:
-        result = result * gain.float()[..., block_of_token, None]
-    if shift is not None:
-        result = result + shift.float()[..., block_of_token, :]
-    return result.to(out.dtype)
 
 
 def _check(q: Tensor, scale: float) -> None:
@@ -225,7 +200,8 @@ def _tile(kernel: str, q: Tensor, rows: Segments) -> Tile:
     arch = INTERPRETED_AS
     if q.device.type == "cuda":
         arch = architecture(torch.cuda.get_device_capability(q.device))
-    return tile(kernel, arch, q.itemsize, q.shape[-1], rows.block)
+    has_masks = rows.masks is not None
+    return tile(kernel, arch, q.itemsize, q.shape[-1], rows.block, has_masks=has_masks)
 
 
 def _new_like(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ and what the tests hold to the limits of every architecture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 KERNELS = ("forward", "query_gradient", "key_gradient", "key_gradient_bias")
 # compute capability the rows of the table are for
@@ -26,11 +26,50 @@ class Tile:
     stages: int
 
 
-# by kernel, architecture, bytes of a number and padded head dim, for blocks of 128 and more
-_TILES = {
-    ("forward", 90, 2, 128): Tile(128, 128, 8, 5),
+_OLD = (80, 89, 120)
+# for blocks of 128 and more, by kernel and padded head dim: architectures and their tile
+_HALF = {
+    ("forward", 32): {(*_OLD, 90, 100): Tile(128, 128, 8, 3)},
+    ("forward", 64): {_OLD: Tile(128, 128, 8, 3), (90, 100): Tile(128, 128, 8, 5)},
+    ("forward", 128): {_OLD: Tile(128, 64, 8, 5), (90, 100): Tile(128, 128, 8, 5)},
+    ("forward", 256): {
+        (80,): Tile(64, 64, 8, 3),
+        (89, 120): Tile(64, 32, 8, 3),
+        (90, 100): Tile(128, 64, 8, 3),
+    },
+    ("query_gradient", 32): {_OLD: Tile(128, 64, 8, 2), (90, 100): Tile(128, 128, 8, 2)},
+    ("query_gradient", 64): {_OLD: Tile(128, 64, 8, 2), (90, 100): Tile(128, 128, 8, 2)},
+    ("query_gradient", 128): {_OLD: Tile(128, 32, 8, 2), (90, 100): Tile(128, 64, 8, 2)},
+    ("query_gradient", 256): {
+        (80,): Tile(64, 32, 8, 2),
+        (89, 120): Tile(32, 32, 8, 2),
+        (90,): Tile(128, 32, 8, 2),
+        (100,): Tile(64, 32, 8, 2),
+    },
+    ("key_gradient", 32): {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
+    ("key_gradient", 64): {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
+    ("key_gradient", 128): {
+        _OLD: Tile(64, 64, 8, 2),
+        (90,): Tile(32, 128, 8, 2),
+        (100,): Tile(64, 128, 8, 2),
+    },
+    ("key_gradient", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(32, 64, 8, 2)},
+    ("key_gradient_bias", 32): {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
+    ("key_gradient_bias", 64): {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
+    ("key_gradient_bias", 128): {
+        _OLD: Tile(64, 64, 8, 2),
+        (90,): Tile(32, 128, 8, 2),
+        (100,): Tile(64, 128, 8, 2),
+    },
+    ("key_gradient_bias", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(16, 64, 8, 2)},
 }
-_DEFAULT = Tile(64, 64, 8, 2)
+# float32 has no tensor cores: equal on all architectures, by padded head dim
+_SINGLE = {
+    32: Tile(32, 32, 4, 2),
+    64: Tile(32, 32, 4, 2),
+    128: Tile(32, 32, 8, 2),
+    256: Tile(16, 16, 8, 2),
+}
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -54,7 +93,9 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile(kernel: str, arch: int, itemsize: int, head_dim: int, block: int) -> Tile:
+def tile(
+    kernel: str, arch: int, itemsize: int, head_dim: int, block: int, *, has_masks: bool = False
+) -> Tile:
     """The tile of one launch.
 
     Args:
@@ -63,10 +104,19 @@ def tile(kernel: str, arch: int, itemsize: int, head_dim: int, block: int) -> Ti
         itemsize: bytes of a number of q.
         head_dim: of q.
         block: slots to a block, a multiple of 16; a tile never crosses a block.
+        has_masks: whether masks are read with the keys, which takes shared memory too.
     """
-    padded = max(32, padded_head_dim(head_dim))
-    best = _TILES.get((kernel, arch, itemsize, padded), _DEFAULT)
+    padded = max(HEAD_DIMS[0], padded_head_dim(head_dim))
+    best = _SINGLE[padded]
+    if itemsize == 2:
+        (best,) = (x for archs, x in _HALF[kernel, padded].items() if arch in archs)
     largest = block & -block
     rows, columns = min(best.rows, largest), min(best.columns, largest)
-    warps = max(1, min(best.warps, best.warps * rows * columns // (best.rows * best.columns)))
-    return replace(best, rows=rows, columns=columns, warps=warps)
+    # the side that a program keeps while it walks over the other
+    share = columns / best.columns if kernel.startswith("key") else rows / best.rows
+    return Tile(
+        rows,
+        columns,
+        warps=max(1, int(best.warps * share)),
+        stages=min(best.stages, 3) if has_masks else best.stages,
+    )

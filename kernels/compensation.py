@@ -1,0 +1,35 @@
+"""Gain and shift of query blocks: how an estimate of what was not read enters the output.
+
+Letters: B batch, H heads, S tokens, D head dim, N slots, nb blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compensate(
+    out: Tensor, order: Tensor, block: int, gain: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """``gain * out + shift``, each token by its query block: what the forward kernel does itself.
+
+    Args:
+        out: (B, H, S, D).
+        order: (N,) int32, token in each slot, -1 for an empty slot.
+        block: slots to a block.
+        gain: (B|1, H|1, nb).
+        shift: (B|1, H|1, nb, D).
+    """
+    if gain is None and shift is None:
+        return out
+    # empty slots write behind the last token
+    token = torch.where(order < 0, out.shape[2], order).long()
+    block_of_slot = torch.arange(order.numel(), device=order.device) // block
+    block_of_token = token.new_zeros(out.shape[2] + 1).scatter(0, token, block_of_slot)[:-1]
+    result = out.float()
+    if gain is not None:
+        result = result * gain.float()[..., block_of_token, None]
+    if shift is not None:
+        result = result + shift.float()[..., block_of_token, :]
+    return result.to(out.dtype)

@@ -1,0 +1,205 @@
+"""Compiles one of the Triton kernels for a GPU that is not here and reads what it needs.
+
+The tools that take machine code apart come with Triton.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vidattn.kernels import (
+    triton_forward,
+    triton_key_gradient,
+    triton_query_gradient,
+    triton_tiles,
+)
+from vidattn.kernels.triton_configs import SHARED_BYTES, Tile, padded_head_dim, tile
+
+TOOLS = Path(nvidia.__file__).parent / "bin"
+REGISTERS = 65536
+# the tensor-core instruction of each architecture
+TENSOR_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+FUNCTIONS = {
+    "forward": triton_forward.forward_kernel,
+    "query_gradient": triton_query_gradient.query_gradient_kernel,
+    "key_gradient": triton_key_gradient.key_gradient_kernel,
+    "key_gradient_bias": triton_key_gradient.key_gradient_kernel,
+}
+# arguments that are tensors but not of the dtype of q
+POINTERS = {
+    **dict.fromkeys(("order", "num_clear", "num_whole", "listed", "mask_id"), "*i32"),
+    **dict.fromkeys(("key_code", "low", "high"), "*i32"),
+    **dict.fromkeys(("lse", "slot_lse", "delta", "key_bias", "d_bias", "gain", "shift"), "*fp32"),
+    "row_start": "*i64",
+    "masks": "*u8",
+}
+TABLE_ARGUMENTS = ("mask_id", "masks")
+BOX_ARGUMENTS = ("key_code", "low", "high")
+BIAS_ARGUMENTS = ("key_bias", "d_bias")  # in the order in which they are asked for
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it is launched."""
+
+    kernel: str
+    arch: int
+    head_dim: int
+    dtype: str = "bf16"
+    block: int = 128
+    rule: str = "BOX"
+    has_bias: bool = False
+
+    @property
+    def tile(self) -> Tile:
+        """What it is launched with."""
+        size, masks = ITEMSIZE[self.dtype], self.rule == "TABLE"
+        return tile(self.kernel, self.arch, size, self.head_dim, self.block, has_masks=masks)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs."""
+
+    tile: Tile
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    opcodes: dict[str, int]
+    slots: list[float]  # warp instructions x 32 for a score, in tiles without a test and with one
+
+
+def measure(case: Case, launch: Tile | None = None) -> Resources:
+    """Compile a kernel as it ships, or with another tile."""
+    shipped = launch or case.tile
+    compiled = _compile(case, shipped)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    opcodes, loops = _read_code(code)
+    counts = Counter(opcodes)
+    per_score = 32 * shipped.warps / (shipped.rows * shipped.columns)
+    # the passes over keys or queries are the loops with an exponential, innermost ones first
+    sizes = sorted(len(loop) for loop in loops if "MUFU" in loop)[:2]
+    return Resources(
+        tile=shipped,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spilled_bytes=sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
+        shared_bytes=compiled.metadata.shared,
+        opcodes={name: counts[name] for name in sorted(counts) if _is_noted(name)},
+        slots=[round(size * per_score, 1) for size in sizes],
+    )
+
+
+def complaints(case: Case, found: Resources) -> list[str]:
+    """What keeps a compiled kernel from running well on its architecture."""
+    wrong = []
+    if found.spilled_bytes or found.opcodes.get("LDL") or found.opcodes.get("STL"):
+        wrong.append(f"spills {found.spilled_bytes} bytes")
+    if found.shared_bytes > SHARED_BYTES[case.arch]:
+        wrong.append(f"{found.shared_bytes} bytes of shared memory, {SHARED_BYTES[case.arch]} fit")
+    if found.registers * found.tile.warps * 32 > REGISTERS:
+        wrong.append(f"{found.registers} registers for {found.tile.warps} warps")
+    if ITEMSIZE[case.dtype] == 2:
+        wrong += _tensor_complaints(case, found)
+    if not any(found.opcodes.get(name) for name in ("LDGSTS", "UTMALDG")):
+        wrong.append("no asynchronous copies")
+    return wrong
+
+
+def _tensor_complaints(case: Case, found: Resources) -> list[str]:
+    expected = TENSOR_OPCODE[case.arch]
+    # the newer units take tiles from 64 queries on
+    large = min(found.tile.rows, found.tile.columns) >= 64 and found.tile.warps >= 4
+    if not large and not found.opcodes.get(expected):
+        expected = "HMMA"
+    if not found.opcodes.get(expected):
+        return [f"no {expected}"]
+    if expected != "HMMA" and found.opcodes.get("HMMA"):
+        return ["HMMA, the tensor-core instruction of an older architecture"]
+    return []
+
+
+def _is_noted(opcode: str) -> bool:
+    return "MMA" in opcode or opcode in ("LDGSTS", "UTMALDG", "LDL", "STL", "BAR")
+
+
+def _compile(case: Case, shipped: Tile) -> Any:
+    function = FUNCTIONS[case.kernel]
+    constants = {
+        "D": case.head_dim,
+        "BD": padded_head_dim(case.head_dim),
+        "BLOCK": case.block,
+        "BM": shipped.rows,
+        "BN": shipped.columns,
+        "RULE": getattr(triton_tiles, case.rule).value,
+        "STAGES": shipped.stages,
+        **dict.fromkeys(("gain", "shift")),
+    }
+    if case.rule != "TABLE":
+        constants |= dict.fromkeys(TABLE_ARGUMENTS)
+    if case.rule != "BOX":
+        constants |= dict.fromkeys(BOX_ARGUMENTS)
+    if case.kernel != "key_gradient_bias":
+        constants |= dict.fromkeys(BIAS_ARGUMENTS[case.has_bias :])
+    signature, fixed, attributes = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name], fixed[i,] = "constexpr", constants[name]
+            continue
+        signature[name] = _type(name, case.dtype)
+        # strides of tokens and addresses are multiples of 16, and are compiled as such at run time
+        per_row = name.startswith(("stride_row", "stride_bias"))
+        if signature[name][0] == "*" or (name.startswith("stride") and not per_row):
+            attributes[i,] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(function, signature, fixed, attributes),
+        target=GPUTarget("cuda", case.arch, 32),
+        options={"num_warps": shipped.warps, "enable_fp_fusion": True},
+    )
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in POINTERS:
+        return POINTERS[name]
+    if name == "scale":
+        return "fp32"
+    is_integer = name.startswith(("stride", "num_")) or name in ("guard", "group")
+    return "i32" if is_integer else f"*{dtype}"
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run(
+        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _read_code(code: str) -> tuple[list[str], list[list[str]]]:
+    """Opcodes of a disassembly in order, and those of every loop."""
+    opcodes, labels, loops = [], {}, []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)(.*)", line):
+            opcodes.append(found[1])
+            target = re.search(r"\.L_x_\d+", found[2]) if found[1] == "BRA" else None
+            if target and target[0] in labels:
+                loops.append(opcodes[labels[target[0]] :])
+    return opcodes, loops

@@ -61,7 +61,7 @@ def segments(order: Tensor, block: int, lists: BlockLists, *, transposed: bool =
         return kept
     _check(lists, order.numel() // block)
     even = even_block(block)
-    slots = _pad(order, block, even, -1)
+    slots = pad_blocks(order, block, even, -1)
     has_gap = (slots.view(-1, even) < 0).any(-1)
     rows = _clear_first(lists.transposed() if transposed else lists, has_gap)
     masks = None
@@ -82,8 +82,8 @@ def _check(lists: BlockLists, num_blocks: int) -> None:
             )
 
 
-def _pad(x: Tensor, block: int, even: int, value: int) -> Tensor:
-    """(N,) of longer blocks."""
+def pad_blocks(x: Tensor, block: int, even: int, value: int) -> Tensor:
+    """(N,) slots in longer blocks, ``value`` in the new ones."""
     return F.pad(x.view(-1, block), (0, even - block), value=value).flatten()
 
 
@@ -91,7 +91,7 @@ def _box(lists: BlockLists, slots: Tensor, block: int, even: int) -> tuple[Tenso
     box = lists.box
     if box is None:
         return None
-    key, low, high = (_pad(x, block, even, 0) for x in (box.key, box.low, box.high))
+    key, low, high = (pad_blocks(x, block, even, 0) for x in (box.key, box.low, box.high))
     # no box holds the guard bits themselves
     return torch.where(slots < 0, box.guard, key), low, high
 

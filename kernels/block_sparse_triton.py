@@ -74,7 +74,7 @@ def block_sparse_attention(
     Raises:
         ValueError: something these kernels cannot do, with the engine that can.
     """
-    _check(q, scale)
+    check(q, scale)
     inputs = (q, k, v, key_bias, gain, shift)
     pulled = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if not pulled and (gain is not None or shift is not None):
@@ -86,7 +86,8 @@ def block_sparse_attention(
     return compensate(out, order, block, gain, shift), lse
 
 
-def _check(q: Tensor, scale: float) -> None:
+def check(q: Tensor, scale: float) -> None:
+    """Raise ValueError, with the engine that runs, for what the kernels cannot do."""
     wrong = None
     if q.dtype not in DTYPES:
         wrong = f"take float16, bfloat16 and float32, got {q.dtype}"
@@ -113,7 +114,7 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None,
 
     rows = segments(order, block, lists)
     out, lse = _new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    q, k, v = map(_rows_of, (q, k, v))
+    q, k, v = map(rows_of, (q, k, v))
     shipped = _tile("forward", q, rows)
     grid = (rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],)
     triton_forward.forward_kernel[grid](
@@ -145,12 +146,8 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
     rows = segments(order, block, lists)
     columns = segments(order, block, lists, transposed=True)
     d_q, d_k, d_v = map(_new_like, (q, k, v))
-    d_out, q, k, v = map(_rows_of, (d_out, q, k, v))
-    # by slot; what is empty, or has no keys, hides itself
-    token = rows.order.long()
-    lse = (lse * LOG2E).masked_fill_(lse == -math.inf, NO_QUERY)
-    lse, delta = (x.index_select(2, token.clamp_min(0)) for x in (lse, delta))
-    lse.masked_fill_(token < 0, NO_QUERY)
+    d_out, q, k, v = map(rows_of, (d_out, q, k, v))
+    lse, delta = by_slot(lse, rows.order), delta.index_select(2, rows.order.long().clamp_min(0))
     given = {"q": q, "k": k, "v": v, "d_out": d_out, "slot_lse": lse, "delta": delta}
     given |= {"scale": scale, **_bias(q, key_mask, key_bias), **_strides(q=q, k=k, v=v, d=d_out)}
     shipped = _tile("query_gradient", q, rows)
@@ -197,11 +194,23 @@ _compensated.register_fake(
 
 def _tile(kernel: str, q: Tensor, rows: Segments) -> Tile:
     """The shipped tile of a kernel on this device."""
-    arch = INTERPRETED_AS
-    if q.device.type == "cuda":
-        arch = architecture(torch.cuda.get_device_capability(q.device))
     has_masks = rows.masks is not None
+    arch = architecture_of(q)
     return tile(kernel, arch, q.itemsize, q.shape[-1], rows.block, has_masks=has_masks)
+
+
+def architecture_of(q: Tensor) -> int:
+    """The architecture of the table of tiles for the device of ``q``."""
+    if q.device.type != "cuda":
+        return INTERPRETED_AS
+    return architecture(torch.cuda.get_device_capability(q.device))
+
+
+def by_slot(lse: Tensor, order: Tensor) -> Tensor:
+    """(B, H, N) log-sum-exp, base 2, of the query in each slot; none where it has no keys."""
+    token = order.long()
+    lse = (lse.float() * LOG2E).masked_fill_(lse == -math.inf, NO_QUERY)
+    return lse.index_select(2, token.clamp_min(0)).masked_fill_(token < 0, NO_QUERY)
 
 
 def _new_like(x: Tensor) -> Tensor:
@@ -210,7 +219,7 @@ def _new_like(x: Tensor) -> Tensor:
     return like if like.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _rows_of(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """``x`` with the numbers of a token side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KERNELS = ("forward", "query_gradient", "key_gradient", "key_gradient_bias")
+KERNELS = ("forward", "query_gradient", "key_gradient", "key_gradient_bias", "block_mass")
 # compute capability the rows of the table are for
 ARCHITECTURES = (80, 89, 90, 100, 120)
 HEAD_DIMS = (32, 64, 128, 256)
@@ -62,6 +62,11 @@ _HALF = {
         (100,): Tile(64, 128, 8, 2),
     },
     ("key_gradient_bias", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(16, 64, 8, 2)},
+    **{
+        ("block_mass", n): {_OLD: Tile(128, 128, 8, 2), (90, 100): Tile(128, 128, 8, 3)}
+        for n in (32, 64, 128)
+    },
+    ("block_mass", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
 }
 # float32 has no tensor cores: equal on all architectures, by padded head dim
 _SINGLE = {

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vidattn.kernels import (
+    triton_block_mass,
     triton_forward,
     triton_key_gradient,
     triton_query_gradient,
@@ -39,14 +40,18 @@ FUNCTIONS = {
     "query_gradient": triton_query_gradient.query_gradient_kernel,
     "key_gradient": triton_key_gradient.key_gradient_kernel,
     "key_gradient_bias": triton_key_gradient.key_gradient_kernel,
+    "block_mass": triton_block_mass.block_mass_kernel,
 }
 # arguments that are tensors but not of the dtype of q
 POINTERS = {
     **dict.fromkeys(("order", "num_clear", "num_whole", "listed", "mask_id"), "*i32"),
     **dict.fromkeys(("key_code", "low", "high"), "*i32"),
-    **dict.fromkeys(("lse", "slot_lse", "delta", "key_bias", "d_bias", "gain", "shift"), "*fp32"),
+    **dict.fromkeys(
+        ("lse", "slot_lse", "delta", "mass", "key_bias", "d_bias", "gain", "shift"), "*fp32"
+    ),
     "row_start": "*i64",
     "masks": "*u8",
+    "readable": "*u8",
 }
 TABLE_ARGUMENTS = ("mask_id", "masks")
 BOX_ARGUMENTS = ("key_code", "low", "high")
@@ -166,7 +171,7 @@ def _compile(case: Case, shipped: Tile) -> Any:
             continue
         signature[name] = _type(name, case.dtype)
         # strides of tokens and addresses are multiples of 16, and are compiled as such at run time
-        per_row = name.startswith(("stride_row", "stride_bias"))
+        per_row = name.startswith(("stride_row", "stride_bias", "stride_readable"))
         if signature[name][0] == "*" or (name.startswith("stride") and not per_row):
             attributes[i,] = [["tt.divisibility", 16]]
     return triton.compile(

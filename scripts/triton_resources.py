@@ -32,8 +32,9 @@ def shipped_cases() -> list[Case]:
     ]
     newest = [(kernel, arch) for kernel in KERNELS for arch in (80, 90, 100)]
     small = [Case(*one, 128, block=block) for one in newest for block in (64, 32, 16)]
-    masks = [Case(*one, 128, rule="TABLE") for one in newest]
-    bias = [Case(*one, 128, has_bias=True) for one in newest if one[0] != "key_gradient_bias"]
+    masks = [Case(*one, 128, rule="TABLE") for one in newest if one[0] != "block_mass"]
+    plain = ("forward", "query_gradient", "key_gradient")
+    bias = [Case(*one, 128, has_bias=True) for one in newest if one[0] in plain]
     single = [Case(kernel, 80, head_dim, "fp32") for head_dim in HEAD_DIMS for kernel in KERNELS]
     return half + bias + masks + small + single
 
@@ -77,30 +78,29 @@ def main() -> None:
         _write(rows)
 
 
-def _source() -> str:
-    """What the figures depend on."""
-    keys = sorted({function.cache_key for function in FUNCTIONS.values()})
-    return hashlib.sha256("".join([triton.__version__, *keys]).encode()).hexdigest()[:16]
+def _source(kernel: str) -> str:
+    """What the figures of a kernel depend on, beside its tile."""
+    text = triton.__version__ + FUNCTIONS[kernel].cache_key
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _kept() -> dict[Case, Resources]:
     """What the file of an earlier, perhaps interrupted, run still says rightly."""
     path = OUTPUT.with_suffix(".json")
-    written = json.loads(path.read_text()) if path.exists() else {"source": ""}
-    if written["source"] != _source():
-        return {}
+    written = json.loads(path.read_text())["kernels"] if path.exists() else []
     names = [field.name for field in fields(Case)]
     kept = {}
-    for row in written["kernels"]:
-        case, rest = Case(*map(row.pop, names)), row | {"tile": Tile(**row["tile"])}
-        if rest["tile"] == case.tile:
-            kept[case] = Resources(**rest)
+    for row in written:
+        source, case = row.pop("source"), Case(*map(row.pop, names))
+        found = Resources(**row | {"tile": Tile(**row["tile"])})
+        if source == _source(case.kernel) and found.tile == case.tile:
+            kept[case] = found
     return kept
 
 
 def _write(rows: list[tuple[Case, Resources]]) -> None:
-    table = [asdict(case) | asdict(found) for case, found in rows]
-    written = {"triton": triton.__version__, "source": _source(), "kernels": table}
+    table = [{"source": _source(c.kernel)} | asdict(c) | asdict(found) for c, found in rows]
+    written = {"triton": triton.__version__, "kernels": table}
     OUTPUT.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
     OUTPUT.with_suffix(".md").write_text(_markdown(rows))
 

@@ -9,7 +9,7 @@ import torch
 
 import vidattn
 from tests.kernels.attention_cases import TOLERANCE
-from vidattn.neighborhood import neighborhood_attention
+from vidattn.neighborhood import _halo, neighborhood_attention
 
 
 def sees(x, y, extent, window, stride, dilation, causal) -> bool:
@@ -161,11 +161,33 @@ def test_dtypes(dtype):
     assert_right(tensors, {"window": 3}, dtype)
 
 
-@pytest.mark.parametrize("budget", [1, 3000, 20_000])
-def test_any_amount_of_memory_gives_the_same(monkeypatch, budget):
+@pytest.fixture
+def tiles_of(monkeypatch):
+    """Set the edge of the tiles, which small sizes would not be cut into."""
+
+    def set_edge(edge):
+        monkeypatch.setattr("vidattn.neighborhood.EDGES", (edge,))
+        _halo.cache_clear()
+
+    yield set_edge
+    _halo.cache_clear()
+
+
+@pytest.mark.parametrize("edge", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_any_tile_gives_the_same(case, edge, tiles_of):
+    tiles_of(edge)
+    size, options = CASES[case]
+    assert_right(inputs(size, batch=1, heads=2, key_heads=2, window=options["window"]), options)
+
+
+@pytest.mark.parametrize("budget", [1, 5000, 20_000])
+def test_any_amount_of_memory_gives_the_same(monkeypatch, budget, tiles_of):
     monkeypatch.setattr("vidattn.kernels.neighborhood_torch.BUDGET", budget)
-    assert_right(inputs((9, 13), window=3, num_extra=2), {"window": 3})
-    assert_right(inputs((3, 5, 9), heads=2, key_heads=2, head_dim=4), {"window": 4}, backend="halo")
+    tiles_of(2)
+    few = {"batch": 1, "heads": 2, "key_heads": 2}
+    assert_right(inputs((23,), window=3, num_extra=2), {"window": 3})
+    assert_right(inputs((2, 6, 9), window=(2, 3, 3), **few), {"window": (2, 3, 3)})
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -178,9 +200,19 @@ def test_any_number_of_workers(monkeypatch, num_workers):
 
 def test_large_scores():
     tensors = inputs((6, 7), window=3)
-    tensors["q"] *= 60
-    tensors["rel_bias"] *= 60
-    assert_right(tensors, {"window": 3}, torch.float64)
+    tensors["rel_bias"] += 100
+    assert_right(tensors, {"window": 3})
+
+
+def test_large_queries():
+    tensors = inputs((6, 7), head_dim=2)
+    tensors["q"] *= 1000
+    exact = expected(**{name: x.double() for name, x in tensors.items()}, window=3)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    out = neighborhood_attention(**leaves, window=3, backend="halo")
+    grads = torch.autograd.grad(out.sum(), leaves.values())
+    torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=1e-3)
+    assert all(x.isfinite().all() for x in grads)
 
 
 def test_half_precision_trains_the_bias_in_its_own():

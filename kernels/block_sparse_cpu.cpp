@@ -22,6 +22,9 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define VIDATTN_X86 1
@@ -47,9 +50,11 @@ constexpr int ROWS = 4;      // rows of a register tile
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 constexpr float LOWEST = -1e30f;         // maximum of a row that has seen no key
 constexpr float NEVER = 1e30f;           // log-sum-exp of a row that gets no weights
+constexpr float LEAST = -100;            // log2 of the least weight: its products are normal numbers
 constexpr float SLACK = 8;               // weights may reach 2 ** SLACK before the maximum moves
 constexpr i64 WORKSPACE = 128ll << 20;   // bytes of packed blocks held at a time, about
 constexpr double THREAD_FLOPS = 4e6;     // work that pays for starting a thread
+constexpr i64 HUGE_PAGE = 2 << 20;       // in bytes; with small ones, blocks miss the page tables
 constexpr i64 HEADS_PER_TASK = 4;        // heads that share the bits of one predicate
 
 // Memory of (.., heads, tokens, D) numbers with unit last stride; strides count numbers.
@@ -84,8 +89,12 @@ struct Buffer {
   float* data = nullptr;
   void grow(i64 floats) {
     std::free(data);
-    data = static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4 + 64, 64)));
+    i64 page = floats * 4 < HUGE_PAGE ? 64 : HUGE_PAGE, bytes = round_up(floats * 4 + 64, page);
+    data = static_cast<float*>(std::aligned_alloc(page, bytes));
     if (!data) throw std::bad_alloc();
+#ifdef __linux__
+    if (page == HUGE_PAGE) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
   }
   Buffer() = default;
   Buffer(const Buffer&) = delete;
@@ -661,24 +670,35 @@ INLINE void store_packed(float* to, const V (&x)[N]) {
   }
 }
 
-// 2 ** x, and 2 ** -126 for all that is below; the polynomials are minimax on [-1/2, 1/2].
+// 2 ** x, and 2 ** LEAST for all that is below; the polynomials are minimax.
 INLINE V exp2(V x) {
-  const V magic = splat(12582912.0f);
-  x = x < -126.0f ? splat(-126.0f) : x;
-  V whole = x + magic, f = x - (whole - magic), p;
+  x = larger(splat(LEAST), x);
+#if VIDATTN_WIDTH == 16
+  V f = (V)_mm512_reduce_ps((__m512)x, 1), p;  // x minus its floor
   if (PAIRS) {
     // 7.5e-5, far below the rounding of a bfloat16 weight
-    p = 5.51716685e-2f * f + 2.42611125e-1f;
-    p = p * f + 6.93260968e-1f;
-    p = p * f + 9.99928057e-1f;
+    p = 7.80245215e-2f * f + 2.26067171e-1f;
+    p = p * f + 6.95833504e-1f;
+    p = p * f + 9.99925196e-1f;
   } else {
-    p = 1.32764725e-3f * f + 9.67554189e-3f;
-    p = p * f + 5.55071309e-2f;
-    p = p * f + 2.40221202e-1f;
-    p = p * f + 6.93146944e-1f;
-    p = p * f + 1.00000012f;
+    p = 1.87757669e-3f * f + 8.98934063e-3f;
+    p = p * f + 5.58263175e-2f;
+    p = p * f + 2.40153611e-1f;
+    p = p * f + 6.93153083e-1f;
+    p = p * f + 9.99999940e-1f;
   }
+  return (V)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  // the sum rounds x to a whole number, which its last bits then hold
+  const V magic = splat(12582912.0f);
+  V whole = x + magic, f = x - (whole - magic);
+  V p = 1.32764725e-3f * f + 9.67554189e-3f;
+  p = p * f + 5.55071309e-2f;
+  p = p * f + 2.40221202e-1f;
+  p = p * f + 6.93146944e-1f;
+  p = p * f + 1.00000012f;
   return (V)((U)p + ((U)whole << 23));
+#endif
 }
 
 INLINE float sum_of(V x) {
@@ -739,17 +759,25 @@ void load_row(const Job& j, const Rows& x, i64 sample, i64 head, i64 token, floa
   i64 D = j.call.D, at = sample * x.sample + head * x.head + token * x.token;
   const u16* halves = reinterpret_cast<const u16*>(x.data) + at;
   const float* floats = reinterpret_cast<const float*>(x.data) + at;
-  std::memset(to + D / PAIR, 0, (j.words - D / PAIR) * 4);
-  if (token < 0)
-    std::memset(to, 0, D / PAIR * 4);
-  else if (PAIRS)
+  if (token < 0) {
+    std::memset(to, 0, j.words * 4);
+    return;
+  }
+  if (PAIRS) {
+    std::memset(to + D / PAIR, 0, (j.words - D / PAIR) * 4);
     std::memcpy(to, halves, D * 2);
-  else if (j.call.kind == FLOAT32)
-    for (i64 d = 0; d < D; d++) to[d] = floats[d] * factor;
-  else if (j.call.kind == BFLOAT16)
-    for (i64 d = 0; d < D; d++) to[d] = as_float(u32(halves[d]) << 16) * factor;
-  else
-    for (i64 d = 0; d < D; d++) to[d] = from_half(halves[d]) * factor;
+    return;
+  }
+  i64 d = 0;
+  if (j.call.kind == FLOAT32) {
+    for (; d + W <= D; d += W) store(to + d, load(floats + d) * factor);
+    for (; d < D; d++) to[d] = floats[d] * factor;
+  } else if (j.call.kind == BFLOAT16) {
+    for (; d < D; d++) to[d] = as_float(u32(halves[d]) << 16) * factor;
+  } else {
+    for (; d < D; d++) to[d] = from_half(halves[d]) * factor;
+  }
+  for (; d < j.width; d++) to[d] = 0;
 }
 
 void store_row(const Job& j, const Rows& x, i64 sample, i64 head, i64 token, const float* from,
@@ -784,6 +812,9 @@ void pack_pairs(const Job& j, const float* from, float* to) {
       words[i / 2 * j.width + d] = u32(even[d]) | u32(odd[d]) << 16;
   }
 }
+
+// Words of a row that hold its D numbers.
+INLINE i64 depth_of(const Job& j) { return (j.call.D + PAIR - 1) / PAIR; }
 
 // What scores are multiplied by before the base-2 softmax; packed floats carry it already.
 INLINE float packed_factor(const Job& j) { return PAIRS ? 1 : float(j.call.scale) * LOG2E; }
@@ -831,13 +862,15 @@ struct Product {
 template <int TILES, bool ACROSS>
 void add_tile(const Product& p, i64 column) {
   constexpr int N = TILES * G;
+  float* out = p.out + column;
+  i64 ld = p.out_ld;
   V acc[ROWS][N] = {};
   multiply<N, ACROSS>(acc, p.left, p.left_ld, p.right + column, p.right_ld, p.depth);
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      float* at = p.out + m * p.out_ld + column + n * W;
+      float* at = out + m * ld + n * W;
       store(at, load(at) + acc[m][n]);
     }
 }
@@ -931,16 +964,20 @@ struct Strip {
   float scale;
   u64 bits[ROWS];
   float *weights, *tops, *sums, *out;
-  i64 width;
+  i64 width, begin;  // begin: the first granule that any of the rows sees
 };
 
-// Moves the maximum of row m up to the largest score, and what was summed so far with it.
-__attribute__((noinline)) void raise_top(const Strip& s, int m, V scores) {
+// Moves the maximum of row m up to the largest score, and what was made so far with it: the sums,
+// and the weights before granule `first`, which are not summed yet.
+__attribute__((noinline)) void raise_top(const Strip& s, int m, V scores, int first) {
   float top = s.tops[m];
   for (int i = 0; i < W; i++) top = scores[i] > top ? scores[i] : top;
   V fade = exp2(splat(s.tops[m] - top));
   s.tops[m] = top;
   store(s.sums + m * GRANULE, load(s.sums + m * GRANULE) * fade);
+  float* weights = s.weights + m * PIECE_WORDS;
+  for (i64 i = s.begin * GRANULE; i < first * GRANULE; i += W)
+    store(weights + i, load(weights + i) * fade);
   for (i64 d = 0; d < s.width; d += W)
     store(s.out + m * s.width + d, load(s.out + m * s.width + d) * fade);
 }
@@ -963,7 +1000,8 @@ void weigh(const Strip& s, int first) {
         score = keep(score, u32(s.bits[m] >> (first * GRANULE + n * W)), splat(-INFINITY));
       highest = larger(highest, score);
     }
-    if (__builtin_expect(any_above(highest, splat(s.tops[m] + SLACK)), 0)) raise_top(s, m, highest);
+    if (__builtin_expect(any_above(highest, splat(s.tops[m] + SLACK)), 0)) 
+      raise_top(s, m, highest, first);
     V top = splat(s.tops[m]), sum = load(s.sums + m * GRANULE);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
@@ -1012,7 +1050,16 @@ INLINE void find_range(u64 any, u8& first, u8& last) {
   last = any ? u8((63 - __builtin_clzll(any)) / GRANULE + 1) : 0;
 }
 
-void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, const u64* bits, Scratch& s) {
+// Asks for a share of packed memory that is needed soon.
+INLINE void fetch(const float* from, i64 words, i64 share, i64 shares) {
+  i64 lines = words / GRANULE;
+  for (i64 i = lines * share / shares; i < lines * (share + 1) / shares; i++)
+    __builtin_prefetch(from + i * GRANULE, 0, 2);
+}
+
+// `next` is where the next piece begins in the packed keys and values.
+void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, i64 next, const u64* bits,
+                  Scratch& s) {
   const Call& c = j.call;
   u64 readable = j.readable_keys(h.sample, block, piece);
   if (!readable) return;
@@ -1021,9 +1068,11 @@ void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, const u64* 
   i64 rows = round_up(c.n, ROWS);
   i64 at = piece_at(j, h.index / j.group, block, piece) * j.ld * j.words;
   const float* bias = load_bias(j, h, block, piece, s.key_bias);
-  Strip strip{s.rows, j.keys.data + at, j.words, j.ld, (c.D + PAIR - 1) / PAIR, bias,
-              float(c.scale) * LOG2E, {}, s.weights, s.tops, s.sums, s.out, j.width};
+  Strip strip{s.rows, j.keys.data + at, j.words, j.ld, depth_of(j), bias,
+              float(c.scale) * LOG2E, {}, s.weights, s.tops, s.sums, s.out, j.width, 0};
   for (i64 r = 0; r < rows; r += ROWS) {
+    fetch(j.keys.data + next, j.ld * j.words, r / ROWS, rows / ROWS);
+    fetch(j.values.data + next, j.ld * j.words, r / ROWS, rows / ROWS);
     strip.queries = s.rows + r * j.words;
     strip.weights = s.weights + r * PIECE_WORDS;
     strip.tops = s.tops + r;
@@ -1035,6 +1084,7 @@ void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, const u64* 
       u64 any = 0;
       for (int m = 0; m < ROWS; m++) any |= strip.bits[m] = bits ? bits[r + m] & readable : readable;
       find_range(any, first, last);
+      strip.begin = first;
       weigh_range<true>(strip, first, last);
     } else {
       weigh_range<false>(strip, first, last);
@@ -1062,9 +1112,14 @@ void attend_block(const Job& j, const Head& h, i64 block, Scratch& s) {
   std::memset(s.sums, 0, rows * GRANULE * 4);
   std::fill(s.tops, s.tops + rows, LOWEST);
   const u64* bits = s.bits.data();
-  for (i64 e = c.row_start[row], whole = e + c.num_full[row]; e < c.row_start[row + 1]; e++)
+  i64 unit = h.index / j.group, begin = c.row_start[row], end = c.row_start[row + 1];
+  i64 whole = begin + c.num_full[row];
+  for (i64 e = begin; e < end; e++)
     for (i64 piece = 0; piece < j.pieces; piece++) {
-      attend_piece(j, h, c.key_block[e], piece, e < whole ? nullptr : bits, s);
+      bool is_last = piece + 1 == j.pieces;
+      i64 after = c.key_block[is_last && e + 1 < end ? e + 1 : e];
+      i64 next = piece_at(j, unit, after, is_last ? 0 : piece + 1) * j.ld * j.words;
+      attend_piece(j, h, c.key_block[e], piece, next, e < whole ? nullptr : bits, s);
       if (e >= whole) bits += rows;
     }
   for (i64 r = 0; r < c.n; r++) {
@@ -1326,7 +1381,7 @@ void pull_head(const Job& j, const Head& h, i64 block, i64 part, Scratch& s) {
                c.d_bias ? s.d_bias + piece * j.ld : nullptr, bits,
                int(round_up(j.piece_slots(piece), GRANULE) / GRANULE),
                int(round_up(j.piece_slots(other), GRANULE) / GRANULE), j.words, j.width, j.ld,
-               (c.D + PAIR - 1) / PAIR, float(c.scale) * LOG2E};
+               depth_of(j), float(c.scale) * LOG2E};
         pull_pair(p, s);
       }
     }

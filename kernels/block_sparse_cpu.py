@@ -11,6 +11,7 @@ nb blocks, R plan rows, E listed blocks, M masks.
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,19 +19,15 @@ import torch
 from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists
-from vidattn.kernels.compiler import load
+from vidattn.kernels.compiler import CompileError, load
 from vidattn.kernels.library import Operator
 
 SOURCE = Path(__file__).with_name("block_sparse_cpu.cpp")
 # in the order of the numbers that the library knows them by
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ERRORS = {
-    1: ValueError(
-        "the plan points outside its grid: order must hold tokens or -1, key_block blocks of the "
-        "layout, mask_id masks, and a partial block needs a box or a mask"
-    ),
-    2: MemoryError("no memory for the packed blocks of attention"),
-}
+BAD_LISTS, NO_MEMORY = 1, 2
+BOX = ("key", "low", "high")
+log = logging.getLogger("vidattn")
 
 
 def block_sparse_attention(
@@ -74,6 +71,19 @@ def block_sparse_attention(
     return _operator(
         q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask, key_bias=key_bias
     )
+
+
+@torch.compiler.assume_constant_result
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether this engine runs a dtype on this machine; why it has no compiler is logged."""
+    if dtype not in DTYPES:
+        return False
+    try:
+        instruction_sets()
+    except CompileError as error:
+        log.warning("the C++ engine is not available: %s", error)
+        return False
+    return True
 
 
 def instruction_set(dtype: torch.dtype) -> str:
@@ -142,7 +152,6 @@ def _check(
         )
 
 
-BOX = ("key", "low", "high")
 ROWS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
 ARRAYS = (
     ("lse", torch.float32),
@@ -205,7 +214,6 @@ def _run(
         for name, dtype in ARRAYS
         if arrays.get(name) is not None
     }
-    number = instruction_sets()[instruction_set(q.dtype)]
     call = Call(
         **{name: Rows(x.data_ptr(), *x.stride()[:3]) for name, x in rows.items()},
         **{name: x.data_ptr() for name, x in held.items()},
@@ -221,13 +229,18 @@ def _run(
         num_entries=lists.key_block.numel(),
         num_masks=0 if lists.masks is None else len(lists.masks),
         kind=DTYPES.index(q.dtype),
-        instructions=number,
+        instructions=instruction_sets()[instruction_set(q.dtype)],
         threads=torch.get_num_threads(),
         scale=scale,
     )
     status = getattr(load(SOURCE), f"vidattn_{direction}")(ctypes.byref(call))
-    if status:
-        raise ERRORS[status]
+    if status == BAD_LISTS:
+        raise ValueError(
+            "the plan points outside its grid: order must hold tokens or -1, key_block blocks of "
+            "the layout, mask_id masks, and a partial block needs a box or a mask"
+        )
+    if status == NO_MEMORY:
+        raise MemoryError("no memory for the packed blocks of attention")
 
 
 def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias):

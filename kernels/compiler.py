@@ -14,6 +14,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from functools import lru_cache
@@ -47,9 +48,11 @@ def load(source: Path) -> ctypes.CDLL:
 @lru_cache
 def _load(source: Path) -> ctypes.CDLL:
     compiler = find_compiler()
-    name = f"{source.stem}-{_hash(source.read_bytes(), *FLAGS, platform.platform(terse=True))}"
+    made_of = (source.read_bytes(), *FLAGS, sys.platform, platform.machine())
+    name = f"{source.stem}-{_hash(*made_of)}"
     version = _hash(*compiler, _version(compiler)) if compiler else "*"
-    for folder in _folders():
+    cache, temporary = _folders()
+    for folder in (cache, temporary) if _is_mine(temporary) else (cache,):
         for library in sorted(folder.glob(f"{name}-{version}.so")):
             try:
                 return ctypes.CDLL(str(library))
@@ -107,17 +110,16 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 
 def _folders() -> tuple[Path, Path]:
-    """Where libraries are looked for: the cache, and its place among the temporary files."""
+    """Where libraries are looked for: the cache, and in its stead one among the temporary files."""
     named = os.environ.get("VIDATTN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
-    temporary = Path(tempfile.gettempdir()) / f"vidattn-{user}"
     cache = Path(named) if named else Path(base) / "vidattn"
-    return cache, temporary if _is_mine(temporary) else cache
+    return cache, Path(tempfile.gettempdir()) / f"vidattn-{user}"
 
 
 def _writable_folder() -> Path:
-    for folder in (_folders()[0], Path(tempfile.gettempdir()) / _folders()[1].name):
+    for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:

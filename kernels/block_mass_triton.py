@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from vidattn.kernels.block_segments import even_block, pad_blocks
-from vidattn.kernels.block_sparse_triton import LOG2E, architecture_of, by_slot, check, rows_of
+from vidattn.kernels.block_sparse_triton import (
+    LOG2E,
+    architecture_of,
+    by_slot,
+    check,
+    launch,
+    rows_of,
+)
 from vidattn.kernels.triton_configs import Tile, padded_head_dim, tile
 
 
@@ -67,7 +74,9 @@ def _block_mass(
     num_tiles = order.numel() // shipped.rows
     mass = torch.empty(*q.shape[:2], num_tiles, num_blocks, dtype=torch.float32, device=q.device)
     names = [f"stride_{name}{axis}" for name in "qk" for axis in "bhs"]
-    block_mass_kernel[(num_tiles * q.shape[0] * q.shape[1],)](
+    launch(
+        block_mass_kernel,
+        num_tiles * q.shape[0] * q.shape[1],
         q=q,
         k=k,
         slot_lse=by_slot(lse, order),
@@ -87,7 +96,6 @@ def _block_mass(
         BN=shipped.columns,
         STAGES=shipped.stages,
         num_warps=shipped.warps,
-        enable_fp_fusion=True,
     )
     return mass.unflatten(2, (num_blocks, -1)).sum(3)
 

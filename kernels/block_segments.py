@@ -65,7 +65,7 @@ def segments(order: Tensor, block: int, lists: BlockLists, *, transposed: bool =
     has_gap = (slots.view(-1, even) < 0).any(-1)
     rows = _clear_first(lists.transposed() if transposed else lists, has_gap)
     masks = None
-    if lists.masks is not None:
+    if lists.masks is not None and len(lists.masks):
         masks = F.pad(lists.masks.to(torch.uint8), (0, even - block, 0, even - block))
     made = Segments(even, slots, *rows, masks, _box(lists, slots, block, even))
     lists.cache[key] = order, made

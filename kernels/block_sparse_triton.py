@@ -116,8 +116,9 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None,
     out, lse = _new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(rows_of, (q, k, v))
     shipped = _tile("forward", q, rows)
-    grid = (rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],)
-    triton_forward.forward_kernel[grid](
+    launch(
+        triton_forward.forward_kernel,
+        rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],
         q=q,
         k=k,
         v=v,
@@ -135,6 +136,13 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None,
     return out, lse
 
 
+def launch(kernel: Any, num_programs: int, **arguments: Any) -> None:
+    """Run a kernel on the device of ``q``."""
+    with torch.cuda.device_of(arguments["q"]):
+        # the default of fusion changes with Triton 3.10, and the bits of results with it
+        kernel[(num_programs,)](**arguments, enable_fp_fusion=True)
+
+
 def _per_head(x: Tensor | None, q: Tensor) -> Tensor | None:
     """(B|1, H|1, ...) as (B, H, ...), contiguous and float32."""
     return None if x is None else x.float().expand(*q.shape[:2], *x.shape[2:]).contiguous()
@@ -148,21 +156,25 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
     d_q, d_k, d_v = map(_new_like, (q, k, v))
     d_out, q, k, v = map(rows_of, (d_out, q, k, v))
     lse, delta = by_slot(lse, rows.order), delta.index_select(2, rows.order.long().clamp_min(0))
+    # a query without keys has no gradient, whatever comes back through its log-sum-exp
+    delta.masked_fill_(lse == NO_QUERY, 0)
     given = {"q": q, "k": k, "v": v, "d_out": d_out, "slot_lse": lse, "delta": delta}
     given |= {"scale": scale, **_bias(q, key_mask, key_bias), **_strides(q=q, k=k, v=v, d=d_out)}
     shipped = _tile("query_gradient", q, rows)
-    grid = (rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],)
-    triton_query_gradient.query_gradient_kernel[grid](
+    launch(
+        triton_query_gradient.query_gradient_kernel,
+        rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],
         d_q=d_q,
         **given,
         **_strides(g=d_q),
         **_lists(rows, lists, q, k),
         **_constants(rows, q, shipped),
     )
-    d_bias = None if key_bias is None else torch.empty(q.shape[:3], device=q.device)
+    d_bias = None if key_bias is None else lse.new_empty(q.shape[:3])
     shipped = _tile("key_gradient" if d_bias is None else "key_gradient_bias", q, rows)
-    grid = (rows.order.numel() // shipped.columns * q.shape[0] * k.shape[1],)
-    triton_key_gradient.key_gradient_kernel[grid](
+    launch(
+        triton_key_gradient.key_gradient_kernel,
+        rows.order.numel() // shipped.columns * q.shape[0] * k.shape[1],
         d_k=d_k,
         d_v=d_v,
         d_bias=d_bias,
@@ -178,8 +190,6 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
 
 
 _attention = Operator("block_sparse_triton", _forward, _backward)
-
-
 _compensated = torch.library.custom_op(
     "vidattn::block_sparse_triton_compensated",
     lambda q, k, v, gain, shift, *rest: _forward(q, k, v, *gather(rest), gain, shift),
@@ -286,6 +296,4 @@ def _constants(rows: Segments, q: Tensor, shipped: Tile) -> dict[str, Any]:
         "RULE": rule.value,
         "STAGES": shipped.stages,
         "num_warps": shipped.warps,
-        # its default changes with Triton 3.10, and the bits of results with it
-        "enable_fp_fusion": True,
     }

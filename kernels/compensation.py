@@ -12,7 +12,7 @@ from torch import Tensor
 def compensate(
     out: Tensor, order: Tensor, block: int, gain: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """``gain * out + shift``, each token by its query block: what the forward kernel does itself.
+    """``gain * out + shift``, each token by its query block, in float32 or more.
 
     Args:
         out: (B, H, S, D).
@@ -27,9 +27,9 @@ def compensate(
     token = torch.where(order < 0, out.shape[2], order).long()
     block_of_slot = torch.arange(order.numel(), device=order.device) // block
     block_of_token = token.new_zeros(out.shape[2] + 1).scatter(0, token, block_of_slot)[:-1]
-    result = out.float()
+    result = out.to(torch.promote_types(out.dtype, torch.float32))
     if gain is not None:
-        result = result * gain.float()[..., block_of_token, None]
+        result = result * gain[..., block_of_token, None]
     if shift is not None:
-        result = result + shift.float()[..., block_of_token, :]
+        result = result + shift[..., block_of_token, :]
     return result.to(out.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels import block_sparse_cpu, block_sparse_torch, block_sparse_triton, reference
+from vidattn.kernels.compensation import compensate
 from vidattn.kernels.pooled_scores import block_means
 from vidattn.plan import Plan
 from vidattn.registry import unknown
@@ -112,24 +113,20 @@ def _attend(
         )
         return out, None
     engine = _auto_engine(q.device.type, q.dtype) if backend == "auto" else backend
+    gain, shift = _compensation(v, plan, key_mask, q.shape[1])
+    if engine == "triton":
+        # its kernel adds them to what it writes
+        return _triton(q, k, v, plan, scale, key_mask, gain, shift)
     out, lse = _ENGINES[engine](q, k, v, plan, scale, key_mask, need_lse)
-    return _compensate(out, v, plan, key_mask), lse
+    return compensate(out, plan.layout.order, plan.layout.block, gain, shift), lse
 
 
-def _compensate(out: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None) -> Tensor:
-    """Gain, and the mean values of what was not read (see ``Plan``)."""
-    if plan.gain is None and plan.rest is None:
-        return out
-    layout = plan.layout
-    block_of_token = layout.slot_of_token // layout.block
-    result = out.to(torch.promote_types(out.dtype, torch.float32))
-    if plan.gain is not None:
-        result = result * plan.gain[..., block_of_token, None]
-    if plan.rest is not None:
-        means, _ = block_means(v, layout.order, layout.block, key_mask)
-        means = means.repeat_interleave(out.shape[1] // v.shape[1], dim=1)
-        result = result + (plan.rest @ means)[..., block_of_token, :]
-    return result.to(out.dtype)
+def _compensation(v: Tensor, plan: Plan, key_mask: Tensor | None, num_heads: int) -> tuple:
+    """Gain of query blocks, and the mean values of what they do not read (see ``Plan``)."""
+    if plan.rest is None:
+        return plan.gain, None
+    means, _ = block_means(v, plan.layout.order, plan.layout.block, key_mask)
+    return plan.gain, plan.rest @ means.repeat_interleave(num_heads // v.shape[1], dim=1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None) -> None:
@@ -188,10 +185,19 @@ def _cpp(q, k, v, plan, scale, key_mask, need_lse):
     )
 
 
-def _triton(q, k, v, plan, scale, key_mask, need_lse):
+def _triton(q, k, v, plan, scale, key_mask, gain, shift):
     layout, lists = plan.layout, plan.lists
     return block_sparse_triton.block_sparse_attention(
-        q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
+        q,
+        k,
+        v,
+        layout.order,
+        layout.block,
+        lists,
+        scale=scale,
+        key_mask=key_mask,
+        gain=gain,
+        shift=shift,
     )
 
 
@@ -222,7 +228,6 @@ def _reference(q, k, v, plan, scale, key_mask, need_lse):
 
 
 _ENGINES = {
-    "triton": _triton,
     "cpp": _cpp,
     "torch": _torch,
     "flex": _flex,

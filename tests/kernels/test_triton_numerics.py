@@ -137,6 +137,23 @@ def biased_reference(plan, q, k, v, *, key_bias, key_mask):
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
+def test_a_rule_that_hides_nothing():
+    grid = Grid(2, 3, 5)
+    plan = Plan.from_rule(grid, tile_layout(grid, TILE), lambda q, k: (q - k).abs().sum(-1) >= 0)
+    assert len(plan.lists.masks) == 0
+    assert_right(inputs(grid), plan, "triton")
+
+
+def test_a_query_without_keys_spreads_no_nan():
+    plan = blocks(Grid(2, 5, 4))
+    q, k, v, *_ = inputs(plan.grid)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attend(*leaves, plan, backend="triton", return_lse=True)
+    assert lse.isinf().any()
+    total = out.sum() + torch.where(lse.isinf(), math.nan, 0.0).mul(lse).sum()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(total, leaves))
+
+
 def test_equal_inputs_give_equal_bits():
     plan = window(Grid(2, 3, 5, text=2))
     given = inputs(plan.grid)
@@ -233,5 +250,5 @@ def test_gain_and_shift_of_query_blocks(parts, heads):
     options = {"scale": 32**-0.5, "gain": gain, "shift": shift}
     fused, _ = run(plan, q, k, v, **options)
     assert relative_rms(fused, expected) < TOLERANCE[torch.float32]
-    pulled, _ = run(plan, q.requires_grad_(), k, v, **options)
+    pulled, _ = run(plan, q.clone().requires_grad_(), k, v, **options)
     assert relative_rms(pulled, expected) < TOLERANCE[torch.float32] and pulled.requires_grad

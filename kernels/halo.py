@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,8 +74,6 @@ class Halo:
     """Three axes in tiles."""
 
     axes: tuple[Axis, Axis, Axis]
-    # tables of a call before; never changes a result
-    cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def table_size(self) -> tuple[int, int, int]:

@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 
 from tests.grids import AWKWARD
 from vidattn.gpus import break_even, find_gpu, list_gpus
 from vidattn.grid import Grid
+from vidattn.head_plan import HeadPlan
 from vidattn.methods import create_method
 from vidattn.simulate import Counts, Work, best_first, candidate_tiles, count, count_tiles, estimate
 from vidattn.video_models import find_video_model, list_video_models
@@ -136,6 +138,20 @@ def test_counts_of_many_heads_are_a_mean():
     )
     assert count(from_heads).num_blocks == blocks * (blocks + 1) / 2
     assert count(many) == count(one)
+
+
+def test_counts_of_heads_with_plans_of_their_own():
+    grid = Grid(3, 9, 8, text=5)
+    plans = [create_method("radial").plan(grid)]
+    plans += [create_method("neighborhood", window=3, tile=(1, 4, 8)).plan(grid)]
+    found = count(HeadPlan(tuple(plans), torch.tensor([0, 1, 1, 0, 1])))
+    parts = [count(plan) for plan in plans]
+    for name in ("density", "visited_share", "computed_share", "num_blocks", "padding"):
+        radial, window = (getattr(x, name) for x in parts)
+        assert getattr(found, name) == pytest.approx((2 * radial + 3 * window) / 5)
+    partial = sum(w * x.partial_share * x.num_blocks for w, x in zip((2, 3), parts)) / 5
+    assert found.partial_share == pytest.approx(partial / found.num_blocks)
+    assert found.block == 32 and not found.is_dense
 
 
 def test_tiles_leave_a_window_alone():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vidattn.gpus import Gpu, break_even
 from vidattn.grid import Grid, Size
+from vidattn.head_plan import HeadPlan
 from vidattn.measure import visited_share
 from vidattn.method import Method
 from vidattn.plan import Plan
@@ -46,7 +47,7 @@ class Counts:
     """What a plan keeps and visits, for one head on average."""
 
     tile: Size | None  # None where the method chose
-    block: int
+    block: int  # the smallest, where heads differ
     needed_pairs: int  # of the sequence, text included
     visited_pairs: int  # in the listed blocks
     density: float  # needed over all pairs of video tokens
@@ -59,25 +60,35 @@ class Counts:
     is_dense: bool
 
 
-def count(plan: Plan, tile: Size | None = None) -> Counts:
+def count(plan: Plan | HeadPlan, tile: Size | None = None) -> Counts:
     """The exact counts of a plan."""
-    grid, lists, layout = plan.grid, plan.lists, plan.layout
-    pairs, video = grid.num_tokens**2, grid.num_video_tokens**2
+    grid, pairs, video = plan.grid, plan.grid.num_tokens**2, plan.grid.num_video_tokens**2
     density, share = plan.density, visited_share(plan)
-    num_blocks = lists.key_block.numel() / (lists.batch * lists.heads)
-    partial = int(lists.key_block.numel() - lists.num_full.sum())
+    parts = [(plan, 1)]
+    if isinstance(plan, HeadPlan):
+        parts = [(part, len(heads)) for part, heads in zip(plan.plans, plan.heads)]
+    num_heads = sum(heads for _, heads in parts)
+    listed = partial = slots = slot_pairs = 0.0
+    for part, heads in parts:
+        lists, block = part.lists, part.layout.block
+        # of this part, on average over the heads of the whole plan
+        scale = heads / (num_heads * lists.batch * lists.heads)
+        listed += scale * lists.key_block.numel()
+        partial += scale * (lists.key_block.numel() - int(lists.num_full.sum()))
+        slot_pairs += scale * lists.key_block.numel() * block**2
+        slots += heads / num_heads * part.layout.order.numel()
     return Counts(
         tile=tile,
-        block=layout.block,
+        block=min(part.layout.block for part, _ in parts),
         needed_pairs=round(density * video) + pairs - video,
         visited_pairs=round(share * pairs),
         density=density,
         visited_density=plan.visited_density,
         visited_share=share,
-        computed_share=num_blocks * layout.block**2 / pairs,
-        partial_share=partial / max(1, lists.key_block.numel()),
-        num_blocks=num_blocks,
-        padding=layout.order.numel() / grid.num_tokens,
+        computed_share=slot_pairs / pairs,
+        partial_share=partial / max(1, listed),
+        num_blocks=listed,
+        padding=slots / grid.num_tokens,
         is_dense=plan.is_dense,
     )
 

@@ -115,7 +115,8 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None,
     rows = segments(order, block, lists)
     out, lse = _new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(rows_of, (q, k, v))
-    shipped = _tile("forward", q, rows)
+    bias = _bias(q, key_mask, key_bias)
+    shipped = _tile("forward", q, rows, bias)
     launch(
         triton_forward.forward_kernel,
         rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],
@@ -128,7 +129,7 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None,
         shift=_per_head(shift, q),
         scale=scale * LOG2E,
         num_tokens=q.shape[2],
-        **_bias(q, key_mask, key_bias),
+        **bias,
         **_strides(q=q, k=k, v=v, o=out),
         **_lists(rows, lists, q, k),
         **_constants(rows, q, shipped),
@@ -151,16 +152,16 @@ def _per_head(x: Tensor | None, q: Tensor) -> Tensor | None:
 def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
     from vidattn.kernels import triton_key_gradient, triton_query_gradient
 
-    rows = segments(order, block, lists)
-    columns = segments(order, block, lists, transposed=True)
+    rows, columns = (segments(order, block, lists, transposed=turned) for turned in (False, True))
     d_q, d_k, d_v = map(_new_like, (q, k, v))
     d_out, q, k, v = map(rows_of, (d_out, q, k, v))
     lse, delta = by_slot(lse, rows.order), delta.index_select(2, rows.order.long().clamp_min(0))
     # a query without keys has no gradient, whatever comes back through its log-sum-exp
     delta.masked_fill_(lse == NO_QUERY, 0)
     given = {"q": q, "k": k, "v": v, "d_out": d_out, "slot_lse": lse, "delta": delta}
-    given |= {"scale": scale, **_bias(q, key_mask, key_bias), **_strides(q=q, k=k, v=v, d=d_out)}
-    shipped = _tile("query_gradient", q, rows)
+    bias = _bias(q, key_mask, key_bias)
+    given |= {"scale": scale, **bias, **_strides(q=q, k=k, v=v, d=d_out)}
+    shipped = _tile("query_gradient", q, rows, bias)
     launch(
         triton_query_gradient.query_gradient_kernel,
         rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],
@@ -171,7 +172,7 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
         **_constants(rows, q, shipped),
     )
     d_bias = None if key_bias is None else lse.new_empty(q.shape[:3])
-    shipped = _tile("key_gradient" if d_bias is None else "key_gradient_bias", q, rows)
+    shipped = _tile("key_gradient" if d_bias is None else "key_gradient_bias", q, rows, bias)
     launch(
         triton_key_gradient.key_gradient_kernel,
         rows.order.numel() // shipped.columns * q.shape[0] * k.shape[1],
@@ -202,11 +203,11 @@ _compensated.register_fake(
 )
 
 
-def _tile(kernel: str, q: Tensor, rows: Segments) -> Tile:
+def _tile(kernel: str, q: Tensor, rows: Segments, bias: dict[str, Any]) -> Tile:
     """The shipped tile of a kernel on this device."""
-    has_masks = rows.masks is not None
-    arch = architecture_of(q)
-    return tile(kernel, arch, q.itemsize, q.shape[-1], rows.block, has_masks=has_masks)
+    extras = rows.masks is not None or bias["key_bias"] is not None
+    size = (q.itemsize, q.shape[-1], rows.block)
+    return tile(kernel, architecture_of(q), *size, has_extras=extras)
 
 
 def architecture_of(q: Tensor) -> int:

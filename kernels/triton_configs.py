@@ -99,7 +99,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def tile(
-    kernel: str, arch: int, itemsize: int, head_dim: int, block: int, *, has_masks: bool = False
+    kernel: str, arch: int, itemsize: int, head_dim: int, block: int, *, has_extras: bool = False
 ) -> Tile:
     """The tile of one launch.
 
@@ -109,7 +109,7 @@ def tile(
         itemsize: bytes of a number of q.
         head_dim: of q.
         block: slots to a block, a multiple of 16; a tile never crosses a block.
-        has_masks: whether masks are read with the keys, which takes shared memory too.
+        has_extras: whether masks or biases are read with the keys: they take shared memory too.
     """
     padded = max(HEAD_DIMS[0], padded_head_dim(head_dim))
     best = _SINGLE[padded]
@@ -123,5 +123,5 @@ def tile(
         rows,
         columns,
         warps=max(1, int(best.warps * share)),
-        stages=min(best.stages, 3) if has_masks else best.stages,
+        stages=min(best.stages, 3) if has_extras else best.stages,
     )

@@ -73,8 +73,8 @@ class Case:
     @property
     def tile(self) -> Tile:
         """What it is launched with."""
-        size, masks = ITEMSIZE[self.dtype], self.rule == "TABLE"
-        return tile(self.kernel, self.arch, size, self.head_dim, self.block, has_masks=masks)
+        size, extras = ITEMSIZE[self.dtype], self.rule == "TABLE" or self.has_bias
+        return tile(self.kernel, self.arch, size, self.head_dim, self.block, has_extras=extras)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""The planning benchmark: its figures are those of the plans, and its limits hold here."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from vidattn.grid import Grid
+from vidattn.methods import plan
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+bench = importlib.import_module("bench_planning")
+
+
+@pytest.mark.parametrize("label", bench.METHODS)
+def test_a_plan_is_measured(label):
+    name, options = bench.METHODS[label]
+    size = (24, 32, 32)
+    row = bench.measure(label, size, rounds=1)
+    expected = plan(name, Grid(*size), **options).summary()
+    assert (row["tokens"], row["num_blocks"]) == (24_576, expected["num_blocks"])
+    assert (row["density"], row["held_mib"]) == (expected["density"], expected["memory_mib"])
+    assert row["time_s"] > 0 and row["within_limits"]
+
+
+@pytest.mark.parametrize("label", ["radial", "neighborhood"])
+def test_a_published_size_keeps_its_limits(label):
+    row = bench.measure(label, bench.GRIDS[0], rounds=1)
+    assert row["tokens"] == 118_800 and row["within_limits"], row
+
+
+def test_limits_are_looked_up():
+    row = {"tokens": 1_000_000, "time_s": 9.0, "held_mib": 1000.0}
+    assert bench.is_within(row) and bench.is_within({**row, "tokens": 5})
+    assert not bench.is_within({**row, "time_s": 11.0})
+    assert not bench.is_within({**row, "held_mib": 1100.0})
+    assert {math.prod(size) for size in bench.GRIDS} == set(bench.LIMITS)
+
+
+def test_exponent_of_a_power():
+    assert bench.exponent([(n, 7 * n**1.3) for n in (2, 5, 90, 4000)]) == pytest.approx(1.3)
+
+
+def test_radial_grows_like_n_log_n(monkeypatch):
+    monkeypatch.setattr(bench, "LENGTHS", (4096, 8192, 16384, 32768))
+    grown = bench.growth((16, 16))
+    grid = Grid(128, 16, 16)
+    expected = round(plan("radial", grid).visited_density * grid.num_tokens**2)
+    assert grown["rows"][-1] == {"tokens": 32768, "frames": 128, "visited_pairs": expected}
+    keys = [row["visited_pairs"] / row["tokens"] for row in grown["rows"]]
+    added = [later - earlier for earlier, later in zip(keys, keys[1:])]
+    assert max(added) < 1.1 * min(added)
+    # 16 to 128 frames, log2 from 4 to 7
+    assert grown["n_log_frames_exponent"] == pytest.approx(
+        1 + math.log(7 / 4) / math.log(8), abs=0.01
+    )
+    assert grown["exponent"] == pytest.approx(grown["n_log_frames_exponent"], abs=0.03)
+
+
+def test_the_program_writes_both_files(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "GRIDS", ((2, 16, 16),))
+    monkeypatch.setattr(bench, "METHODS", {"radial": ("radial", {})})
+    monkeypatch.setattr(bench, "in_own_process", bench.measure)
+    monkeypatch.setattr(bench, "LENGTHS", (4096, 8192))
+    monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "1", "--out", str(tmp_path)])
+    bench.main()
+    report = json.loads((tmp_path / "planning.json").read_text())
+    assert [x["frame"] for x in report["growth"]] == [[16, 16], [32, 32]]
+    assert [row["tokens"] for row in report["growth"][0]["rows"]] == [4096, 8192]
+    assert report["plans"][0]["tokens"] == 512 and report["hardware"]["cpu"]
+    text = (tmp_path / "planning.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| radial | 512 |" in text and f"N^{report['growth'][1]['exponent']:.2f};" in text
+    monkeypatch.setattr(bench, "is_within", lambda row: False)
+    with pytest.raises(SystemExit, match="radial on 512 tokens is over its limit"):
+        bench.main()

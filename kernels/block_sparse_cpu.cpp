@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -195,6 +196,7 @@ struct Engine {
   void (*pack_queries)(const Job&, i64, Scratch&);
   void (*pull)(const Job&, i64, Scratch&);
   void (*put_d_q)(const Job&, i64, Scratch&);
+  double (*measure_peak)();
 };
 
 inline float as_float(u32 x) {
@@ -564,6 +566,7 @@ const char* vidattn_instruction_set(i64 index) {
 }
 
 int vidattn_is_supported(i64 index) { return is_supported(index); }
+double vidattn_peak(i64 index) { return ENGINES[index].measure_peak(); }
 int vidattn_forward(const Call* call) { return run(call, forward); }
 int vidattn_backward(const Call* call) { return run(call, backward); }
 }
@@ -612,8 +615,9 @@ INLINE u32 bits_of_equal(U a, U b) { return _mm512_cmpeq_epi32_mask((__m512i)a, 
 INLINE bool any_above(V a, V b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
 }
-INLINE V keep(V x, u32 bits, V other) {
-  return (V)_mm512_mask_mov_ps((__m512)other, (__mmask16)bits, (__m512)x);
+// The larger, or a where `bits` lacks a lane.
+INLINE V larger(V a, V b, u32 bits) {
+  return (V)_mm512_mask_max_ps((__m512)a, (__mmask16)bits, (__m512)a, (__m512)b);
 }
 INLINE V zip_low(V a, V b) {
   return VIDATTN_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -645,6 +649,7 @@ INLINE V keep(V x, u32 bits, V other) {
   I chosen = (lane & i32(bits)) == lane;
   return chosen ? x : other;
 }
+INLINE V larger(V a, V b, u32 bits) { return larger(a, keep(b, bits, a)); }
 #endif
 
 // acc + a * b, over both numbers of a word.
@@ -670,8 +675,10 @@ INLINE void store_packed(float* to, const V (&x)[N]) {
   }
 }
 
-// 2 ** x, and 2 ** LEAST for all that is below; the polynomials are minimax.
-INLINE V exp2(V x) {
+// 2 ** x, and 2 ** LEAST for all that is below; with MASKED 0 where `bits` lacks a lane. The
+// polynomials are minimax.
+template <bool MASKED = false>
+INLINE V exp2(V x, u32 bits = 0) {
   x = larger(splat(LEAST), x);
 #if VIDATTN_WIDTH == 16
   V f = (V)_mm512_reduce_ps((__m512)x, 1), p;  // x minus its floor
@@ -687,6 +694,7 @@ INLINE V exp2(V x) {
     p = p * f + 6.93153083e-1f;
     p = p * f + 9.99999940e-1f;
   }
+  if (MASKED) return (V)_mm512_maskz_scalef_ps((__mmask16)bits, (__m512)p, (__m512)x);
   return (V)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
   // the sum rounds x to a whole number, which its last bits then hold
@@ -697,7 +705,8 @@ INLINE V exp2(V x) {
   p = p * f + 2.40221202e-1f;
   p = p * f + 6.93146944e-1f;
   p = p * f + 1.00000012f;
-  return (V)((U)p + ((U)whole << 23));
+  V power = (V)((U)p + ((U)whole << 23));
+  return MASKED ? keep(power, bits, V{}) : power;
 #endif
 }
 
@@ -833,21 +842,39 @@ void pack_keys(const Job& j, i64 task, Scratch& s) {
   }
 }
 
+// acc += column k of left times row k of right.
+template <int N, bool ACROSS>
+INLINE void add_outer(V (&acc)[ROWS][N], const float* left, i64 left_ld, const float* right,
+                      i64 right_ld, i64 k) {
+  V b[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) b[n] = load(right + k * right_ld + n * W);
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; m++) {
+    V a = splat(ACROSS ? left[k * left_ld + m] : left[m * left_ld + k]);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[m][n] = fused(acc[m][n], a, b[n]);
+  }
+}
+
 // acc += left (ROWS, depth) right (depth, N vectors); left is stored the other way with ACROSS.
 template <int N, bool ACROSS>
 INLINE void multiply(V (&acc)[ROWS][N], const float* left, i64 left_ld, const float* right,
                      i64 right_ld, i64 depth) {
-  for (i64 k = 0; k < depth; k++) {
-    V b[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) b[n] = load(right + k * right_ld + n * W);
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++) {
-      V a = splat(ACROSS ? left[k * left_ld + m] : left[m * left_ld + k]);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) acc[m][n] = fused(acc[m][n], a, b[n]);
+  i64 k = 0;
+  if (ROWS * N < 8) {
+    // too few sums to hide how long one addition takes: twice as many
+    V odd[ROWS][N] = {};
+    for (; k + 1 < depth; k += 2) {
+      add_outer<N, ACROSS>(acc, left, left_ld, right, right_ld, k);
+      add_outer<N, ACROSS>(odd, left, left_ld, right, right_ld, k + 1);
     }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) acc[m][n] += odd[m][n];
   }
+  for (; k < depth; k++) add_outer<N, ACROSS>(acc, left, left_ld, right, right_ld, k);
 }
 
 struct Product {
@@ -996,19 +1023,16 @@ void weigh(const Strip& s, int first) {
       V& score = acc[m][n];
       if (PAIRS) score *= s.scale;
       if (s.bias) score += load(s.bias + first * GRANULE + n * W);
-      if (MASKED)
-        score = keep(score, u32(s.bits[m] >> (first * GRANULE + n * W)), splat(-INFINITY));
-      highest = larger(highest, score);
+      u32 bits = u32(s.bits[m] >> (first * GRANULE + n * W));
+      highest = MASKED ? larger(highest, score, bits) : larger(highest, score);
     }
     if (__builtin_expect(any_above(highest, splat(s.tops[m] + SLACK)), 0)) 
       raise_top(s, m, highest, first);
     V top = splat(s.tops[m]), sum = load(s.sums + m * GRANULE);
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      V weight = exp2(acc[m][n] - top);
-      if (MASKED) weight = keep(weight, u32(s.bits[m] >> (first * GRANULE + n * W)), V{});
-      sum += weight;
-      acc[m][n] = weight;
+      acc[m][n] = exp2<MASKED>(acc[m][n] - top, u32(s.bits[m] >> (first * GRANULE + n * W)));
+      sum += acc[m][n];
     }
     store(s.sums + m * GRANULE, sum);
     store_packed<N>(s.weights + m * PIECE_WORDS + first * GRANULE_WORDS, acc[m]);
@@ -1201,8 +1225,8 @@ void weigh_keys(const Pull& p, const Scratch& s, int r, int first) {
     for (int n = 0; n < N; n++) {
       V& score = acc[m][n];
       if (PAIRS) score *= p.scale;
-      score = exp2(score + bias - load(p.lse2 + column + n * W));
-      if (MASKED) score = keep(score, u32(p.bits[r + m] >> (column + n * W)), V{});
+      u32 bits = MASKED ? u32(p.bits[r + m] >> (column + n * W)) : 0;
+      score = exp2<MASKED>(score + bias - load(p.lse2 + column + n * W), bits);
       store(exact + n * W, score);
     }
     if (PAIRS) store_packed<N>(s.weights + (r + m) * PIECE_WORDS + first * GRANULE_WORDS, acc[m]);
@@ -1441,10 +1465,25 @@ void put_d_q(const Job& j, i64 task, Scratch& s) {
   }
 }
 
+// Products and sums in a second of one thread that does nothing else.
+double measure_peak() {
+  constexpr int COUNT = 12;  // enough to hide how long one takes, few enough for 16 registers
+  constexpr i64 TIMES = 1 << 21;
+  volatile float half = 0.5f;
+  V a = splat(half), b = splat(half), sums[COUNT] = {};
+  auto begin = std::chrono::steady_clock::now();
+  for (i64 i = 0; i < TIMES; i++)
+#pragma GCC unroll 12
+    for (int n = 0; n < COUNT; n++) sums[n] = fused(b, a, sums[n]);
+  for (int n = 0; n < COUNT; n++) half = sum_of(sums[n]);
+  std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  return 2.0 * COUNT * TIMES * W * PAIR / seconds.count();
+}
+
 #define VIDATTN_TEXT(x) #x
 #define VIDATTN_NAME(x) VIDATTN_TEXT(x)
 const Engine ENGINE = {VIDATTN_NAME(VIDATTN_ISA), PAIRS, pack_keys, attend, pack_queries, pull,
-                       put_d_q};
+                       put_d_q, measure_peak};
 #undef VIDATTN_TEXT
 #undef VIDATTN_NAME
 #undef VIDATTN_SHUFFLE

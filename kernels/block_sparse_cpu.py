@@ -116,6 +116,17 @@ def instruction_sets() -> dict[str, int]:
     return found
 
 
+def peak_flops(dtype: torch.dtype) -> float:
+    """Products and sums a second, measured, of one thread that works in registers alone.
+
+    Raises:
+        CompileError: there is no compiler, or it failed.
+    """
+    measure = load(SOURCE).vidattn_peak
+    measure.restype, measure.argtypes = ctypes.c_double, [ctypes.c_int64]
+    return max(measure(instruction_sets()[instruction_set(dtype)]) for _ in range(3))
+
+
 def _check(
     q: Tensor, order: Tensor, block: int, lists: BlockLists, key_bias: Tensor | None
 ) -> None:

@@ -67,7 +67,7 @@ def _load(source: Path) -> ctypes.CDLL:
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """The command of ``$CXX``, else the first C++ compiler on the path; None where there is none."""
+    """The command of ``$CXX``, else the first C++ compiler on the path, else None."""
     for command in (os.environ.get("CXX", ""), *COMPILERS):
         words = shlex.split(command)
         if words and (program := shutil.which(words[0])):

@@ -1,25 +1,28 @@
 """Time sparse attention on this machine: python scripts/bench_attention.py [--quick].
 
-In turns: dense attention of PyTorch, and the "torch" engine and compiled FlexAttention on the same
-block lists. Writes attention_cpu.json and attention_cpu.md.
+In turns: dense attention of PyTorch, and the "cpp" and "torch" engines and compiled FlexAttention
+on the same block lists. Writes attention_cpu.json and attention_cpu.md.
 """
 
 import argparse
-import ctypes
 import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from resident_memory import extra_mib
 from torch import Tensor
 from tqdm import tqdm
 
 from vidattn.attention import attend
 from vidattn.grid import Grid
 from vidattn.kernels.block_lists import HIDDEN, partial_bias
+from vidattn.kernels.block_sparse_cpu import peak_flops
 from vidattn.measure import hardware
 from vidattn.methods import plan as plan_of
 from vidattn.plan import Plan
@@ -30,16 +33,21 @@ SLOW_S = 4.0
 SAMPLED_QUERIES = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RADIAL = {"density": 0.2, "tile": (1, 8, 16)}
-# per grid, the options of each method
+# per grid, methods with their options
 FULL = {
-    Grid(32, 16, 16): {"radial": RADIAL, "neighborhood": {"window": (19, 10, 10)}},
-    Grid(32, 32, 32): {"radial": RADIAL, "neighborhood": {"window": (19, 19, 19)}},
+    Grid(32, 16, 16): [
+        ("radial", RADIAL),
+        ("radial", RADIAL | {"density": 0.1, "near": 0}),
+        ("neighborhood", {"window": (19, 10, 10)}),
+    ],
+    Grid(16, 32, 32): [("neighborhood", {"window": (5, 9, 9), "tile": (4, 4, 4)})],
+    Grid(32, 32, 32): [("radial", RADIAL), ("neighborhood", {"window": (19, 19, 19)})],
 }
 QUICK = {
-    Grid(8, 16, 16): {
-        "radial": {"density": 0.3, "near": 0, "tile": (1, 8, 8)},
-        "neighborhood": {"window": (5, 10, 10)},
-    }
+    Grid(8, 16, 16): [
+        ("radial", {"density": 0.3, "near": 0, "tile": (1, 8, 8)}),
+        ("neighborhood", {"window": (5, 10, 10)}),
+    ]
 }
 COLUMNS = (
     ("method", "method"),
@@ -49,13 +57,19 @@ COLUMNS = (
     ("density", "density"),
     ("visited", "visited"),
     ("dense_ms", "dense ms"),
-    ("torch_ms", "torch ms"),
-    ("times_dense", "x dense"),
     ("flex_ms", "flex ms"),
-    ("times_flex", "x flex"),
+    ("cpp_ms", "cpp ms"),
+    ("cpp_times_dense", "x dense"),
+    ("cpp_times_flex", "x flex"),
+    ("cpp_share_of_peak", "of peak"),
+    ("torch_ms", "torch ms"),
+    ("torch_times_dense", "x dense"),
+    ("torch_times_flex", "x flex"),
     ("train_dense_ms", "dense fwd+bwd ms"),
+    ("train_cpp_ms", "cpp fwd+bwd ms"),
+    ("train_cpp_times_dense", "x dense"),
     ("train_torch_ms", "torch fwd+bwd ms"),
-    ("train_times_dense", "x dense"),
+    ("train_torch_times_dense", "x dense"),
     ("error", "error"),
     ("extra_mib", "extra MiB"),
     ("train_extra_mib", "extra MiB fwd+bwd"),
@@ -65,9 +79,11 @@ Times in ms for {heads} heads, forward, medians of {rounds} rounds in which ever
 turns; fwd+bwd is forward and backward. Dense is `scaled_dot_product_attention` of the same dtype,
 flex is compiled FlexAttention on the same block lists; FlexAttention has no backward on a CPU.
 Dense at 32,768 tokens is timed on one head and multiplied; what takes over {slow:.0f} s, once.
-density counts pairs of tokens, visited those in the blocks computed. error is the relative RMS
-distance to float64 attention on {queries} queries. extra is the peak of resident memory during a
-call, beyond what was there before it.
+density counts pairs of tokens, visited those in the blocks computed. of peak is the useful work of
+the cpp engine, 4 D for each pair that is kept, over what its instruction set multiplies and adds in
+registers: {peaks}. error is the relative RMS
+distance to float64 attention on {queries} queries, extra the peak of resident memory during a
+call, beyond what was there before it, both of the cpp engine.
 """
 
 
@@ -91,51 +107,58 @@ def main() -> None:
     for grid, head_dim, dtype in (bar := tqdm(cases, unit="case", smoothing=0)):
         bar.set_description(f"{grid.num_tokens} tokens, D {head_dim}, {dtype}")
         # the window, whose cost is that of its predicate too, is timed for one head dim
-        methods = {
-            name: grids[grid][name] for name in ("radial", "neighborhood")[: 128 // head_dim]
-        }
-        kinds = ["torch"] + ["flex"] * (not args.no_flex)
-        kinds += ["train"] * (grid.num_tokens <= args.backward_up_to)
+        methods = [x for x in grids[grid] if head_dim == 64 or x[0] == "radial"]
+        if not methods:
+            continue
+        kinds = ["cpp", "torch"] + ["flex"] * (not args.no_flex)
+        kinds += ["train cpp", "train torch"] * (grid.num_tokens <= args.backward_up_to)
         rows += measure(grid, head_dim, dtype, methods, args.rounds, kinds)
     rows.sort(key=lambda row: (row["method"] != "radial", row["method"]))
     machine = hardware() | {"torch": torch.__version__}
-    text = to_markdown(rows, machine, args.rounds)
+    peaks = {name: peak_gflops(dtype) for name, dtype in DTYPES.items()}
+    for row in rows:
+        row["cpp_share_of_peak"] = row["cpp_gflops"] / peaks[row["dtype"]]
+    text = to_markdown(rows, machine, args.rounds, peaks)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     name = "attention_quick" if args.quick else "attention_cpu"
-    report = {"hardware": machine, "heads": HEADS, "rounds": args.rounds, "rows": rows}
+    report = {"hardware": machine, "heads": HEADS, "rounds": args.rounds, "peak_gflops": peaks}
+    report["rows"] = rows
     (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / f"{name}.md").write_text(text)
     print(f"wrote {args.out / name}.json and .md")
 
 
 def measure(
-    grid: Grid, head_dim: int, dtype: str, methods: dict, rounds: int, kinds: list[str]
+    grid: Grid, head_dim: int, dtype: str, methods: list, rounds: int, kinds: list[str]
 ) -> list[dict]:
-    """One row of figures for each method; ``kinds`` of calls are torch, flex and train."""
+    """One row of figures for each method; ``kinds`` are keys of ``engine_calls``."""
     shape = (1, HEADS, grid.num_tokens, head_dim)
     q, k, v, d_out = (torch.randn(shape).to(DTYPES[dtype]) for _ in range(4))
     dense_heads = 1 if grid.num_tokens > 10_000 else HEADS
     few = [x[:, :dense_heads] for x in (q, k, v, d_out)]
     functions = {"dense": lambda: F.scaled_dot_product_attention(*few[:3])}
-    if "train" in kinds:
+    if "train cpp" in kinds:
         functions["train dense"] = lambda: train(F.scaled_dot_product_attention, *few)
-    plans = {name: plan_of(name, grid, **options) for name, options in methods.items()}
-    for name, plan in plans.items():
+    plans = [plan_of(name, grid, **options) for name, options in methods]
+    for index, plan in enumerate(plans):
         calls = engine_calls(plan, q, k, v, d_out)
-        functions |= {f"{name} {kind}": calls[kind] for kind in kinds}
+        functions |= {f"{index} {kind}": calls[kind] for kind in kinds}
     seconds = in_turns(functions, rounds)
     for name in seconds.keys() & {"dense", "train dense"}:
         seconds[name] *= HEADS / dense_heads
     rows = []
-    for name, plan in plans.items():
-        row = {"method": name, "options": methods[name], "grid": str(grid.size)}
+    for index, plan in enumerate(plans):
+        name, options = methods[index]
+        row = {"method": name, "options": options, "grid": str(grid.size)}
         row |= {"tokens": grid.num_tokens, "head_dim": head_dim, "dtype": dtype}
         row |= {"block": plan.layout.block, "density": plan.density}
-        row |= {"visited": plan.visited_density} | figures(name, seconds)
-        row["error"] = error(attend(q, k, v, plan, backend="torch"), q, k, v, plan)
-        row["extra_mib"] = extra_mib(functions[f"{name} torch"])
-        trained = functions.get(f"{name} train")
+        row |= {"visited": plan.visited_density} | figures(index, seconds)
+        flops = 4 * head_dim * HEADS * plan.density * grid.num_tokens**2
+        row["cpp_gflops"] = flops / row["cpp_ms"] / 1e6
+        row["error"] = error(attend(q, k, v, plan, backend="cpp"), q, k, v, plan)
+        row["extra_mib"] = extra_mib(functions[f"{index} cpp"])
+        trained = functions.get(f"{index} train cpp")
         row["train_extra_mib"] = extra_mib(trained) if trained else None
         rows.append(row)
     return rows
@@ -146,13 +169,15 @@ def engine_calls(
 ) -> dict[str, Callable[[], object]]:
     """What can be timed for one plan."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, backend: str = "torch") -> Tensor:
-        return attend(q, k, v, plan, backend=backend)
-
+    cpp, torch_, flex = (
+        partial(attend, plan=plan, backend=backend) for backend in ("cpp", "torch", "flex")
+    )
     return {
-        "torch": lambda: run(q, k, v),
-        "flex": lambda: run(q, k, v, "flex"),
-        "train": lambda: train(run, q, k, v, d_out),
+        "cpp": lambda: cpp(q, k, v),
+        "torch": lambda: torch_(q, k, v),
+        "flex": lambda: flex(q, k, v),
+        "train cpp": lambda: train(cpp, q, k, v, d_out),
+        "train torch": lambda: train(torch_, q, k, v, d_out),
     }
 
 
@@ -176,6 +201,13 @@ def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def peak_gflops(dtype: torch.dtype) -> float:
+    """What the cpp engine's instructions could do on all threads, products and sums counted."""
+    count = torch.get_num_threads()
+    with ThreadPoolExecutor(count) as pool:
+        return sum(pool.map(lambda _: peak_flops(dtype), range(count))) / 1e9
+
+
 def seconds_of(function: Callable[[], object]) -> float:
     """Wall time of one call."""
     begin = time.perf_counter()
@@ -183,24 +215,29 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def figures(name: str, seconds: dict[str, float]) -> dict[str, float | None]:
+def figures(index: int, seconds: dict[str, float]) -> dict[str, float | None]:
     """Times in ms of one method, and ratios; None for what was not timed."""
     ms = {key: 1e3 * value for key, value in seconds.items()}
 
     def ratio(slow: str, fast: str) -> float | None:
         return ms[slow] / ms[fast] if slow in ms and fast in ms else None
 
-    own, flex, train = (f"{name} {kind}" for kind in ("torch", "flex", "train"))
-    return {
+    flex = f"{index} flex"
+    found = {
         "dense_ms": ms["dense"],
-        "torch_ms": ms[own],
-        "times_dense": ratio("dense", own),
         "flex_ms": ms.get(flex),
-        "times_flex": ratio(flex, own),
         "train_dense_ms": ms.get("train dense"),
-        "train_torch_ms": ms.get(train),
-        "train_times_dense": ratio("train dense", train),
     }
+    for engine in ("cpp", "torch"):
+        own, trained = f"{index} {engine}", f"{index} train {engine}"
+        found |= {
+            f"{engine}_ms": ms[own],
+            f"{engine}_times_dense": ratio("dense", own),
+            f"{engine}_times_flex": ratio(flex, own),
+            f"train_{engine}_ms": ms.get(trained),
+            f"train_{engine}_times_dense": ratio("train dense", trained),
+        }
+    return found
 
 
 def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> float:
@@ -228,26 +265,7 @@ def visible_keys(plan: Plan, token: int) -> Tensor:
     return torch.zeros(plan.grid.num_tokens, dtype=torch.bool).index_fill_(0, keys[keys >= 0], True)
 
 
-def extra_mib(function: Callable[[], object]) -> float | None:
-    """Peak resident memory of a call beyond what was there; None where the system does not say."""
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    # give freed memory back first, or the call would seem to need none
-    ctypes.CDLL(None).malloc_trim(0)
-    before = resident_kib("VmRSS")
-    reset.write_text("5")
-    function()
-    return (resident_kib("VmHWM") - before) / 1024
-
-
-def resident_kib(field: str) -> int:
-    """A memory figure of this process."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0])
-
-
-def to_markdown(rows: list[dict], machine: dict, rounds: int) -> str:
+def to_markdown(rows: list[dict], machine: dict, rounds: int, peaks: dict[str, float]) -> str:
     """The table, with the machine above and notes below."""
     head = (
         f"# Attention on {machine['num_threads']} threads of {machine['cpu']}\n\n"
@@ -257,7 +275,10 @@ def to_markdown(rows: list[dict], machine: dict, rounds: int) -> str:
     lines = [" | ".join(title for _, title in COLUMNS), " | ".join("---" for _ in COLUMNS)]
     lines += [" | ".join(show(key, row[key]) for key, _ in COLUMNS) for row in rows]
     table = "\n".join(f"| {line} |" for line in lines)
-    notes = NOTES.format(heads=HEADS, rounds=rounds, slow=SLOW_S, queries=SAMPLED_QUERIES)
+    rates = ", ".join(f"{peak:.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
+    notes = NOTES.format(
+        heads=HEADS, rounds=rounds, slow=SLOW_S, queries=SAMPLED_QUERIES, peaks=rates
+    )
     return f"{head}\n{table}\n\n{notes}"
 
 
@@ -267,7 +288,7 @@ def show(key: str, value: object) -> str:
         return "-"
     if key == "error":
         return f"{value:.1e}"
-    if key in ("density", "visited") or "times" in key:
+    if key in ("density", "visited") or "times" in key or "share" in key:
         return f"{value:.2f}"
     if key == "tokens":
         return f"{value:,}"

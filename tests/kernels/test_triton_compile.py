@@ -1,0 +1,130 @@
+"""The shipped Triton kernels, compiled without a GPU, keep to the limits of every architecture."""
+
+import json
+import os
+import sys
+from dataclasses import fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from vidattn.kernels.triton_configs import ARCHITECTURES, KERNELS, Tile, architecture, tile
+
+triton = pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted", allow_module_level=True)
+
+import triton_resources as resources  # noqa: E402
+from triton_machine_code import Case, complaints, measure  # noqa: E402
+
+FORWARD_90 = Case("forward", 90, 128)
+QUICK = [
+    Case("forward", 80, 128),
+    FORWARD_90,
+    Case("forward", 100, 128),
+    Case("query_gradient", 90, 128),
+    Case("key_gradient", 80, 128),
+    Case("key_gradient", 90, 128),
+]
+SHIPPED = resources.shipped_cases()
+# slots beyond what is recorded that a change may cost unnoticed
+SLACK = 1.1
+
+
+@lru_cache(maxsize=8)
+def measured(case: Case, launch: Tile | None = None):
+    return measure(case, launch)
+
+
+def recorded() -> dict:
+    """The table in the repository."""
+    return json.loads(resources.OUTPUT.with_suffix(".json").read_text())
+
+
+def slots_recorded(case: Case) -> list[float] | None:
+    """What the repository says of a kernel, where it was written with this Triton."""
+    if recorded()["triton"] != triton.__version__:
+        return None
+    fields = vars(case).items()
+    (row,) = (r for r in recorded()["kernels"] if all(r[name] == x for name, x in fields))
+    return row["slots"]
+
+
+def assert_fits(case: Case) -> None:
+    found = measured(case)
+    assert not complaints(case, found), found
+    limits = slots_recorded(case)
+    if limits is not None:
+        assert all(a <= SLACK * b for a, b in zip(found.slots, limits, strict=True)), limits
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_most_used_kernels_fit(case):
+    assert_fits(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHIPPED, ids=str)
+def test_every_kernel_fits(case):
+    assert_fits(case)
+
+
+def test_a_spill_is_noticed():
+    case = Case("forward", 80, 128)
+    found = measured(case, Tile(128, 128, 4, 2))
+    assert any("spills" in wrong for wrong in complaints(case, found))
+
+
+def test_what_another_architecture_has_not_is_noticed():
+    wrong = complaints(replace(FORWARD_90, arch=89), measured(FORWARD_90))
+    assert any("bytes of shared memory, 101376 fit" in text for text in wrong)
+    assert "no HMMA" in wrong
+    slow = replace(measured(FORWARD_90), opcodes={"HGMMA": 1, "HMMA": 1})
+    assert any("older architecture" in text for text in complaints(FORWARD_90, slow))
+    assert "no asynchronous copies" in complaints(FORWARD_90, slow)
+
+
+def recorded_cases() -> list[tuple[Case, Tile]]:
+    names = [field.name for field in fields(Case)]
+    return [
+        (Case(*(row[name] for name in names)), Tile(**row["tile"])) for row in recorded()["kernels"]
+    ]
+
+
+def test_the_table_in_the_repository_is_of_what_ships():
+    rows = recorded_cases()
+    assert set(QUICK) <= {case for case, _ in rows} <= set(SHIPPED)
+    for case, launch in rows:
+        assert launch == case.tile, case
+
+
+@pytest.mark.slow
+def test_the_table_in_the_repository_is_whole():
+    assert [case for case, _ in recorded_cases()] == SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), 80), ((8, 6), 89), ((8, 7), 80), ((8, 9), 89), ((9, 0), 90), ((10, 0), 100)]
+    + [((10, 3), 100), ((12, 0), 120), ((12, 1), 120)],
+)
+def test_every_gpu_has_tiles(capability, arch):
+    assert architecture(capability) == arch and arch in ARCHITECTURES
+
+
+def test_an_old_gpu_is_told_what_runs():
+    with pytest.raises(ValueError, match='compute capability 8.0 on, this one has 7.5.*"flex"'):
+        architecture((7, 5))
+
+
+@pytest.mark.parametrize("block", [16, 32, 48, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("head_dim", [1, 24, 64, 100, 256])
+def test_tiles_divide_blocks(kernel, head_dim, block):
+    for arch in ARCHITECTURES:
+        for itemsize in (2, 4):
+            found = tile(kernel, arch, itemsize, head_dim, block)
+            assert block % found.rows == 0 and block % found.columns == 0
+            assert min(found.rows, found.columns) >= 16 and found.warps >= 1

@@ -237,8 +237,9 @@ def test_the_operator_is_sound():
 
 
 @pytest.mark.slow
-def test_the_operator_compiles_to_one_graph():
-    tensors = inputs((5, 6), window=3, num_extra=2)
+@pytest.mark.parametrize("window", [3, None])
+def test_the_operator_compiles_to_one_graph(window):
+    tensors = inputs((5, 6), window=window, num_extra=2)
 
     def run(**tensors):
         return neighborhood_attention(**tensors, window=3).square().sum()
@@ -252,8 +253,9 @@ def test_the_operator_compiles_to_one_graph():
         torch.testing.assert_close(x, y)
 
 
-def test_on_meta():
-    tensors = {name: x.to("meta") for name, x in inputs((5, 6), window=3, num_extra=2).items()}
+@pytest.mark.parametrize("window", [3, None])
+def test_on_meta(window):
+    tensors = {name: x.to("meta") for name, x in inputs((5, 6), window=window).items()}
     out = neighborhood_attention(**tensors, window=3)
     assert out.shape == tensors["q"].shape and out.device.type == "meta"
 

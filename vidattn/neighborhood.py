@@ -66,8 +66,8 @@ def neighborhood_attention(
             that every query reads, such as registers or text.
         layout: "heads_first" or "heads_last".
         backend: "halo" (tiles of queries times all keys around them, in PyTorch), a backend of
-            ``attend``, or "auto": "halo" with a bias, which no other one takes, else that of
-            ``attend``.
+            ``attend``, or "auto": "halo" with a bias, which no other one takes, on meta tensors and
+            while torch.compile traces for a CPU, where it is one operator; else that of ``attend``.
 
     Returns:
         The output, of the shape and dtype of ``q``.
@@ -89,7 +89,7 @@ def neighborhood_attention(
     num_axes = q.dim() - 3
     options = _options(num_axes, window, stride, dilation, causal)
     bias = _table(rel_bias, q, options[0], num_axes)
-    backend = _backend(backend, bias)
+    backend = _backend(backend, bias, q.device)
     size = (1,) * (3 - num_axes) + tuple(q.shape[2:-1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "halo":
@@ -282,9 +282,11 @@ def _table(rel_bias: Tensor | None, q: Tensor, window: Size, num_axes: int) -> T
     return rel_bias.view(q.shape[1], *size)
 
 
-def _backend(backend: str, bias: Tensor | None) -> str:
+def _backend(backend: str, bias: Tensor | None, device: torch.device) -> str:
     if backend not in ("halo", *BACKENDS):
         raise unknown("backend", backend, ("halo", *BACKENDS))
     if bias is not None and backend not in ("auto", "halo"):
         raise ValueError(f"backend {backend!r} takes no rel_bias; 'halo' does")
-    return "halo" if bias is not None else backend
+    # a graph would hold the making of the plan, which tensors without data cannot do at all
+    traced = device.type == "meta" or device.type == "cpu" and torch.compiler.is_compiling()
+    return "halo" if bias is not None or backend == "auto" and traced else backend

@@ -35,9 +35,9 @@ LIMITS = {118_800: (1.0, 64.0), 1_000_000: (10.0, 1024.0)}
 FRAMES = ((16, 16), (32, 32))
 LENGTHS = tuple(2**i for i in range(12, 18))
 NOTES = """\
-Time is the median of {rounds} plans, after one that is not counted, of each the lesser of wall clock
-and CPU time. Held is the memory of the plan; peak is what the process needed at most while making
-it, beyond what it had before.
+Time is the median of {rounds} plans, after one that is not counted, for each the lesser of wall
+clock and CPU time. Held is the memory of the plan; peak is what the process needed at most while
+making it, beyond what it had before.
 
 ## Growth
 

@@ -6,8 +6,9 @@
 // in base 2, its maximum moved only when a score passes it by more than 2 ** SLACK.
 //
 // Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block,
-// nb blocks, R plan rows, E listed blocks, M masks. A unit is one (sample, key head); a piece is up to 64 slots of a block; a granule is
-// 16 floats or slots; a word is 4 bytes of packed numbers: one float, or a pair of bfloat16.
+// nb blocks, R plan rows, E listed blocks, M masks. A unit is one (sample, key head); a piece is up
+// to 64 slots of a block; a granule is 16 floats or slots; a word is 4 bytes of packed numbers: one
+// float, or a pair of bfloat16.
 #ifndef VIDATTN_ISA
 
 #include <algorithm>
@@ -51,7 +52,7 @@ constexpr int ROWS = 4;      // rows of a register tile
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 constexpr float LOWEST = -1e30f;         // maximum of a row that has seen no key
 constexpr float NEVER = 1e30f;           // log-sum-exp of a row that gets no weights
-constexpr float LEAST = -100;            // log2 of the least weight: its products are normal numbers
+constexpr float LEAST = -100;            // log2 of the least weight: products stay normal
 constexpr float SLACK = 8;               // weights may reach 2 ** SLACK before the maximum moves
 constexpr i64 WORKSPACE = 128ll << 20;   // bytes of packed blocks held at a time, about
 constexpr double THREAD_FLOPS = 4e6;     // work that pays for starting a thread
@@ -113,9 +114,9 @@ struct Transposed {
 // What one thread works in; the arrays lie in one buffer.
 struct Scratch {
   Buffer memory;
-  float *rows, *out, *weights, *sums, *tops;                                       // forward
-  float *keys, *values, *key_pairs, *d_keys, *d_values, *d_scores, *d_pairs, *exact;  // backward
-  float *line, *key_bias, *d_bias;
+  float *rows, *out, *weights, *sums, *tops, *keys, *key_bias;
+  // of the backward pass alone
+  float *values, *key_pairs, *d_keys, *d_values, *d_scores, *d_pairs, *exact, *line, *d_bias;
   std::vector<u64> bits;
   std::vector<u8> first, last;
 };
@@ -500,7 +501,8 @@ void cut_parts(Job& job, i64 threads) {
     auto work = [&](i64 block) {
       i64 entries = 1;
       for (i64 g = 0; g < job.group; g++) {
-        const i64* start = &job.transposed.start[job.head(unit * job.group + g).set * job.nb + block];
+        i64 set = job.head(unit * job.group + g).set;
+        const i64* start = &job.transposed.start[set * job.nb + block];
         entries += start[1] - start[0];
       }
       return entries;
@@ -1106,7 +1108,8 @@ void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, i64 next, c
     first = 0, last = u8(granules);
     if (masked) {
       u64 any = 0;
-      for (int m = 0; m < ROWS; m++) any |= strip.bits[m] = bits ? bits[r + m] & readable : readable;
+      for (int m = 0; m < ROWS; m++)
+        any |= strip.bits[m] = bits ? bits[r + m] & readable : readable;
       find_range(any, first, last);
       strip.begin = first;
       weigh_range<true>(strip, first, last);
@@ -1470,7 +1473,9 @@ double measure_peak() {
   constexpr int COUNT = 12;  // enough to hide how long one takes, few enough for 16 registers
   constexpr i64 TIMES = 1 << 21;
   volatile float half = 0.5f;
-  V a = splat(half), b = splat(half), sums[COUNT] = {};
+  V a = splat(half), b = splat(half), sums[COUNT];
+  // all different, or the compiler would make one of them
+  for (int n = 0; n < COUNT; n++) sums[n] = splat(half + float(n));
   auto begin = std::chrono::steady_clock::now();
   for (i64 i = 0; i < TIMES; i++)
 #pragma GCC unroll 12

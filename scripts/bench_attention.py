@@ -37,7 +37,7 @@ RADIAL = {"density": 0.2, "tile": (1, 8, 16)}
 FULL = {
     Grid(32, 16, 16): [
         ("radial", RADIAL),
-        ("radial", RADIAL | {"density": 0.1, "near": 0}),
+        ("radial", RADIAL | {"density": 0.12, "near": 0}),
         ("neighborhood", {"window": (19, 10, 10)}),
     ],
     Grid(16, 32, 32): [("neighborhood", {"window": (5, 9, 9), "tile": (4, 4, 4)})],

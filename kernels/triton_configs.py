@@ -69,6 +69,12 @@ _HALF = {
     ("block_mass", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
 }
 # float32 has no tensor cores: equal on all architectures, by padded head dim
+_SINGLE_KEYS = {
+    32: Tile(32, 32, 8, 2),
+    64: Tile(32, 32, 8, 2),
+    128: Tile(16, 16, 8, 2),
+    256: Tile(16, 16, 8, 2),
+}
 _SINGLE = {
     32: Tile(32, 32, 4, 2),
     64: Tile(32, 32, 4, 2),
@@ -112,16 +118,22 @@ def tile(
         has_extras: whether masks or biases are read with the keys: they take shared memory too.
     """
     padded = max(HEAD_DIMS[0], padded_head_dim(head_dim))
-    best = _SINGLE[padded]
+    best = (_SINGLE_KEYS if kernel.startswith("key") else _SINGLE)[padded]
     if itemsize == 2:
         (best,) = (x for archs, x in _HALF[kernel, padded].items() if arch in archs)
     largest = block & -block
     rows, columns = min(best.rows, largest), min(best.columns, largest)
     # the side that a program keeps while it walks over the other
-    share = columns / best.columns if kernel.startswith("key") else rows / best.rows
+    kept, most = (columns, best.columns) if kernel.startswith("key") else (rows, best.rows)
+    warps = best.warps
+    if kept < most:
+        # a warp has registers for 16 rows, except where two tiles are kept, and where it spilled
+        spills = kernel.startswith("key")
+        spills |= kernel == "forward" and (kept == 32 or (kept == 64 and arch in _OLD))
+        warps = min(best.warps, max(1, kept // (8 if spills else 16)))
     return Tile(
         rows,
         columns,
-        warps=max(1, int(best.warps * share)),
+        warps=warps,
         stages=min(best.stages, 3) if has_extras else best.stages,
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vidattn.kernels.block_lists import BlockLists, Box
 
@@ -76,7 +77,10 @@ class Operator:
     ) -> tuple[Tensor, Tensor]:
         """Output (B, H, S, D) and log-sum-exp (B, H, S)."""
         rest = (order, block, float(scale), key_mask, key_bias)
-        return self._forward(q, k, v, *flatten(lists), *rest)
+        inputs = (q, k, v, *flatten(lists), *rest)
+        if torch.compiler.is_compiling():
+            return self._forward(*inputs)
+        return _Eager.apply(self, *inputs)
 
     def _pull(self, ctx, d_out, d_lse):
         q, k, v, out, lse = ctx.saved_tensors
@@ -86,6 +90,22 @@ class Operator:
         d_q, d_k, d_v, d_bias = self._backward(d_out, delta, q, k, v, lse, *rest)
         has_bias = rest[-1] is not None
         return d_q, d_k, d_v, *(None,) * (len(rest) - 1), d_bias if has_bias else None
+
+
+class _Eager(torch.autograd.Function):
+    """An operator with a gradient also inside another operator, where PyTorch records none."""
+
+    @staticmethod
+    def forward(ctx, operator, *inputs):
+        output = operator._forward(*inputs)
+        _keep(ctx, inputs, output)
+        ctx.operator = operator
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_lse):
+        return None, *ctx.operator._pull(ctx, d_out, d_lse)
 
 
 def _laid_out(outputs: tuple[Tensor, ...], like: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

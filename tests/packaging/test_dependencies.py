@@ -31,7 +31,10 @@ def third_party(folder):
     """{distribution: a file that imports it} over the modules of a folder."""
 
     paths = sorted((ROOT / folder).rglob("*.py"))
-    own = {"vidattn", "tests", *(path.stem for path in paths if folder == "scripts")}
+    own = {"vidattn", "tests"}
+    if folder in ("scripts", "tests"):
+        # programs, and tests of their parts, import the files beside the programs
+        own |= {path.stem for path in (ROOT / "scripts").glob("*.py")}
     found = {}
     for path in paths:
         for _, name in imported(ast.parse(path.read_text(encoding="utf-8"))):

@@ -115,7 +115,7 @@ def train_vae(vae: AutoencoderKLWan, clips: Clips, options: dict, work: Path, te
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98))
     optimizers = {"muon": Muon(kernels, team), "adamw": adamw}
     parts = {"vae": vae} | optimizers
-    path, total = work / "vae.safetensors", options["steps"]
+    path, total = work / "vae.safetensors", options["phases"][-1]["until"]
     start = load_checkpoint(path, parts)
     bar = team.bar(start, total, "vae")
     for step in range(start, total):
@@ -144,7 +144,7 @@ def set_latent_statistics(vae: AutoencoderKLWan, clips: Clips, count: int) -> No
     """Measure mean and deviation of each latent channel, and register them in the config."""
     means = []
     for i in range(count):
-        clip = clips.sample(10**8 + i, (17, 96, 96))[0][None]
+        clip = clips.sample(10**8 + i, (33, 96, 96))[0][None]
         mean = encode_moments(vae, clip).chunk(2, dim=1)[0]
         means.append(mean.transpose(0, 1).flatten(1))
     values = torch.cat(means, dim=1)

@@ -56,15 +56,18 @@ def load_bundle(model: FlowModel, folder: str) -> None:
         raise ValueError(f"{folder} holds another model than the configuration asks for") from error
 
 
-def continue_from(config: dict, folder: str, steps: int | None) -> None:
-    """Change the configuration to its last phase alone, from the weights in a folder."""
+def continue_from(config: dict, folder: str, steps: int | None, vae_steps: int) -> None:
+    """Change the configuration to its last phases alone, from the weights in a folder."""
     if not (Path(folder) / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json; give a folder this program wrote")
-    phases = config["flow"]["phases"]
-    length = phases[-1]["until"] - (phases[-2]["until"] if len(phases) > 1 else 0)
     if steps is not None and steps < 1:
         raise ValueError(f"--steps is {steps}; it must be at least 1")
+    if vae_steps < 0:
+        raise ValueError(f"--vae-steps is {vae_steps}; it must be at least 0")
+    phases = config["flow"]["phases"]
+    length = phases[-1]["until"] - (phases[-2]["until"] if len(phases) > 1 else 0)
     config["flow"]["phases"] = [phases[-1] | {"until": steps or length}]
+    config["vae"]["phases"] = [config["vae"]["phases"][-1] | {"until": vae_steps}]
     config["init"] = folder
 
 
@@ -163,12 +166,18 @@ def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
     partial.rmdir()
 
 
-def load_vae(config: dict, clips: Clips):
-    """The trained autoencoder with its latent statistics."""
+def start_vae(config: dict) -> AutoencoderKLWan:
+    """The autoencoder that training begins with."""
     if config["init"]:
-        vae = AutoencoderKLWan.from_pretrained(config["init"], subfolder="vae")
+        return AutoencoderKLWan.from_pretrained(config["init"], subfolder="vae")
+    return build_vae(**config["vae"]["model"])
+
+
+def load_vae(config: dict, clips: Clips) -> AutoencoderKLWan:
+    """The trained autoencoder with its latent statistics."""
+    vae = start_vae(config)
+    if not config["vae"]["phases"][-1]["until"]:
         return vae.eval().requires_grad_(False)
-    vae = build_vae(**config["vae"]["model"])
     if not load_checkpoint(Path(config["work"]) / "vae.safetensors", {"vae": vae}):
         raise ValueError(f"{config['work']} has no vae.safetensors; train first, without --export")
     vae.eval().requires_grad_(False)
@@ -182,8 +191,8 @@ def train(team: Team, config: dict) -> None:
     work.mkdir(parents=True, exist_ok=True)
     clips = Clips(config["data"], "train", config["seed"])
     torch.manual_seed(config["seed"])
-    if not config["init"]:
-        train_vae(build_vae(**config["vae"]["model"]), clips, config["vae"], work, team)
+    if config["vae"]["phases"][-1]["until"]:
+        train_vae(start_vae(config), clips, config["vae"], work, team)
     team.wait()
     vae = load_vae(config, clips)
     encode_clips(vae, clips, config["flow"]["clips"], work, team)
@@ -222,15 +231,18 @@ def main() -> None:
     parser.add_argument(
         "--export", action="store_true", help="only write the pipeline from the newest checkpoint"
     )
-    parser.add_argument("--init", help="train on from this pipeline folder, by the last phase only")
+    parser.add_argument("--init", help="train on from this pipeline folder, by the last phases only")
     parser.add_argument("--steps", type=int, help="with --init: how long")
+    parser.add_argument(
+        "--vae-steps", type=int, default=0, help="with --init: how long the autoencoder before it"
+    )
     arguments = parser.parse_args()
-    if arguments.steps is not None and not arguments.init:
+    if (arguments.steps is not None or arguments.vae_steps) and not arguments.init:
         parser.error("--steps needs --init; the configuration settles the length of a whole run")
     try:
         config = read_config(arguments.config)
         if arguments.init:
-            continue_from(config, arguments.init, arguments.steps)
+            continue_from(config, arguments.init, arguments.steps, arguments.vae_steps)
         folders = {k: getattr(arguments, k) for k in ("data", "work", "out")}
         config |= {k: v for k, v in folders.items() if v}
         fetch_items(config["data"])

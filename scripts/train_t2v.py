@@ -56,21 +56,6 @@ def load_bundle(model: FlowModel, folder: str) -> None:
         raise ValueError(f"{folder} holds another model than the configuration asks for") from error
 
 
-def continue_from(config: dict, folder: str, steps: int | None, vae_steps: int) -> None:
-    """Change the configuration to its last phases alone, from the weights in a folder."""
-    if not (Path(folder) / "model_index.json").is_file():
-        raise ValueError(f"{folder} has no model_index.json; give a folder this program wrote")
-    if steps is not None and steps < 1:
-        raise ValueError(f"--steps is {steps}; it must be at least 1")
-    if vae_steps < 0:
-        raise ValueError(f"--vae-steps is {vae_steps}; it must be at least 0")
-    phases = config["flow"]["phases"]
-    length = phases[-1]["until"] - (phases[-2]["until"] if len(phases) > 1 else 0)
-    config["flow"]["phases"] = [phases[-1] | {"until": steps or length}]
-    config["vae"]["phases"] = [config["vae"]["phases"][-1] | {"until": vae_steps}]
-    config["init"] = folder
-
-
 def flow_optimizers(model: FlowModel, team: Team) -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices inside transformer blocks, AdamW for everything else."""
     matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
@@ -176,7 +161,7 @@ def start_vae(config: dict) -> AutoencoderKLWan:
 def load_vae(config: dict, clips: Clips) -> AutoencoderKLWan:
     """The trained autoencoder with its latent statistics."""
     vae = start_vae(config)
-    if not config["vae"]["phases"][-1]["until"]:
+    if not config["vae"]["phases"]:
         return vae.eval().requires_grad_(False)
     if not load_checkpoint(Path(config["work"]) / "vae.safetensors", {"vae": vae}):
         raise ValueError(f"{config['work']} has no vae.safetensors; train first, without --export")
@@ -191,7 +176,7 @@ def train(team: Team, config: dict) -> None:
     work.mkdir(parents=True, exist_ok=True)
     clips = Clips(config["data"], "train", config["seed"])
     torch.manual_seed(config["seed"])
-    if config["vae"]["phases"][-1]["until"]:
+    if config["vae"]["phases"]:
         train_vae(start_vae(config), clips, config["vae"], work, team)
     team.wait()
     vae = load_vae(config, clips)
@@ -211,15 +196,25 @@ def export_newest(config: dict) -> None:
     export(vae, model, tokenizer, config, Path(config["out"]))
 
 
-def read_config(path: str) -> dict:
-    """The YAML file, checked for the sections every stage needs."""
+def read_config(path: str, given: dict) -> dict:
+    """The YAML file with what is given in its place, checked for what every stage needs."""
     if not Path(path).is_file():
         raise ValueError(f"no configuration file {path}; the bundled one is configs/tiny_t2v.yaml")
     config = yaml.safe_load(Path(path).read_text())
     needed = {"seed", "processes", "data", "work", "out", "vae", "text", "flow"}
     if missing := sorted(needed - set(config if isinstance(config, dict) else {})):
         raise ValueError(f"{path} lacks {', '.join(missing)}; see configs/tiny_t2v.yaml")
-    return config | {"init": None}
+    return check_init({"init": None} | config | given)
+
+
+def check_init(config: dict) -> dict:
+    """The configuration, if what it asks to begin from is there."""
+    if not (folder := config["init"]):
+        if not config["vae"]["phases"]:
+            raise ValueError("vae.phases is empty, which needs --init with a trained autoencoder")
+    elif not (Path(folder) / "model_index.json").is_file():
+        raise ValueError(f"{folder} has no model_index.json; give a folder this program wrote")
+    return config
 
 
 def main() -> None:
@@ -228,23 +223,14 @@ def main() -> None:
     parser.add_argument("config", help="YAML file, for example configs/tiny_t2v.yaml")
     for name in ("data", "work", "out"):
         parser.add_argument(f"--{name}", help=f"folder to use in place of the file's `{name}`")
+    parser.add_argument("--init", help="pipeline folder whose weights training begins with")
     parser.add_argument(
         "--export", action="store_true", help="only write the pipeline from the newest checkpoint"
     )
-    parser.add_argument("--init", help="train on from this pipeline folder, by the last phases only")
-    parser.add_argument("--steps", type=int, help="with --init: how long")
-    parser.add_argument(
-        "--vae-steps", type=int, default=0, help="with --init: how long the autoencoder before it"
-    )
     arguments = parser.parse_args()
-    if (arguments.steps is not None or arguments.vae_steps) and not arguments.init:
-        parser.error("--steps needs --init; the configuration settles the length of a whole run")
+    given = {k: getattr(arguments, k) for k in ("data", "work", "out", "init")}
     try:
-        config = read_config(arguments.config)
-        if arguments.init:
-            continue_from(config, arguments.init, arguments.steps, arguments.vae_steps)
-        folders = {k: getattr(arguments, k) for k in ("data", "work", "out")}
-        config |= {k: v for k, v in folders.items() if v}
+        config = read_config(arguments.config, {k: v for k, v in given.items() if v})
         fetch_items(config["data"])
         if arguments.export:
             export_newest(config)

@@ -129,7 +129,6 @@ def micro_config(folder: Path) -> dict:
         "out": str(folder / "out"),
         "vae": {
             "model": MICRO_VAE,
-            "steps": 2,
             "phases": [{"until": 2, "sizes": [[5, 16, 16, 1]], "shares": [1.0]}],
             "kl_weight": 1e-4,
             "peak": {"muon": 1e-3, "adamw": 1e-3},
@@ -160,9 +159,9 @@ def test_trains_on_from_a_folder(tmp_path):
     write_items(tmp_path / "data")
     program.train(team.Team(), first)
     config |= {"work": str(tmp_path / "more"), "out": str(tmp_path / "better")}
-    program.continue_from(config, first["out"], steps=1)
-    assert config["flow"]["phases"] == [first["flow"]["phases"][-1] | {"until": 1}]
-    program.train(team.Team(), config)
+    config["init"], config["vae"]["phases"] = first["out"], []
+    config["flow"]["phases"] = [first["flow"]["phases"][-1] | {"until": 1}]
+    program.train(team.Team(), program.check_init(config))
     files = [Path(c["out"]) / "transformer" / WEIGHTS for c in (first, config)]
     before, after = (checkpoint.load_file(file) for file in files)
     moved = max((after[key] - before[key]).abs().max() for key in before)
@@ -170,7 +169,26 @@ def test_trains_on_from_a_folder(tmp_path):
     autoencoders = [Path(c["out"]) / "vae" / WEIGHTS for c in (first, config)]
     assert autoencoders[0].read_bytes() == autoencoders[1].read_bytes()
     with pytest.raises(ValueError, match="model_index"):
-        program.continue_from(config, str(tmp_path / "nowhere"), None)
+        program.check_init(config | {"init": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match="needs --init"):
+        program.check_init(config | {"init": None})
+
+
+def test_trains_an_autoencoder_on_from_a_folder(tmp_path):
+    first, config = micro_config(tmp_path), micro_config(tmp_path)
+    write_items(tmp_path / "data")
+    program.train(team.Team(), first)
+    config |= {"work": str(tmp_path / "more"), "init": first["out"]}
+    config["vae"]["phases"] = [config["vae"]["phases"][0] | {"until": 1}]
+    clips = program.Clips(config["data"], "train", 3)
+    start = program.start_vae(config).state_dict()
+    Path(config["work"]).mkdir()
+    vae = program.start_vae(config)
+    vaes.train_vae(vae, clips, config["vae"], Path(config["work"]), team.Team())
+    moved = [(value - start[key]).abs().max() for key, value in vae.state_dict().items()]
+    assert 0 < max(moved) < 0.05
+    loaded = program.load_vae(config, clips)
+    torch.testing.assert_close(loaded.state_dict(), vae.state_dict(), rtol=0, atol=0)
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -224,6 +242,6 @@ def test_incomplete_config_is_refused(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match="configs/tiny_t2v.yaml"):
-        program.read_config(str(path))
+        program.read_config(str(path), {})
     with pytest.raises(ValueError, match="no configuration file"):
-        program.read_config(str(path) + ".missing")
+        program.read_config(str(path) + ".missing", {})

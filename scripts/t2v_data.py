@@ -5,19 +5,16 @@ T frames, H height, W width; clips are (3, T, H, W) float32 in [-1, 1].
 
 import gzip
 import hashlib
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from packages import FASHION_MNIST, FASHION_MNIST_FOLDER, unpack
 from scipy import ndimage
 
-PACKAGE = "dataset-fashion-mnist"
-PACKAGE_FILE = "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb"
-PACKAGE_SHA256 = "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0"
-INNER = "usr/share/datasets/fashion-mnist"
+INNER = FASHION_MNIST_FOLDER
 
 # Fashion-MNIST labels of the classes with clearly different silhouettes.
 ITEMS = {
@@ -103,23 +100,9 @@ def held_out_prompts(count: int = NUM_PROMPTS) -> list[Scene]:
 def fetch_items(folder: str | Path) -> Path:
     """Download and unpack the Debian package with the images, checked by SHA-256."""
     folder = Path(folder)
-    target = folder / INNER
-    if target.is_dir():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / PACKAGE_FILE
-    if not archive.exists():
-        try:
-            subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(
-                f"could not download {PACKAGE} ({error}); put {PACKAGE_FILE} into {folder} by hand"
-            ) from error
-    found = hashlib.sha256(archive.read_bytes()).hexdigest() if archive.exists() else "no file"
-    if found != PACKAGE_SHA256:
-        raise ValueError(f"{archive} has SHA-256 {found}, needed {PACKAGE_SHA256}; fetch it again")
-    subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True)
-    return target
+    if not (folder / INNER).is_dir():
+        unpack(FASHION_MNIST, folder)
+    return folder / INNER
 
 
 def load_items(folder: str | Path, split: str) -> dict[str, np.ndarray]:

@@ -97,6 +97,6 @@ def test_captions_vary_but_stay_true():
 
 
 def test_wrong_archive_is_refused(tmp_path):
-    (tmp_path / data.PACKAGE_FILE).write_bytes(b"not the package")
+    (tmp_path / data.FASHION_MNIST.file).write_bytes(b"not the package")
     with pytest.raises(ValueError, match="SHA-256"):
         data.fetch_items(tmp_path)

@@ -26,15 +26,40 @@ def block_means(
         (B, H, nb, D) float32, or float64 for float64, 0 for a block without tokens; (B|1, 1, nb)
         counts of the same dtype.
     """
+    blocks, weights = _blocks(x, order, block, key_mask)
+    counts = weights.sum((-2, -1))
+    return _mean(blocks, weights, counts), counts
+
+
+def block_deviations(
+    x: Tensor, order: Tensor, block: int, key_mask: Tensor | None = None
+) -> Tensor:
+    """Mean distance of the tokens of every block from their mean, channel by channel.
+
+    Args:
+        x, order, block, key_mask: as in ``block_means``.
+
+    Returns:
+        (B, H, nb, D) float32, or float64 for float64, 0 for a block without tokens.
+    """
+    blocks, weights = _blocks(x, order, block, key_mask)
+    counts = weights.sum((-2, -1))
+    mean = _mean(blocks, weights, counts)
+    return _mean((blocks - mean[..., None, :]).abs_(), weights, counts)
+
+
+def _blocks(x: Tensor, order: Tensor, block: int, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, H, nb, n, D) tokens and (B|1, 1, nb, n, 1) whether each counts, in float32 or more."""
     live = (order >= 0)[None]
     if key_mask is not None:
         live = live & key_mask[:, order.long().clamp_min(0)]
-    blocks = Slots(order, block, None).fill(x).view(*x.shape[:2], -1, block, x.shape[-1])
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weights = live.view(live.shape[0], 1, -1, block).to(dtype)
-    counts = weights.sum(-1)
-    total = (blocks.to(dtype) * weights[..., None]).sum(-2)
-    return total / counts.clamp_min(1)[..., None], counts
+    blocks = Slots(order, block, None).fill(x).view(*x.shape[:2], -1, block, x.shape[-1])
+    return blocks.to(dtype), live.view(live.shape[0], 1, -1, block, 1).to(dtype)
+
+
+def _mean(blocks: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    return (blocks * weights).sum(-2) / counts.clamp_min(1)[..., None]
 
 
 def pooled_scores(
@@ -94,4 +119,27 @@ def select_mass(scores: Tensor, mass: float) -> Tensor:
     # rounding must not drop an entry from a full share
     enough = mass * ranked.sum(-1, keepdim=True) if mass < 1 else torch.inf
     keep = (before < enough) & (ranked > 0)
+    return torch.zeros_like(keep).scatter_(-1, index, keep)
+
+
+def select_share(scores: Tensor, tokens: Tensor, share: float) -> Tensor:
+    """The best entries of every row whose tokens come nearest to a share of all, as bool.
+
+    Every row has at least one, and a full share takes all.
+
+    Args:
+        scores: (..., nb), -inf for an entry that is worth nothing.
+        tokens: (..., nb) tokens of each entry, broadcast to ``scores``.
+        share: share of the tokens, above 0 and at most 1.
+
+    Raises:
+        ValueError: a share outside that range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; it must be above 0 and at most 1")
+    index = scores.argsort(dim=-1, descending=True)
+    ranked = tokens.expand_as(scores).gather(-1, index)
+    middle = ranked.cumsum(-1) - ranked / 2
+    keep = middle <= share * tokens.sum(-1, keepdim=True)
+    keep[..., 0] = True
     return torch.zeros_like(keep).scatter_(-1, index, keep)

@@ -27,14 +27,20 @@ class Settings:
         # a generation has one grid, or one per length of text; training may have more
         self._fixed_plan = lru_cache(maxsize=16)(self._make_plan)
 
-    def plan(self, method: Method, grid: Grid, q: Tensor, k: Tensor) -> Plan | HeadPlan:
-        """The plan of a layer's method, made once per grid and device unless it reads content."""
-        if method.reads_content:
-            return self._make_plan(method, grid, q.device, q, k)
-        return self._fixed_plan(method, grid, q.device)
+    def plan(
+        self, method: Method, grid: Grid, q: Tensor, k: Tensor, **content: object
+    ) -> Plan | HeadPlan:
+        """The plan of a layer's method, made once per grid and device unless it reads content.
+
+        Args:
+            content: what else a method that reads content is told (see ``ContentMethod.plan``).
+        """
+        if not method.reads_content:
+            return self._fixed_plan(method, grid, q.device)
+        return self._make_plan(method, grid, q.device, q, k, **content)
 
     def _make_plan(
-        self, method: Method, grid: Grid, device: torch.device, *content: Tensor
+        self, method: Method, grid: Grid, device: torch.device, *qk: Tensor, **content: object
     ) -> Plan | HeadPlan:
         with self.watch.span(device), torch.no_grad():
-            return method.plan(grid, *content).to(device)
+            return method.plan(grid, *qk, **content).to(device)

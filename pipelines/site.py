@@ -64,7 +64,7 @@ class Site:
         self.watch = Stopwatch()
         self.num_passes = 0
         self.grids: set[Grid] = set()
-        # plans that their method said it would keep, by thread, layer, turn, grid and heads
+        # plans that serve or start off later ones, by thread, layer, turn, grid and heads
         self._kept: dict[tuple, tuple[int, Plan | HeadPlan]] = {}
         self._finite: Tensor | None = None
 
@@ -178,7 +178,7 @@ class Site:
                 why = str(error)
                 self.cannot(layer, why, record=False)
         if where is not None:
-            plan = self._plan(layer, current, where, q, k)
+            plan = self._plan(layer, current, where, q, k, scale)
             if (limit := break_even(q.device)) < plan.visited_density:
                 why, plan = f"dense is faster above density {limit:.2f} on this GPU", None
         start = Stopwatch.now(q.device)
@@ -258,27 +258,28 @@ class Site:
         grid = Grid(t, h, w, text=beside, text_first=bool(before) and not turn)
         return grid, turn, keys
 
-    def _plan(self, layer: Layer, current: Pass, where, q: Tensor, k: Tensor) -> Plan | HeadPlan:
-        grid, turn, _ = where
+    def _plan(self, layer: Layer, current: Pass, where, q, k, scale) -> Plan | HeadPlan:
+        grid, turn, keys = where
         self.grids.add(grid)
         method = self.settings.method.at(layer.index)
         if not method.reads_content:
             return self.settings.plan(method, grid, q, k)
         key = (threading.get_ident(), layer.index, current.turn, grid, q.shape[:2])
         step, num_steps = current.step, self.settings.steps.num_steps
-        made, plan = self._kept.get(key, (step, None))
-        if plan is not None and made < step and method.keeps(made, step, num_steps):
-            return plan
+        made, last = self._kept.get(key, (step, None))
+        last = last if made < step else None
+        if last is not None and method.keeps(made, step, num_steps):
+            return last
         if turn:
             q, k = (x.roll(-turn, 2) for x in (q, k))
-        plan = self.settings.plan(method, grid, q, k)
-        if method.keeps(step, step + 1, num_steps):
+            keys = None if keys is None else keys.roll(-turn, 1)
+        content = {"scale": scale, "key_mask": keys, "last": last}
+        plan = self.settings.plan(method, grid, q, k, **content)
+        if plan.memory or method.keeps(step, step + 1, num_steps):
             self._kept[key] = step, plan
         return plan
 
-    def _sparse(
-        self, q, k, v, scale, plan: Plan | HeadPlan, turn: int, keys: Tensor | None
-    ) -> Tensor:
+    def _sparse(self, q, k, v, scale, plan, turn: int, keys: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))

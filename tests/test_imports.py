@@ -15,6 +15,7 @@ LAYERS = (
     {"plan", "gpus", "video_models"},
     {"head_plan"},
     {"method"},
+    {"content"},
     {"methods", "cache", "attention"},
     {"mixture", "schedule", "measure", "video", "config"},
     {"draw", "neighborhood", "simulate"},

@@ -67,6 +67,11 @@ class HeadPlan:
         return tuple((self.plan_of_head == i).nonzero().flatten() for i in range(len(self.plans)))
 
     @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """What the method's next plan starts from, of one plan after the other."""
+        return tuple(x for plan in self.plans for x in plan.memory)
+
+    @property
     def is_dense(self) -> bool:
         """Whether every token reads every token in every head."""
         return all(plan.is_dense for plan in self.plans)

@@ -20,7 +20,7 @@ class Method(ABC):
     The name of the file it stands in is the name it is registered under.
     """
 
-    # whether plan() needs q and k; such plans are never shared between calls
+    # whether plan() needs q and k; such methods are ContentMethods (vidattn/content.py)
     reads_content: ClassVar[bool] = False
 
     @abstractmethod
@@ -28,7 +28,8 @@ class Method(ABC):
         """Who reads whom on ``grid``.
 
         A method that reads content is given ``q`` (B, H, S, D) and ``k`` (B, K, S, D), H a multiple
-        of K, and plans every sample and head of ``q`` on its own.
+        of K, plans every sample and head of ``q`` on its own, and may be told more (see
+        ``ContentMethod.plan``).
         """
 
     def at(self, layer: int) -> Method:

@@ -34,6 +34,8 @@ class Plan:
     # compensation of what is not read: out = gain * out + rest @ (means of v over key blocks)
     gain: Tensor | None = None  # (B|1, H|1, nb), per query block
     rest: Tensor | None = None  # (B|1, H|1, nb, nb), query block by key block
+    # what the method's next plan for the same place starts from, of no concern to any engine
+    memory: tuple[Tensor, ...] = ()
 
     @cached_property
     def is_dense(self) -> bool:
@@ -119,16 +121,12 @@ class Plan:
 
     def summary(self) -> dict[str, float | int]:
         """Figures worth printing: densities, blocks and memory."""
-        tensors = [
-            self.layout.order,
-            self.lists.row_start,
-            self.lists.num_full,
-            self.lists.key_block,
-        ]
-        if self.lists.box is not None:
-            tensors += [self.lists.box.key, self.lists.box.low, self.lists.box.high]
-        if self.lists.masks is not None:
-            tensors += [self.lists.mask_id, self.lists.masks]
+        lists, box = self.lists, self.lists.box
+        tensors = [self.layout.order, lists.row_start, lists.num_full, lists.key_block]
+        tensors += [lists.mask_id, lists.masks, self.gain, self.rest, *self.memory]
+        if box is not None:
+            tensors += [box.key, box.low, box.high]
+        tensors = [x for x in tensors if x is not None]
         return {
             "num_tokens": self.grid.num_tokens,
             "density": self.density,
@@ -142,7 +140,8 @@ class Plan:
     def to(self, device: torch.device | str) -> Plan:
         """The same plan with its tensors on ``device``."""
         extras = (None if x is None else x.to(device) for x in (self.gain, self.rest))
-        return Plan(self.grid, self.layout.to(device), self.lists.to(device), *extras)
+        memory = tuple(x.to(device) for x in self.memory)
+        return Plan(self.grid, self.layout.to(device), self.lists.to(device), *extras, memory)
 
     @classmethod
     def from_blocks(
@@ -153,6 +152,7 @@ class Plan:
         *,
         gain: Tensor | None = None,
         rest: Tensor | None = None,
+        memory: tuple[Tensor, ...] = (),
     ) -> Plan:
         """A plan of whole blocks; text reads, and is read by, everything.
 
@@ -161,6 +161,7 @@ class Plan:
             gain: (B|1, H|1, nb) factor of the output of a query block.
             rest: (B|1, H|1, nb, nb) share of the mean value of each key block that is added to the
                 output of a query block.
+            memory: any tensors that the method wants back when it plans for this place again.
 
         Raises:
             ValueError: ``blocks`` does not fit the layout.
@@ -182,7 +183,7 @@ class Plan:
             num_full=counts.int(),
             key_block=torch.cat([rows.nonzero()[:, 1].int() for rows in pieces]),
         )
-        return cls(grid, layout, lists, gain, rest)
+        return cls(grid, layout, lists, gain, rest, memory)
 
     @classmethod
     def from_windows(

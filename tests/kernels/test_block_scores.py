@@ -8,7 +8,14 @@ import torch
 from tests.kernels import attention_cases as cases
 from vidattn.grid import Grid, tile_layout
 from vidattn.kernels import block_mass as masses
-from vidattn.kernels.pooled_scores import block_means, pooled_scores, select_count, select_mass
+from vidattn.kernels.pooled_scores import (
+    block_deviations,
+    block_means,
+    pooled_scores,
+    select_count,
+    select_mass,
+    select_share,
+)
 
 GRID = Grid(3, 5, 7, text=5)
 LAYOUT = tile_layout(GRID, (1, 4, 4))
@@ -110,3 +117,28 @@ def test_select_mass_keeps_the_shortest_prefix_that_reaches_it(mass):
         assert set(picked.nonzero().flatten().tolist()) == expected
     with pytest.raises(ValueError, match="above 0"):
         select_mass(scores, 0.0)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.77, 1.0])
+def test_select_share_comes_nearest_to_a_share_of_the_tokens(share):
+    scores, tokens = torch.randn(2, 3, 5, 11), torch.randint(1, 9, (11,))
+    chosen = select_share(scores, tokens, share)
+    for row, picked in zip(scores.view(-1, 11).tolist(), chosen.view(-1, 11)):
+        ranked = sorted(range(11), key=lambda j: -row[j])
+        sizes = [sum(tokens[j].item() for j in ranked[:n]) for n in range(1, 12)]
+        distance = [abs(size - share * tokens.sum().item()) for size in sizes]
+        count = int(picked.sum())
+        assert set(picked.nonzero().flatten().tolist()) == set(ranked[:count])
+        assert distance[count - 1] == min(distance)
+    with pytest.raises(ValueError, match="above 0"):
+        select_share(scores, tokens, 0.0)
+
+
+def test_deviations_are_over_true_tokens():
+    q, k, key_mask = inputs()
+    found = block_deviations(k, LAYOUT.order, LAYOUT.block, key_mask)
+    for b in range(2):
+        for j in range(LAYOUT.num_blocks):
+            rows = k[b][:, [t for t in tokens_of(j) if key_mask[b, t]]].double()
+            expected = (rows - rows.mean(1, keepdim=True)).abs().mean(1)
+            torch.testing.assert_close(found[b, :, j].double(), expected, rtol=1e-5, atol=1e-6)

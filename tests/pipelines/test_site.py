@@ -11,10 +11,9 @@ import vidattn
 from tests.pipelines.sparse import COGVIDEOX, WAN, outputs, patch
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents
+from vidattn.content import ContentMethod
 from vidattn.grid import raster_layout
-from vidattn.method import Method
 from vidattn.pipelines.site import Site
-from vidattn.plan import Plan
 
 
 @pytest.fixture
@@ -106,17 +105,13 @@ def test_pairs_of_masks_are_not_written_out(monkeypatch):
 
 
 @dataclass(frozen=True)
-class Nearest(Method):
+class Nearest(ContentMethod):
     """Every block of queries reads the half of the blocks whose keys are most like it."""
 
-    reads_content: ClassVar[bool] = True
-
-    def plan(self, grid, q=None, k=None):
-        layout = raster_layout(grid, 8)
-        tokens = layout.order.long().clamp_min(0)[: layout.num_video_blocks * 8]
-        q, k = (x[:, :, tokens].unflatten(2, (-1, 8)).mean(3) for x in (q, k))
-        scores = q @ k.mT
-        return Plan.from_blocks(grid, layout, scores >= scores.median(-1, keepdim=True).values)
+    def search(self, content):
+        content = content.on(raster_layout(content.grid, 8))
+        scores = content.scores
+        return content.plan(scores >= scores.median(-1, keepdim=True).values)
 
 
 @pytest.mark.parametrize("key", [WAN, COGVIDEOX, "HunyuanVideoFramepackTransformer3DModel"])
@@ -145,14 +140,14 @@ class Rarely(Nearest):
     calls: ClassVar[list] = []
 
     def at(self, layer):
-        return Rarely(layer)
+        return Rarely(layer=layer)
 
     def keeps(self, made, now, num_steps):
         return now < made + 2
 
-    def plan(self, grid, q=None, k=None):
-        self.calls.append((self.layer, len(q)))
-        return super().plan(grid, q, k)
+    def search(self, content):
+        self.calls.append((self.layer, len(content.q)))
+        return super().search(content)
 
 
 @torch.no_grad()
@@ -183,6 +178,38 @@ def test_kept_plans_are_those_of_the_same_pass():
     first, second = run((0, 1), Rarely()), run((1, 0), Rarely())
     for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):
         torch.testing.assert_close(first[i], second[j])
+
+
+@dataclass(frozen=True)
+class Told(Nearest):
+    """Notes what it is told; the plan carries the number of the search."""
+
+    told: ClassVar[list] = []
+
+    def search(self, content):
+        self.told.append(content)
+        number = 1 + (int(content.last.memory[0]) if content.last else 0)
+        blocks = torch.ones(1, 1, content.num_blocks, content.num_blocks, dtype=torch.bool)
+        return content.plan(blocks, memory=(torch.tensor(number),))
+
+
+# text of 6 with 3 of padding, behind 2 tokens of an image in the second
+@pytest.mark.parametrize(("name", "first"), [("HunyuanVideo", 3), ("HunyuanVideoFramepack", 5)])
+@torch.no_grad()
+def test_a_method_is_told_the_padding_and_what_it_planned_before(name, first):
+    key = f"{name}Transformer3DModel"
+    model, case = build(key), TINY[key]
+    Told.told.clear()
+    with vidattn.patch(model, Told(), dense_layers=0):
+        for step in (900.0, 600.0, 300.0):
+            case.call(model, timestep=torch.full((2,), step))
+    numbers = [int(x.last.memory[0]) if x.last else 0 for x in Told.told]
+    layers = len(numbers) // 3
+    assert numbers == [0] * layers + [1] * layers + [2] * layers
+    for content in Told.told:
+        # behind the video, also where the model has more frames behind its text
+        padded = content.key_mask[:, content.grid.num_video_tokens :].logical_not().nonzero()
+        assert padded.tolist() == [[1, first + i] for i in range(3)]
 
 
 @torch.no_grad()

@@ -52,7 +52,14 @@ def create_method(name: str, **options: object) -> Method:
 
 
 def plan(
-    name: str, grid: Grid, q: Tensor | None = None, k: Tensor | None = None, **options: object
+    name: str,
+    grid: Grid,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    **options: object,
 ) -> Plan | HeadPlan:
     """The plan of a method on a grid.
 
@@ -60,15 +67,22 @@ def plan(
         name: one of ``list_methods()``.
         q: (B, H, S, D) queries, for methods that read content.
         k: (B, K, S, D) keys, likewise.
+        scale: factor of the scores, likewise; D ** -0.5 by default.
+        key_mask: (B, S) bool, likewise, False for keys that nobody may read.
         options: fields of the method's dataclass.
 
     Raises:
-        ValueError: unknown method or option, a bad value, or q and k missing where they are read.
+        ValueError: unknown method or option, a bad value, q and k missing where they are read, or
+            scale or key_mask given where they are not.
 
     >>> plan("neighborhood", Grid(5, 8, 8), window=(3, 5, 5)).density
     0.234375
     """
     method = create_method(name, **options)
-    if method.reads_content and (q is None or k is None):
+    if not method.reads_content:
+        if scale is not None or key_mask is not None:
+            raise ValueError(f"method {name!r} reads no content: give attend scale and key_mask")
+        return method.plan(grid, q, k)
+    if q is None or k is None:
         raise ValueError(f"method {name!r} reads content: give q and k, (B, H, S, D)")
-    return method.plan(grid, q, k)
+    return method.plan(grid, q, k, scale=scale, key_mask=key_mask)

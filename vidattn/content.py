@@ -1,0 +1,249 @@
+"""Methods that read queries and keys: their common options, and what one call tells them.
+
+Letters: B batch, H query heads, K key heads, S tokens, D head dim, n slots to a block, nv video
+blocks, nb all blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidattn.grid import Grid, Layout, Size, fit_tile, tile_layout
+from vidattn.head_plan import HeadPlan
+from vidattn.kernels.pooled_scores import block_deviations, block_means
+from vidattn.method import Method, as_size
+from vidattn.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """Queries and keys of one call in the blocks of a layout; every figure is float32 or more.
+
+    Means are over the true tokens of a block, and the mean of all keys is taken off the keys, which
+    no softmax notices.
+
+    Args:
+        q: (B, H, S, D).
+        k: (B, K, S, D), H a multiple of K.
+        scale: factor of the scores.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+        last: what the same method planned for the same place at an earlier step.
+        rectify: whether ``plan`` adds an estimate of what is not read.
+    """
+
+    grid: Grid
+    layout: Layout
+    q: Tensor
+    k: Tensor
+    scale: float
+    key_mask: Tensor | None = None
+    last: Plan | HeadPlan | None = None
+    rectify: bool = False
+
+    def on(self, layout: Layout) -> Content:
+        """The same content in the blocks of another layout."""
+        return dataclasses.replace(self, layout=layout)
+
+    def of_heads(self, heads: Tensor) -> Content:
+        """The content of some query heads, (h,) int64, each with its own keys."""
+        group = self.q.shape[1] // self.k.shape[1]
+        return dataclasses.replace(self, q=self.q[:, heads], k=self.k[:, heads // group])
+
+    @property
+    def num_blocks(self) -> int:
+        """nv."""
+        return self.layout.num_video_blocks
+
+    @property
+    def tokens(self) -> Tensor:
+        """(nv,) int64 true tokens of each block."""
+        return self.layout.tokens_per_block[: self.num_blocks]
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """(B, H, nv, D) mean queries."""
+        means, _ = block_means(self.q, self.layout.order, self.layout.block)
+        return means[:, :, : self.num_blocks]
+
+    @cached_property
+    def _key_means(self) -> tuple[Tensor, Tensor]:
+        given = (self.k, self.layout.order, self.layout.block, self.key_mask)
+        return tuple(x[:, :, : self.num_blocks] for x in block_means(*given))
+
+    @property
+    def counts(self) -> Tensor:
+        """(B|1, 1, nv) keys that may be read in each block."""
+        return self._key_means[1]
+
+    @cached_property
+    def _center(self) -> Tensor:
+        """(B, K, 1, D) mean of the keys of the video."""
+        means, counts = self._key_means
+        weights = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+        return (means * weights[..., None]).sum(2, keepdim=True)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """(B, H, nv, D) mean keys."""
+        return self._for_queries(self._key_means[0] - self._center)
+
+    @cached_property
+    def text_keys(self) -> Tensor:
+        """(B, H, text, D) keys of the text, one by one."""
+        text = slice(self.grid.text_start, self.grid.text_start + self.grid.text)
+        return self._for_queries(self.k[:, :, text].to(self._center.dtype) - self._center)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(B, H, nv, nv) scaled scores of the means, plus the log of the keys in each block."""
+        scores = self.scale * self.queries @ self.keys.mT
+        return scores + self.counts.log()[..., None, :]
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """(B, H, nv, nv) the attention that each query block gives each key block of the video.
+
+        The softmax is over the blocks and, one by one, the keys of the text: with text the rows sum
+        to less than 1.
+        """
+        total = self.scores.logsumexp(-1, keepdim=True)
+        if self.grid.text:
+            text = self.scale * self.queries @ self.text_keys.mT
+            if self.key_mask is not None:
+                start = self.grid.text_start
+                readable = self.key_mask[:, start : start + self.grid.text]
+                text = text.masked_fill(~readable[:, None, None], -torch.inf)
+            total = torch.logaddexp(total, text.logsumexp(-1, keepdim=True))
+        return (self.scores - total).exp()
+
+    @cached_property
+    def is_coherent(self) -> Tensor:
+        """(B, H, nv, nv) bool, whether the score of the means speaks for the pairs of two blocks.
+
+        It does where it exceeds what the spread of the queries and that of the keys can change
+        ("gain-aware", Rectified SpaAttn).
+        """
+        blocks, video = (self.layout.order, self.layout.block), slice(self.num_blocks)
+        queries = block_deviations(self.q, *blocks)[:, :, video]
+        keys = self._for_queries(block_deviations(self.k, *blocks, self.key_mask)[:, :, video])
+        spread = (queries @ self.keys.mT).abs() + (self.queries @ keys.mT).abs()
+        return (self.queries @ self.keys.mT).abs() > spread
+
+    def plan(self, blocks: Tensor, memory: tuple[Tensor, ...] = ()) -> Plan:
+        """The plan that reads some blocks of the video, rectified where the method is.
+
+        Rectified SpaAttn (Liu et al.): blocks that are not read though their means speak for them
+        enter the output as their share of attention times their mean value, and what was read
+        keeps the rest of the attention.
+
+        Args:
+            blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block.
+            memory: what the next plan for this place starts from (see ``Plan``).
+        """
+        if not self.rectify:
+            return Plan.from_blocks(self.grid, self.layout, blocks, memory=memory)
+        rest = self.shares.masked_fill(blocks | ~self.is_coherent, 0)
+        beside = self.layout.num_blocks - self.num_blocks
+        gain = F.pad(1 - rest.sum(-1), (0, beside), value=1.0)
+        rest = F.pad(rest, (0, beside, 0, beside))
+        return Plan.from_blocks(self.grid, self.layout, blocks, gain=gain, rest=rest, memory=memory)
+
+    def _for_queries(self, x: Tensor) -> Tensor:
+        """(B, K, ...) of the keys as (B, H, ...)."""
+        return x.repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
+
+
+@dataclass(frozen=True)
+class ContentMethod(Method):
+    """A method that reads queries and keys; a subclass says in ``search`` who reads whom.
+
+    Args:
+        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
+        every: denoising steps that one plan serves.
+        rectify: add an estimate of what is not read to the output.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    reads_content: ClassVar[bool] = True
+
+    tile: Size | None = None
+    every: int = 1
+    rectify: bool = False
+
+    def __post_init__(self):
+        if self.tile is not None:
+            as_size("tile", self.tile)
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(
+                f"every must be a number of steps, at least 1, got {self.every!r}: 1 plans anew at "
+                "every step"
+            )
+
+    @abstractmethod
+    def search(self, content: Content) -> Plan | HeadPlan:
+        """The plan of one call; ``content.plan`` makes it from the blocks to read."""
+
+    def layout(self, grid: Grid, device: torch.device) -> Layout:
+        """The blocks that ``search`` is given."""
+        tile = fit_tile(grid.size, (4, 4, 4)) if self.tile is None else as_size("tile", self.tile)
+        return tiles(grid, tile, device)
+
+    def plan(
+        self,
+        grid: Grid,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        key_mask: Tensor | None = None,
+        last: Plan | HeadPlan | None = None,
+    ) -> Plan | HeadPlan:
+        """Who reads whom, for every sample and head of ``q`` on its own.
+
+        Args:
+            q: (B, H, S, D).
+            k: (B, K, S, D), H a multiple of K.
+            scale: factor of the scores; D ** -0.5 by default.
+            key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
+            last: the plan for the same place (layer and pass) at an earlier step, if there is one.
+
+        Raises:
+            ValueError: q and k missing, or of another length than the grid.
+        """
+        if q is None or k is None:
+            raise ValueError("this method reads content: give q and k, (B, H, S, D)")
+        if not q.shape[2] == k.shape[2] == grid.num_tokens:
+            raise ValueError(
+                f"q {tuple(q.shape)} and k {tuple(k.shape)} must have the {grid.num_tokens} tokens "
+                f"of {grid} on their third axis"
+            )
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        layout = self.layout(grid, q.device)
+        q, k = q.detach(), k.detach()
+        return self.search(Content(grid, layout, q, k, scale, key_mask, last, self.rectify))
+
+    def keeps(self, made: int, now: int, num_steps: int | None) -> bool:
+        """Whether fewer than ``every`` steps have gone by."""
+        return now < made + self.every
+
+
+@lru_cache(maxsize=32)
+def tiles(grid: Grid, tile: Size, device: torch.device) -> Layout:
+    """``tile_layout`` on a device, made once."""
+    return tile_layout(grid, tile).to(device)
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raise ValueError unless an option is a share above 0 and at most 1, or None."""
+    if value is not None and not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")

@@ -8,21 +8,26 @@ MODULE = min(path.stem for path in (ROOT / "kernels").glob("*.py"))
 
 REPORT = f"""
 import json
+from importlib.util import find_spec
 import vidattn
 import vidattn.kernels.{MODULE} as kernel
 import kernels
 from vidattn.resources import resource
-print(json.dumps([kernels.is_stub, kernel.__file__, str(resource("configs")), vidattn.__file__]))
+backbones = find_spec("vidattn.backbones").origin
+places = [kernel.__file__, str(resource("configs")), vidattn.__file__, backbones]
+print(json.dumps([kernels.is_stub, *places]))
 """
 
 
 def check(out, package, parent):
     """Assert that everything came from one copy, whose mapped folders lie in ``parent``."""
-    is_stub, kernel, configs, root = json.loads(out.splitlines()[-1])
+    is_stub, kernel, configs, root, backbones = json.loads(out.splitlines()[-1])
     assert is_stub is True
     assert kernel == str(parent / "kernels" / f"{MODULE}.py")
     assert configs == str(parent / "configs")
     assert root == str(package / "__init__.py")
+    # the module, not the folder of the same name, which would be an empty namespace
+    assert backbones == str(package / "backbones.py")
 
 
 def test_checkout_from_its_root_beside_hf_libraries(checkout, hf_kernels):

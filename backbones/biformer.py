@@ -1,0 +1,263 @@
+"""BiFormer: a pyramid of bi-level routing attention.
+
+Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention", arXiv:2303.08810.
+
+Letters: B batch, C channels, H, W size of a feature map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
+from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+
+HEAD_DIM = 32
+
+
+class FullAttention(nn.Module):
+    """Attention of every cell to every cell, and a depth-wise convolution of its input."""
+
+    def __init__(self, dim: int, num_heads: int = 8, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), like ``x``."""
+        tokens = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(1, 2)
+        q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)
+        out = scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.proj(out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class BiFormerBlock(nn.Module):
+    """Attention and a perceptron, each behind a norm and beside a shortcut.
+
+    Args:
+        dim: channels.
+        attn: of the same width.
+        mlp_ratio: hidden channels of the perceptron over ``dim``.
+        drop_path: rate at which a branch is left out.
+        has_position: whether a depth-wise convolution comes first.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        *,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        has_position: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        convolve = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if has_position else None
+        self.pos_embed = convolve
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), like ``x``."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(x)
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
+
+
+def conv_stem(in_chans: int, dim: int, **dd) -> nn.Sequential:
+    """Two convolutions that leave a cell for every 4 x 4 pixels."""
+    half = dim // 2
+    return nn.Sequential(
+        nn.Conv2d(in_chans, half, 3, stride=2, padding=1, **dd),
+        nn.BatchNorm2d(half, **dd),
+        nn.GELU(),
+        nn.Conv2d(half, dim, 3, stride=2, padding=1, **dd),
+        nn.BatchNorm2d(dim, **dd),
+    )
+
+
+def conv_downsample(dim: int, out_dim: int, **dd) -> nn.Sequential:
+    """A convolution that leaves a cell for every 2 x 2."""
+    conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_dim, **dd))
+
+
+def patch_stem(in_chans: int, dim: int, **dd) -> nn.Sequential:
+    """Patches of 4 x 4 pixels, as in Swin."""
+    return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4, **dd), nn.BatchNorm2d(dim, **dd))
+
+
+def patch_downsample(dim: int, out_dim: int, **dd) -> nn.Sequential:
+    """Patches of 2 x 2 cells, as in Swin."""
+    return nn.Sequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, out_dim, 2, stride=2, **dd))
+
+
+class BiFormer(Pyramid):
+    """BiFormer; takes images of any size.
+
+    Args:
+        in_chans: channels of an image.
+        num_classes: 0 for no classifier.
+        global_pool: pooling of the head, as timm names it; "" for none.
+        embed_dim: channels of the first stage; each stage doubles them.
+        depths: blocks of each stage.
+        topks: regions that a region reads, for each stage; None for full attention.
+        mlp_ratio: hidden channels of the perceptrons over their width.
+        has_positions: whether every block begins with a depth-wise convolution.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        stem_layer: takes channels of the image and of the first stage; a cell is 4 x 4 pixels.
+        downsample_layer: takes the channels before and after; a cell becomes 2 x 2 cells.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 64,
+        depths: Sequence[int] = (2, 2, 8, 2),
+        topks: Sequence[int | None] = (1, 4, 16, None),
+        mlp_ratio: float = 3.0,
+        has_positions: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        stem_layer: Callable[..., nn.Module] = conv_stem,
+        downsample_layer: Callable[..., nn.Module] = conv_downsample,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if len(depths) != len(topks):
+            raise ValueError(
+                f"depths and topks must have one number for each stage, got {depths} and {topks}"
+            )
+        dd = {"device": device, "dtype": dtype}
+        widths = [embed_dim * 2**i for i in range(len(depths))]
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+
+        def block(width: int, topk: int | None, rate: float) -> BiFormerBlock:
+            if topk is None:
+                attn = FullAttention(width, **dd)
+            else:
+                attn = BiLevelRoutingAttention(width, width // HEAD_DIM, topk, **dd)
+            options = {"mlp_ratio": mlp_ratio, "drop_path": rate, "has_position": has_positions}
+            return BiFormerBlock(width, attn, **options, **dd)
+
+        stages = []
+        for i, width in enumerate(widths):
+            down = downsample_layer(widths[i - 1], width, **dd) if i else nn.Identity()
+            stages.append(Stage(down, [block(width, topks[i], rate) for rate in rates[i]]))
+        super().__init__(
+            stem_layer(in_chans, embed_dim, **dd),
+            stages,
+            nn.BatchNorm2d(widths[-1], **dd),
+            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, **dd),
+            in_chans=in_chans,
+            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+        )
+
+
+# (pattern, replacement) from the names of the authors, each applied in this order
+NAMES = (
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.qkv\.qkv\.", ".qkv."),
+    (r"\.wo\.", ".proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.[23]\.", ".mlp.fc2."),
+    (r"^head\.(?!fc\.)", "head.fc."),
+)
+
+
+def rename(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of ``model`` from one of the authors, or in its own layout."""
+    state_dict = state_dict.get("model", state_dict)
+    renamed = {}
+    for name, tensor in state_dict.items():
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _create(name: str, pretrained: bool, **options) -> BiFormer:
+    stages = range(len(options["depths"]))
+    return build_model_with_cfg(
+        BiFormer,
+        name,
+        pretrained,
+        pretrained_filter_fn=rename,
+        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
+        **options,
+    )
+
+
+SHARE = "https://api.onedrive.com/v1.0/shares/s!AkBbczdRlZvCh{}/root/content"
+FILES = {
+    "tiny": "HEOoGkgwgQzEDlM",
+    "small": "HDyM-x9KWRBZ832",
+    "base": "HI_XPhoadjaNxtO",
+    "stl": "Sf-m7ujkvx9lIQ1",
+}
+default_cfgs = generate_default_cfgs(
+    {
+        f"biformer_{size}.in1k": pretrained_cfg("stem.0", url=SHARE.format(file))
+        for size, file in FILES.items()
+    }
+)
+
+
+@register_model
+def biformer_tiny(pretrained: bool = False, **options) -> BiFormer:
+    """13 M parameters, 2.2 G multiply-adds."""
+    defaults = {"depths": (2, 2, 8, 2), "drop_path_rate": 0.1}
+    return _create("biformer_tiny", pretrained, **defaults | options)
+
+
+@register_model
+def biformer_small(pretrained: bool = False, **options) -> BiFormer:
+    """26 M parameters, 4.5 G multiply-adds."""
+    defaults = {"depths": (4, 4, 18, 4), "drop_path_rate": 0.15}
+    return _create("biformer_small", pretrained, **defaults | options)
+
+
+@register_model
+def biformer_base(pretrained: bool = False, **options) -> BiFormer:
+    """57 M parameters, 9.8 G multiply-adds."""
+    defaults = {"embed_dim": 96, "depths": (4, 4, 18, 4), "drop_path_rate": 0.1}
+    return _create("biformer_base", pretrained, **defaults | options)
+
+
+@register_model
+def biformer_stl(pretrained: bool = False, **options) -> BiFormer:
+    """28 M parameters, 4.6 G multiply-adds; the layout of Swin-T."""
+    defaults = {
+        "embed_dim": 96,
+        "depths": (2, 2, 6, 2),
+        "mlp_ratio": 4.0,
+        "has_positions": False,
+        "drop_path_rate": 0.1,
+        "stem_layer": patch_stem,
+        "downsample_layer": patch_downsample,
+    }
+    return _create("biformer_stl", pretrained, **defaults | options)

@@ -1,0 +1,90 @@
+"""Parameters and multiply-adds of every variant are those of the paper and the released code."""
+
+import pkgutil
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vidattn.backbones
+from vidattn.backbones.biformer import FullAttention
+from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
+from vidattn.backbones.neighborhood_block import NeighborhoodAttention2d
+
+# parameters, and 10 ** 9 multiply-adds as their authors count them
+FACTS = {
+    "nat_mini": (19_984_174, 2.71),
+    "nat_tiny": (27_901_582, 4.32),
+    "nat_small": (50_743_297, 7.81),
+    "nat_base": (89_769_652, 13.73),
+    "dinat_mini": (19_984_174, 2.71),
+    "dinat_tiny": (27_901_582, 4.32),
+    "dinat_small": (50_719_681, 7.81),
+    "dinat_base": (89_769_652, 13.73),
+    "dinat_large": (200_943_514, 30.53),
+    "dinat_large_384": (200_943_514, 89.73),
+    "dinat_large_384_11x11": (201_144_250, 92.35),
+    "dinat_s_tiny": (28_288_354, 4.51),
+    "dinat_s_small": (49_606_258, 8.77),
+    "dinat_s_base": (87_768_224, 15.47),
+    "dinat_s_large": (196_532_476, 34.54),
+    "dinat_s_large_384": (196_532_476, 101.50),
+    "nat_iso_small": (21_999_736, 4.32),
+    "nat_iso_base": (86_465_800, 16.96),
+    "dinat_iso_small": (21_999_736, 4.32),
+    "dinat_iso_base": (86_465_800, 16.96),
+    "vitrpb_small": (22_080_376, 4.59),
+    "vitrpb_base": (86_627_080, 17.5),
+    "biformer_tiny": (13_142_760, 2.2),
+    "biformer_small": (25_536_232, 4.5),
+    "biformer_base": (56_804_968, 9.8),
+    "biformer_stl": (28_372_552, 4.6),
+}
+# published with two digits
+ROUNDED = [name for name in FACTS if name.startswith("biformer")]
+
+
+def multiply_adds(model, size):
+    """Products of every layer for one square image, from the shapes that pass through it."""
+    total = 0
+
+    def count(module, inputs, output):
+        nonlocal total
+        if isinstance(module, nn.Linear):
+            total += output.numel() * module.in_features
+        elif isinstance(module, nn.Conv2d):
+            total += output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.LayerNorm):
+            total += 5 * output.numel()
+        elif isinstance(module, NeighborhoodAttention2d):
+            cells, channels = output[..., 0].numel(), output.shape[-1]
+            total += cells * module.window**2 * (2 * channels + module.num_heads)
+        elif isinstance(module, BiLevelRoutingAttention):
+            cells, regions = output[..., 0].numel(), module.side**2
+            keys = cells * module.topk / regions
+            total += 2 * output.numel() * keys + regions**2 * output.shape[-1]
+        elif isinstance(module, FullAttention):
+            total += 2 * output.numel() * output[..., 0].numel()
+
+    for module in model.modules():
+        module.register_forward_hook(count)
+    model(torch.empty(1, 3, size, size, device="meta"))
+    return total / 1e9
+
+
+def test_every_model_is_here():
+    modules = [module.name for module in pkgutil.iter_modules(vidattn.backbones.__path__)]
+    assert {name for module in modules for name in timm.list_models(module=module)} == set(FACTS)
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_size_of(name):
+    num_parameters, giga = FACTS[name]
+    model = timm.create_model(name, device="meta").eval()
+    assert sum(x.numel() for x in model.parameters()) == num_parameters
+    found = multiply_adds(model, model.default_cfg["input_size"][-1])
+    if name in ROUNDED:
+        assert abs(found - giga) < 0.1, found
+    else:
+        assert found == pytest.approx(giga, rel=5e-3)

@@ -1,0 +1,21 @@
+"""Vision backbones that timm creates by name, once this is imported.
+
+>>> import timm
+>>> import vidattn.backbones
+>>> model = timm.create_model("dinat_mini", num_classes=10)
+
+The modules lie in the folder backbones/, inside vidattn/ in a wheel and beside it in a checkout.
+That folder has no __init__.py, so this module is the package, and says where its modules are.
+"""
+
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+_FOLDER = _HERE / "backbones"
+__path__ = [str(_FOLDER if _FOLDER.is_dir() else _HERE.parent / "backbones")]
+
+# a module registers its models when it is first imported
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

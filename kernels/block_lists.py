@@ -77,6 +77,26 @@ class BlockLists:
         """R."""
         return self.num_full.numel()
 
+    def of_heads(self, heads: Tensor) -> BlockLists:
+        """The lists of some of the heads, numbered anew in the order of (h,) ``heads``."""
+        num_blocks = self.num_rows // (self.batch * self.heads)
+        rows = torch.arange(self.num_rows, device=heads.device)
+        rows = rows.view(self.batch, self.heads, num_blocks)[:, heads].flatten()
+        start, counts = self.row_start[rows], self.row_start.diff()[rows]
+        row_start = F.pad(counts.cumsum(0), (1, 0))
+        shift = (start - row_start[:-1]).repeat_interleave(counts)
+        entries = torch.arange(shift.numel(), device=heads.device) + shift
+        return BlockLists(
+            batch=self.batch,
+            heads=heads.numel(),
+            row_start=row_start,
+            num_full=self.num_full[rows],
+            key_block=self.key_block[entries],
+            box=self.box,
+            mask_id=None if self.mask_id is None else self.mask_id[entries],
+            masks=self.masks,
+        )
+
     @property
     def counts(self) -> Tensor:
         """(R,) int64, listed blocks of each row."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 
 from torch import nn
 
 from vidattn.method import Method
-from vidattn.methods import create_method
+from vidattn.methods import create_method, label
 from vidattn.pipelines.family import family_of, find_family, known_models
 from vidattn.pipelines.generation import Generation
 from vidattn.pipelines.report import LayerReport, Report
@@ -16,14 +17,16 @@ from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.site import Site
 from vidattn.pipelines.steps import StepCounter
 from vidattn.pipelines.stopwatch import Stopwatch
-from vidattn.schedule import DenseGuard
+from vidattn.schedule import DenseGuard, Rule, Schedule
+from vidattn.schedule_file import load_schedule
 
 
 def patch(
     pipe_or_transformer: object,
-    method: str | Method,
+    method: str | Method | None = None,
     *,
-    dense_layers: int | float = 1,
+    schedule: str | Path | Schedule | None = None,
+    dense_layers: int | float | None = None,
     dense_steps: int | float | None = None,
     strict: bool = True,
     **options: object,
@@ -39,48 +42,62 @@ def patch(
         pipe_or_transformer: a pipeline, all of whose video transformers are patched, or one of
             them alone.
         method: a name from ``list_methods()``, or a method with its options set.
-        dense_layers: first layers of each transformer that stay dense: a count or a fraction.
+        schedule: instead of a method, which of them serves which layers, heads and steps: a YAML
+            file, the name of one of the presets for published models (``vidattn list --presets``),
+            or a Schedule.
+        dense_layers: first layers of each transformer that stay dense: a count or a fraction; when
+            not given 1, or what the schedule says.
         dense_steps: first denoising steps that stay dense: a count, or a fraction of the steps of
-            the pipeline; 0.1 for a pipeline and 0 for a transformer when not given. The steps of a
-            transformer alone are counted by its time steps.
+            the pipeline; when not given 0.1 for a pipeline and 0 for a transformer, or what the
+            schedule says. The steps of a transformer alone are counted by its time steps.
         strict: raise when a layer that should be sparse cannot be; otherwise it runs dense and the
             report says why.
         options: fields of the method.
 
     Raises:
-        ValueError: the model is unknown or cannot be patched, it is patched already, or a bad
-            method, option or guard.
+        ValueError: the model is unknown or cannot be patched, it is patched already, a bad method,
+            option or guard, or a schedule that is broken or for another model.
 
     >>> with vidattn.patch(pipe, "radial", density=0.25) as handle:
     ...     video = pipe(prompt).frames
     >>> print(handle.report())
     """
-    method = _method(method, options)
     pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
     steps = StepCounter(getattr(pipe, "scheduler", None))
-    if dense_steps is None:
-        dense_steps = 0.1 if steps.knows_num_steps else 0
-    guard = DenseGuard(dense_layers, dense_steps)
+    usual = DenseGuard(1, 0.1 if steps.knows_num_steps else 0)
+    chosen = _schedule(method, schedule, options, usual).with_guard(dense_layers, dense_steps)
     transformers = _unpatched_transformers(pipe_or_transformer)
-    if guard.needs_num_steps and not steps.knows_num_steps:
+    if chosen.needs_num_steps and not steps.knows_num_steps:
         raise ValueError(
-            f"dense_steps={dense_steps} is a fraction of the denoising steps, and "
-            f"{type(pipe_or_transformer).__name__} does not say how many there are: give a count, "
-            "or patch the pipeline"
+            f"{chosen.name} with dense_steps={chosen.guard.steps} names fractions of the denoising "
+            f"steps, and {type(pipe_or_transformer).__name__} does not say how many there are: "
+            "give a count, or patch the pipeline"
         )
-    return Handle(pipe, transformers, Settings(method, guard, strict, steps))
+    return Handle(pipe, transformers, Settings(chosen, strict, steps))
 
 
-def _method(method: str | Method, options: dict[str, object]) -> Method:
-    """The method with its options set."""
-    if not isinstance(method, Method):
-        return create_method(method, **options)
-    if options:
+def _schedule(
+    method: str | Method | None,
+    schedule: str | Path | Schedule | None,
+    options: dict[str, object],
+    guard: DenseGuard,
+) -> Schedule:
+    """The schedule that is asked for, a method being one that serves everything."""
+    if (method is None) == (schedule is None):
         raise ValueError(
-            f"the options {sorted(options)} were given beside a method that has its own: set them "
-            "in the method, or give its name"
+            f"patch takes a method or a schedule, got method={method!r} and schedule={schedule!r}"
         )
-    return method
+    if options and not isinstance(method, str):
+        raise ValueError(
+            f"the options {sorted(options)} belong to a method given by name: set them in the "
+            "method, or in the schedule"
+        )
+    if isinstance(schedule, Schedule):
+        return schedule
+    if schedule is not None:
+        return load_schedule(schedule)
+    method = create_method(method, **options) if isinstance(method, str) else method
+    return Schedule((Rule(method),), guard, name=label(method))
 
 
 def unpatch(pipe_or_transformer: object) -> None:
@@ -109,6 +126,7 @@ class Handle:
         try:
             for name, model in transformers.items():
                 self._sites.append(Site(name, model, settings, self))
+            settings.schedule.check({site.name: site.shape for site in self._sites})
             if pipe is not None:
                 self._generation = Generation(pipe, self._begin, self._finish)
         except BaseException:
@@ -116,9 +134,9 @@ class Handle:
             raise
 
     @property
-    def method(self) -> Method:
-        """The method, with its options."""
-        return self._settings.method
+    def schedule(self) -> Schedule:
+        """Which method serves what; a method alone is a schedule of one rule."""
+        return self._settings.schedule
 
     def report(self) -> Report:
         """What happened in the latest generation, or since patching for a bare transformer."""
@@ -136,7 +154,9 @@ class Handle:
             }
         grids = sorted({str(grid) for site in self._sites for grid in site.grids})
         return Report(
-            method=repr(self.method),
+            method=self.schedule.name,
+            dense_layers=self.schedule.guard.layers,
+            dense_steps=self.schedule.guard.steps,
             grids=tuple(grids),
             num_steps=self._settings.steps.num_seen,
             num_passes=sum(site.num_passes for site in self._sites),
@@ -255,6 +275,10 @@ def _layer_reports(site: Site) -> list[LayerReport]:
             name=f"{site.name}.{layer.name}",
             num_sparse=tally.num_sparse,
             num_dense=dict(tally.num_dense),
+            methods={
+                "; ".join(part.label for part in parts): calls
+                for parts, calls in tally.parts.items()
+            },
             density=tally.density_sum / tally.num_sparse if tally.num_sparse else None,
             attention_ms=tally.watch.read_ms(),
         )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
+
 from vidattn.grid import Size
 from vidattn.pipelines.stopwatch import Stopwatch
+from vidattn.schedule import Part
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Tally:
     num_sparse: int = 0
     density_sum: float = 0.0
     num_dense: Counter[str] = field(default_factory=Counter)
+    # what the heads followed in the sparse calls
+    parts: Counter[tuple[Part, ...]] = field(default_factory=Counter)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -36,7 +41,14 @@ class Tally:
         """Calls, sparse and dense."""
         return self.num_sparse + self.num_dense.total()
 
-    def add(self, start: object, device, density: float | None, why: str | None) -> None:
+    def add(
+        self,
+        start: object,
+        device: torch.device,
+        density: float | None,
+        why: str | None,
+        parts: tuple[Part, ...],
+    ) -> None:
         """Count a call that began at ``start``: sparse with a density, or dense with a reason."""
         self.watch.add(start, device)
         if density is None:
@@ -44,3 +56,4 @@ class Tally:
         else:
             self.num_sparse += 1
             self.density_sum += density
+            self.parts[parts] += 1

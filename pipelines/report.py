@@ -15,6 +15,7 @@ class LayerReport:
         name: where it stands, such as "transformer.blocks.3.attn1".
         num_sparse: calls that ran sparse.
         num_dense: calls that ran dense, by reason.
+        methods: sparse calls by what the heads followed in them.
         density: kept pairs over all pairs of video tokens, mean of the sparse calls; None without.
         attention_ms: time of all its calls, sparse and dense.
     """
@@ -22,6 +23,7 @@ class LayerReport:
     name: str
     num_sparse: int
     num_dense: dict[str, int]
+    methods: dict[str, int]
     density: float | None
     attention_ms: float
 
@@ -31,7 +33,8 @@ class Report:
     """A generation, or for a bare transformer everything since it was patched.
 
     Args:
-        method: the method with its options.
+        method: the method with its options, or the name of the schedule.
+        dense_layers, dense_steps: what stayed dense: counts or fractions.
         grids: the grids that were attended to.
         num_steps: denoising steps seen.
         num_passes: forward passes of the transformers.
@@ -43,6 +46,8 @@ class Report:
     """
 
     method: str
+    dense_layers: int | float
+    dense_steps: int | float
     grids: tuple[str, ...]
     num_steps: int
     num_passes: int
@@ -82,9 +87,12 @@ class Report:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
 
     def __str__(self) -> str:
-        rows = [("layer", "sparse", "dense", "density", "ms per call")]
+        rows = [("layer", "sparse", "dense", "density", "ms per call", "methods")]
         for _, run in itertools.groupby(self.layers, key=_what_it_did):
             rows.append(_row(list(run)))
+        if len({methods for layer in self.layers for methods in layer.methods}) < 2:
+            # the head of the table says it
+            rows = [row[:-1] for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
         density = "none" if self.density is None else f"{self.density:.3f}"
@@ -106,7 +114,8 @@ class Report:
 
 
 def _what_it_did(layer: LayerReport) -> tuple:
-    return layer.num_sparse, tuple(sorted(layer.num_dense.items())), layer.density
+    dense, methods = (tuple(sorted(x.items())) for x in (layer.num_dense, layer.methods))
+    return layer.num_sparse, dense, methods, layer.density
 
 
 def _row(run: list[LayerReport]) -> tuple[str, ...]:
@@ -116,7 +125,8 @@ def _row(run: list[LayerReport]) -> tuple[str, ...]:
     why = ", ".join(f"{count} ({reason})" for reason, count in first.num_dense.items())
     calls = sum(layer.num_sparse + sum(layer.num_dense.values()) for layer in run)
     if not calls:
-        return name, "0", "0, never ran", "", ""
+        return name, "0", "0, never ran", "", "", ""
     each = f"{sum(layer.attention_ms for layer in run) / calls:.2f}"
     density = "" if first.density is None else f"{first.density:.3f}"
-    return name, str(first.num_sparse), why or "0", density, each
+    methods = ", then ".join(first.methods)
+    return name, str(first.num_sparse), why or "0", density, each, methods

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from vidattn.attention import attend
 from vidattn.grid import Grid, Size
 from vidattn.head_plan import HeadPlan
-from vidattn.pipelines import masks
 from vidattn.pipelines.break_even import break_even
 from vidattn.pipelines.family import family_of
 from vidattn.pipelines.intercept import Layer, give_back, keep_choice, numbered, take
+from vidattn.pipelines.plans import Plans
 from vidattn.pipelines.record import Pass, Tally
 from vidattn.pipelines.root import install
+from vidattn.pipelines.sequence import Call, find_video
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.stopwatch import Stopwatch
 from vidattn.pipelines.swap import is_swapped, swap_out
 from vidattn.plan import Plan
+from vidattn.schedule import Model, Part
 
 LAYER_GUARD, STEP_GUARD, DENSE_METHOD = "layer guard", "step guard", "dense method"
 SKIPPED = "scores skipped by guidance"
@@ -36,21 +38,21 @@ class Site:
 
     def __init__(self, name: str, model: nn.Module, settings: Settings, handle: object):
         self.name, self.model, self.settings, self.handle = name, model, settings, handle
-        self.family = family_of(model)
+        self.family = family = family_of(model)
         self.number = numbered(self)
         self.modules = [
             (path, module)
             for path, module in model.named_modules()
-            if re.fullmatch(self.family.layers, path) and hasattr(module, "processor")
+            if re.fullmatch(family.layers, path) and hasattr(module, "processor")
         ]
         if not self.modules:
             raise ValueError(
-                f"{type(model).__name__} has no layer that could be patched: nothing in it is "
-                f"called {self.family.layers!r}"
+                f"{type(model).__name__} has no layer to patch: none is called {family.layers!r}"
             )
-        paired = self.family.paired_mask
+        paired = family.paired_mask
         self.layers = [Layer(path, i, self, paired) for i, (path, _) in enumerate(self.modules)]
-        self.num_guarded = settings.guard.num_layers(len(self.layers))
+        self.num_guarded = settings.schedule.guard.num_layers(len(self.layers))
+        self.plans = Plans(settings)
         self._shared: dict[int, object] = {}
         self._passes: dict[int, Pass] = {}
         self._latest: Pass | None = None
@@ -58,14 +60,20 @@ class Site:
         self.swap_processors()
         self._hooks = install(self, model)
 
+    @property
+    def shape(self) -> Model:
+        """What schedules compare with what they were made for."""
+        heads = {getattr(module, "heads", None) for _, module in self.modules}
+        only = heads.pop() if len(heads) == 1 else None
+        return Model(type(self.model).__name__, len(self.layers), only)
+
     def reset(self) -> None:
         """Forget what the layers did."""
         self.tallies = [Tally() for _ in self.layers]
         self.watch = Stopwatch()
         self.num_passes = 0
         self.grids: set[Grid] = set()
-        # plans that serve or start off later ones, by thread, layer, turn, grid and heads
-        self._kept: dict[tuple, tuple[int, Plan | HeadPlan]] = {}
+        self.plans.reset()
         self._finite: Tensor | None = None
 
     def remove(self) -> None:
@@ -109,7 +117,7 @@ class Site:
         Raises:
             FloatingPointError: the latents are not finite, or what the last pass made of them.
         """
-        steps, guard = self.settings.steps, self.settings.guard
+        steps, guard = self.settings.steps, self.settings.schedule.guard
         finite = torch.isfinite(hidden_states.detach()).all()
         before = finite if self._finite is None else self._finite.to(finite.device)
         timestep = timestep.detach().float().to(finite.device)
@@ -170,26 +178,26 @@ class Site:
         """(B, H, S, D) attention of a layer: sparse, or dense where a guard says so."""
         current = self._current()
         current.ran.add(layer.index)
-        why, where, plan = self._why_dense(layer, current), None, None
+        why, call, plan, parts = self._why_dense(layer, current), None, None, ()
         if why is None:
             try:
-                where = self._where(current, q, k, mask)
+                call = find_video(self.family, current, q, k, mask, scale)
             except ValueError as error:
                 why = str(error)
                 self.cannot(layer, why, record=False)
-        if where is not None:
-            plan = self._plan(layer, current, where, q, k, scale)
+        if call is not None:
+            plan, parts = self._plan(layer, current, call, q, k)
             if (limit := break_even(q.device)) < plan.visited_density:
                 why, plan = f"dense is faster above density {limit:.2f} on this GPU", None
         start = Stopwatch.now(q.device)
         if plan is None:
             out = layer.dense(q, k, v, mask, scale)
         else:
-            out = self._sparse(q, k, v, scale, plan, *where[1:])
+            out = self._sparse(q, k, v, plan, call)
         # a recomputation for the backward pass is no call of the model
         if torch._C._current_graph_task_id() == -1:
             density = None if plan is None else plan.density
-            self.tallies[layer.index].add(start, q.device, density, why)
+            self.tallies[layer.index].add(start, q.device, density, why, parts)
         return out
 
     def skipped(self, layer: Layer, allowed: bool) -> None:
@@ -226,68 +234,38 @@ class Site:
         return current
 
     def _why_dense(self, layer: Layer, current: Pass) -> str | None:
-        if self.settings.is_dense:
+        if self.settings.schedule.is_dense:
             return DENSE_METHOD
         if layer.index < self.num_guarded:
             return LAYER_GUARD
-        return STEP_GUARD if current.dense_step else None
+        if current.dense_step:
+            return STEP_GUARD
+        at = self._place(layer, current)
+        return None if self.settings.schedule.is_sparse_at(*at) else DENSE_METHOD
 
-    def _where(self, current: Pass, q: Tensor, k: Tensor, mask) -> tuple[Grid, int, Tensor | None]:
-        """The grid of this sequence, how far to turn it first, and the keys that may be read.
+    def _place(self, layer: Layer, current: Pass) -> tuple[str, int, int, int | None]:
+        """Where a schedule finds a layer."""
+        return self.name, layer.index, current.step, self.settings.steps.num_steps
 
-        Raises:
-            ValueError: the sequence has no grid, or its mask is none of keys.
-        """
-        length, (t, h, w) = q.shape[2], current.size
-        beside = length - t * h * w
-        if beside < 0 or k.shape[2] != length:
-            raise ValueError(
-                f"its {length} queries and {k.shape[2]} keys do not fit the video of {t}x{h}x{w}"
-            )
-        before = current.num_before
-        if before < 0:
-            before = beside if self.family.beside == "before" else 0
-        after = beside - before
-        if after < 0 or after and self.family.beside == "nothing":
-            raise ValueError(
-                f"its sequence of {length} is not the video of {t}x{h}x{w} = {t * h * w} tokens"
-            )
-        keys = masks.key_mask(mask, (q.shape[0], length), self.family.paired_mask)
-        # a grid has its text on one side; attention does not mind turning the sequence
-        turn = before if after else 0
-        grid = Grid(t, h, w, text=beside, text_first=bool(before) and not turn)
-        return grid, turn, keys
+    def _plan(
+        self, layer: Layer, current: Pass, call: Call, q: Tensor, k: Tensor
+    ) -> tuple[Plan | HeadPlan, tuple[Part, ...]]:
+        """The plan of a layer, and the methods it is made of."""
+        self.grids.add(call.grid)
+        at = self._place(layer, current)
+        parts = self.settings.schedule.parts(*at, num_heads=q.shape[1])
+        return self.plans.plan(parts, layer.index, current, call, q, k), parts
 
-    def _plan(self, layer: Layer, current: Pass, where, q, k, scale) -> Plan | HeadPlan:
-        grid, turn, keys = where
-        self.grids.add(grid)
-        method = self.settings.method.at(layer.index)
-        if not method.reads_content:
-            return self.settings.plan(method, grid, q, k)
-        key = (threading.get_ident(), layer.index, current.turn, grid, q.shape[:2])
-        step, num_steps = current.step, self.settings.steps.num_steps
-        made, last = self._kept.get(key, (step, None))
-        last = last if made < step else None
-        if last is not None and method.keeps(made, step, num_steps):
-            return last
-        if turn:
-            q, k = (x.roll(-turn, 2) for x in (q, k))
-            keys = None if keys is None else keys.roll(-turn, 1)
-        content = {"scale": scale, "key_mask": keys, "last": last}
-        plan = self.settings.plan(method, grid, q, k, **content)
-        if plan.memory or method.keeps(step, step + 1, num_steps):
-            self._kept[key] = step, plan
-        return plan
-
-    def _sparse(self, q, k, v, scale, plan, turn: int, keys: Tensor | None) -> Tensor:
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan | HeadPlan, call: Call) -> Tensor:
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
+        turn, keys = call.turn, call.keys
         if not turn:
-            return attend(q, k, v, plan, scale=scale, key_mask=keys)
+            return attend(q, k, v, plan, scale=call.scale, key_mask=keys)
         q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
         keys = None if keys is None else keys.roll(-turn, 1)
-        return attend(q, k, v, plan, scale=scale, key_mask=keys).roll(turn, 2)
+        return attend(q, k, v, plan, scale=call.scale, key_mask=keys).roll(turn, 2)
 
     def _output_not_finite(self) -> None:
         self._not_finite(f"the transformer gave NaN or infinity at step {self._latest.step + 1}")

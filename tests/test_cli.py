@@ -51,6 +51,9 @@ def test_list_knows_the_models(capfd):
     code, out, _ = run(capfd, "list", "--models")
     assert code == 0 and out.index("WanTransformer3DModel") < out.index("and refuses these")
     assert run(capfd, "list", "radial", "--models")[0] != 0
+    code, out, _ = run(capfd, "list", "--presets")
+    assert code == 0 and "wan2.1-14b" in out and "radial:decay=0.2" in "".join(out.split())
+    assert run(capfd, "list", "--presets", "--models")[0] != 0
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -140,6 +143,8 @@ MAKE = "generate x --output {tmp}/x.mp4 --model {tmp} "
         (MAKE + "--dense-steps 1.5", "--dense-steps: must be a count of at least 0, or a share"),
         (MAKE + "--dtype float8", "--dtype: invalid choice: 'float8'"),
         (MAKE + "--method radial --method dense", "generate takes one --method"),
+        (MAKE + "--method radial --schedule ltx-2", "generate takes a method or a schedule"),
+        (MAKE + "--schedule wan2.1-14", "did you mean 'wan2.1-14b'"),
         (MAKE + "more words", "unexpected 'more'; quote a prompt"),
         ("generate --model {tmp}", "no prompt given"),
         ("generate --prompt= --model {tmp}", "the prompt is empty"),

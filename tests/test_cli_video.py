@@ -154,6 +154,33 @@ def test_compare_shows_methods_beside_dense(original, capfd, tmp_path):
     assert "144 video tokens (3x6x8)" in words
 
 
+def test_a_schedule_is_made_and_compared(original, capfd, tmp_path):
+    schedule, folder = tmp_path / "mine.yaml", tmp_path / "out"
+    schedule.write_text(
+        "dense_layers: 0\n"
+        "rules:\n"
+        "- {layers: 1, heads: 0, method: radial, options: {near: 0, sink: false, decay: 0.1}}\n"
+        "- {layers: 1-2, steps: [0.5, null], method: neighborhood, options: {window: 3}}\n"
+    )
+    given = ("--model", original, "--schedule", schedule, *SMALL)
+    code, out, err = run(capfd, "compare", "a", "--output", folder, *given)
+    assert code == 0, err
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["methods"]) == ["dense", f"schedule:{schedule}"]
+    mine = report["methods"][f"schedule:{schedule}"]["clips"][0]["report"]
+    assert (mine["dense_layers"], mine["dense_steps"]) == (0, 0)
+    calls = [(layer["num_sparse"], layer["num_dense"]) for layer in mine["layers"]]
+    assert calls == [(0, {"dense method": 6}), (6, {}), (2, {"dense method": 4})]
+    # the guards on the command line win over those in the file
+    code, out, err = run(
+        capfd, "generate", "a", "--dense-steps", "2", "--output", tmp_path / "x.mp4", *given
+    )
+    assert code == 0, err
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert (report["dense_layers"], report["dense_steps"]) == (0, 2)
+    assert report["method"] == f"schedule:{schedule}" and "neighborhood:window=3 on head 1" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

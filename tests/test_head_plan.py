@@ -6,7 +6,7 @@ import torch
 from tests.kernels import attention_cases as cases
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
-from vidattn.head_plan import HeadPlan
+from vidattn.head_plan import HeadPlan, join, select_heads
 from vidattn.methods import plan
 from vidattn.plan import Plan
 
@@ -100,3 +100,36 @@ def test_compensation_adds_the_means_of_what_is_not_read(key_heads):
     (exact,) = torch.autograd.grad((expected * pull).sum(), v)
     assert cases.relative_rms(grad, exact) < 1e-5
     assert not Plan.from_blocks(GRID, layout, torch.ones_like(blocks), gain=gain).is_dense
+
+
+@pytest.mark.parametrize("heads", [(0, 1, 3), (2,), (1, 4), (0, 1, 2, 3, 4, 5)])
+def test_some_heads_keep_their_plans(heads):
+    made = head_plan()
+    chosen = select_heads(made, heads)
+    assert torch.equal(chosen.mask(), made.mask()[:, list(heads)])
+    inputs = cases.random_inputs(GRID, heads=len(heads), key_heads=1)[:3]
+    out = attend(*inputs, chosen, backend="torch")
+    assert cases.relative_rms(out, attend(*inputs, chosen, backend="reference")) < 1e-5
+
+
+def test_selected_heads_keep_their_compensation():
+    layout = tile_layout(GRID, (1, 2, 4))
+    nv, nb = layout.num_video_blocks, layout.num_blocks
+    made = Plan.from_blocks(
+        GRID, layout, torch.rand(2, 3, nv, nv) < 0.5,
+        gain=torch.rand(2, 3, nb), rest=torch.rand(2, 3, nb, nb),
+    )  # fmt: skip
+    chosen = select_heads(made, (0, 2))
+    assert torch.equal(chosen.mask(), made.mask()[:, [0, 2]])
+    assert torch.equal(chosen.gain, made.gain[:, [0, 2]])
+    assert torch.equal(chosen.rest, made.rest[:, [0, 2]])
+    with pytest.raises(ValueError, match="for 3 heads, got head 3"):
+        select_heads(made, (0, 3))
+
+
+def test_plans_of_groups_are_joined():
+    first, second = head_plan(), cases.random_blocks(GRID, batch=1, heads=2)
+    groups = [(0, 2, 3, 5, 6, 7), (1, 4)]
+    mask = join([first, second], groups).mask()
+    for part, heads in zip((first, second), groups):
+        assert torch.equal(mask[:, list(heads)], part.mask())

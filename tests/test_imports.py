@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # the three folders beside it and scripts/.
 LAYERS = (
     {"grid", "registry", "resources", "kernels"},
-    {"plan", "gpus", "video_models"},
+    {"plan", "gpus", "video_models", "config"},
     {"head_plan"},
-    {"method"},
-    {"content"},
+    {"method", "reorder"},
+    {"content", "calibration"},
     {"methods", "cache", "attention"},
-    {"mixture", "schedule", "measure", "video", "config"},
-    {"draw", "neighborhood", "simulate"},
+    {"mixture", "schedule", "measure", "video", "allocation"},
+    {"draw", "neighborhood", "simulate", "schedule_file"},
     {"pipelines", "backbones"},
     {"commands"},
     {"cli", "scripts"},

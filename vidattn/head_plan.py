@@ -5,7 +5,8 @@ Letters: B batch, H heads, S tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -122,3 +123,56 @@ class HeadPlan:
         """The same plans with their tensors on ``device``."""
         plans = tuple(plan.to(device) for plan in self.plans)
         return HeadPlan(plans, self.plan_of_head.to(device))
+
+    def of_heads(self, heads: Sequence[int]) -> HeadPlan:
+        """The plans of some heads, in ascending order, numbered anew."""
+        parts, numbers = [], []
+        for plan, mine in zip(self.plans, self.heads):
+            rank = {head: i for i, head in enumerate(mine.tolist())}
+            if chosen := [head for head in heads if head in rank]:
+                parts.append(select_heads(plan, [rank[head] for head in chosen]))
+                numbers.append([heads.index(head) for head in chosen])
+        return join(parts, numbers)
+
+
+def select_heads(plan: Plan | HeadPlan, heads: Sequence[int]) -> Plan | HeadPlan:
+    """The plan of some heads, in ascending order, numbered anew.
+
+    Raises:
+        ValueError: a head that the plan does not have.
+    """
+    total = plan.num_heads if isinstance(plan, HeadPlan) else plan.lists.heads
+    if total > 1 and max(heads) >= total:
+        raise ValueError(f"the plan is for {total} heads, got head {max(heads)}")
+    if isinstance(plan, HeadPlan):
+        return plan.of_heads(heads)
+    if total == 1 and plan.gain is None and plan.rest is None:
+        return plan
+    index = torch.tensor(heads, device=plan.device)
+    lists = plan.lists if total == 1 else plan.lists.of_heads(index)
+    gain, rest = (
+        x if x is None or x.shape[1] == 1 else x[:, index] for x in (plan.gain, plan.rest)
+    )
+    return replace(plan, lists=lists, gain=gain, rest=rest)
+
+
+def join(plans: Sequence[Plan | HeadPlan], heads: Sequence[Sequence[int]]) -> HeadPlan:
+    """One plan for all heads from the plans of groups of them.
+
+    Args:
+        heads: for each plan the heads that follow it, in ascending order; together 0, 1, ...
+
+    Raises:
+        ValueError: plans of several grids, or heads that do not match them.
+    """
+    flat: list[tuple[Plan, Sequence[int]]] = []
+    for plan, mine in zip(plans, heads):
+        if isinstance(plan, HeadPlan):
+            groups = [[mine[i] for i in group.tolist()] for group in plan.heads]
+            flat += zip(plan.plans, groups)
+        else:
+            flat.append((plan, mine))
+    plan_of_head = torch.empty(sum(len(mine) for _, mine in flat), dtype=torch.long)
+    for i, (_, mine) in enumerate(flat):
+        plan_of_head[list(mine)] = i
+    return HeadPlan(tuple(plan for plan, _ in flat), plan_of_head.to(plans[0].device))

@@ -36,6 +36,20 @@ class Method(ABC):
         """The method as a layer, counted from 0, uses it: the same one unless it says otherwise."""
         return self
 
+    def in_step(self, step: int) -> Method:
+        """The method as a denoising step, counted from 0, uses it: the same one by default."""
+        return self
+
+    def misfit(self, transformer: str, layers: int, heads: int | None) -> str | None:
+        """Why a method that was prepared for one model cannot serve another, None where it can.
+
+        Args:
+            transformer: name of the model's class.
+            layers: how many self-attentions over the video it has.
+            heads: of each of them; None where nobody knows.
+        """
+        return None
+
     def keeps(self, made: int, now: int, num_steps: int | None) -> bool:
         """Whether a plan read from content at denoising step ``made`` still serves at step ``now``.
 

@@ -27,7 +27,7 @@ def wan():
     [
         ({"method": "neighbourhood"}, "did you mean 'neighborhood'"),
         ({"method": "neighborhood", "windows": 3}, "did you mean 'window'"),
-        ({"method": Neighborhood(), "window": 3}, "has its own"),
+        ({"method": Neighborhood(), "window": 3}, "belong to a method given by name"),
         ({"method": "radial", "density": 2.0}, "density must be"),
         ({"method": "radial", "dense_layers": -1}, "dense_layers must be a count"),
         ({"method": "radial", "dense_layers": 1.5}, "dense_layers must be a count"),

@@ -13,6 +13,7 @@ from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents
 from vidattn.content import ContentMethod
 from vidattn.grid import raster_layout
+from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines.site import Site
 
 
@@ -108,7 +109,10 @@ def test_pairs_of_masks_are_not_written_out(monkeypatch):
 class Nearest(ContentMethod):
     """Every block of queries reads the half of the blocks whose keys are most like it."""
 
+    calls: ClassVar[list] = []
+
     def search(self, content):
+        self.calls.append(content.grid)
         content = content.on(raster_layout(content.grid, 8))
         scores = content.scores
         return content.plan(scores >= scores.median(-1, keepdim=True).values)
@@ -120,10 +124,11 @@ def test_a_method_that_reads_content(key):
     model, case = build(key), TINY[key]
     dense = case.call(model)
     with vidattn.patch(model, Nearest(), dense_layers=0) as handle:
-        case.call(model)
-        sites = handle._sites[0]
+        for _ in range(2):
+            Nearest.calls.clear()
+            case.call(model)
+            assert len(Nearest.calls) == len(handle.report().layers)
         report = handle.report()
-    assert sites.settings._fixed_plan.cache_info().currsize == 0
     assert 0.4 < report.density < 0.7 and report.num_dense == 0
     assert torch.equal(case.call(model), dense)
 
@@ -137,7 +142,7 @@ class Rarely(Nearest):
     """
 
     layer: int = -1
-    calls: ClassVar[list] = []
+    searches: ClassVar[list] = []
 
     def at(self, layer):
         return Rarely(layer=layer)
@@ -146,19 +151,19 @@ class Rarely(Nearest):
         return now < made + 2
 
     def search(self, content):
-        self.calls.append((self.layer, len(content.q)))
+        self.searches.append((self.layer, len(content.q)))
         return super().search(content)
 
 
 @torch.no_grad()
 def test_plans_are_kept_as_long_as_the_method_says():
     model, case = build(WAN), TINY[WAN]
-    Rarely.calls.clear()
+    Rarely.searches.clear()
     with vidattn.patch(model, Rarely(), dense_layers=0):
         for step in (900.0, 900.0, 600.0, 600.0, 300.0, 300.0):
             case.call(model, timestep=torch.full((2,), step))
     # two passes at the first step and two at the third, each with plans of its own
-    assert Rarely.calls == [(0, 2), (1, 2)] * 4
+    assert Rarely.searches == [(0, 2), (1, 2)] * 4
 
 
 @torch.no_grad()
@@ -224,13 +229,13 @@ def test_dense_runs_where_it_is_faster(monkeypatch):
 
 
 @torch.no_grad()
-def test_plans_are_made_once():
-    model = build(WAN)
+def test_plans_are_made_once(monkeypatch):
+    model, made, plan = build(WAN), [], Neighborhood.plan
+    monkeypatch.setattr(Neighborhood, "plan", lambda *given: made.append(given) or plan(*given))
     with patch(model) as handle:
         for _ in range(3):
             TINY[WAN].call(model)
-        info = handle._sites[0].settings._fixed_plan.cache_info()
-    assert (info.misses, info.hits) == (1, 5)
+    assert handle.report().num_sparse == 6 and len(made) == 1
 
 
 @torch.no_grad()

@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 import inspect
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 
+from vidattn.config import alternatives, describe_type, show_value
 from vidattn.methods import create_method, method_class
 from vidattn.registry import unknown
+from vidattn.schedule_file import load_schedule
 
 SYNTAX = "NAME or NAME:OPTION=VALUE,... as in radial:density=0.3,window=tile"
+SCHEDULE_HELP = "a preset (`vidattn list --presets`) or a YAML file, instead of a method"
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -38,6 +40,35 @@ class Choice:
     def slug(self) -> str:
         """The label as part of a file name."""
         return re.sub(r"[^\w.=+-]+", "-", self.label)
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """What ``patch`` is given for it."""
+        return {"method": self.name, **self.options}
+
+
+@dataclass(frozen=True)
+class ScheduleChoice:
+    """A schedule by the name of a preset, or by its file.
+
+    Raises:
+        ValueError: there is none, or it is broken.
+    """
+
+    where: str
+
+    def __post_init__(self):
+        load_schedule(self.where)
+
+    @property
+    def label(self) -> str:
+        """The choice in the words of the command line."""
+        return f"schedule:{self.where}"
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """What ``patch`` is given for it."""
+        return {"schedule": self.where}
 
 
 def parse_choice(text: str) -> Choice:
@@ -95,7 +126,7 @@ def parse_value(option: str, text: str, hint: object) -> object:
     Raises:
         ValueError: the words fit no type of the option.
     """
-    for kind in sorted(_alternatives(hint), key=_rank):
+    for kind in sorted(alternatives(hint), key=_rank):
         try:
             return _parse(text.strip(), kind)
         except (ValueError, KeyError):
@@ -120,44 +151,10 @@ def _parse(text: str, kind: object) -> object:
     return kind(text)
 
 
-def _alternatives(hint: object) -> tuple[object, ...]:
-    return typing.get_args(hint) if _is_union(hint) else (hint,)
-
-
-def _is_union(hint: object) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
 def _rank(kind: object) -> int:
     """Narrow types are tried before wide ones: everything is a str."""
     order = (type(None), bool, int, float, str)
     return order.index(kind) if kind in order[:-1] else len(order) + (kind is str)
-
-
-def describe_type(hint: object) -> str:
-    """A type in plain words: 'one integer or t,h,w', 'a number or none'."""
-    words = {int: "one integer", float: "a number", bool: "true or false", str: "a word"}
-    words[type(None)] = "none"
-    said = []
-    for kind in _alternatives(hint):
-        if typing.get_origin(kind) is tuple:
-            args = typing.get_args(kind)
-            inner = "true or false each" if args[0] is bool else ""
-            said.append("t,h,w" + (f" ({inner})" if inner else ""))
-        elif typing.get_origin(kind) is typing.Literal:
-            said.append(" or ".join(map(str, typing.get_args(kind))))
-        else:
-            said.append(words.get(kind, str(kind)))
-    return " or ".join(said)
-
-
-def show_value(value: object) -> str:
-    """A value the way the command line reads it."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(show_value(x) for x in value)
-    return str(value)
 
 
 def describe_method(name: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidattn.commands.choice import Choice
+from vidattn.commands.choice import Choice, ScheduleChoice
 from vidattn.commands.request import Request
 from vidattn.measure import synchronize
 from vidattn.pipelines.patch import patch
@@ -23,10 +23,10 @@ from vidattn.pipelines.report import Report
 
 @dataclass(frozen=True)
 class Guards:
-    """Layers and steps that stay dense."""
+    """Layers and steps that stay dense; None for what the method or the schedule does by itself."""
 
-    dense_layers: int | float = 1
-    dense_steps: int | float = 0.1
+    dense_layers: int | float | None = None
+    dense_steps: int | float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,9 @@ class Clip:
         }
 
 
-def make_clip(pipe: object, request: Request, choice: Choice, guards: Guards) -> Clip:
+def make_clip(
+    pipe: object, request: Request, choice: Choice | ScheduleChoice, guards: Guards
+) -> Clip:
     """Run a pipeline with a method, on latents that depend on the seed only.
 
     Raises:
@@ -73,13 +75,7 @@ def make_clip(pipe: object, request: Request, choice: Choice, guards: Guards) ->
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with (
-        patch(
-            pipe,
-            choice.name,
-            dense_layers=guards.dense_layers,
-            dense_steps=guards.dense_steps,
-            **choice.options,
-        ) as handle,
+        patch(pipe, **choice.arguments, **vars(guards)) as handle,
         step_times(pipe) as bars,
     ):
         begin = _now()
@@ -99,11 +95,11 @@ def make_clip(pipe: object, request: Request, choice: Choice, guards: Guards) ->
     return Clip(frames.clamp(0, 1), steps_ms, total_ms, peak_gib, report)
 
 
-def warm_up(pipe: object, request: Request, choice: Choice) -> None:
+def warm_up(pipe: object, request: Request, choice: Choice | ScheduleChoice) -> None:
     """Run one sparse step without decoding it, so that no clip pays for what happens once."""
     pipe.set_progress_bar_config(desc=f"warm-up of {choice.label}")
     arguments = _arguments(replace(request, num_inference_steps=1), "latent")
-    with patch(pipe, choice.name, dense_steps=0, **choice.options):
+    with patch(pipe, **choice.arguments, dense_steps=0):
         pipe(**arguments)
 
 

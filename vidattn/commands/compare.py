@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vidattn.commands.choice import SYNTAX, Choice, choices_of
+from vidattn.commands.choice import SCHEDULE_HELP, SYNTAX, Choice, ScheduleChoice, choices_of
 from vidattn.commands.clip import Clip, Guards, make_clip, warm_up
 from vidattn.commands.model import load_pipeline
 from vidattn.commands.output import writable_folder, write_atomically, write_json
@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", action="append", default=[], metavar="METHOD",
         help=f"{SYNTAX}; may be repeated, dense is always there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--schedule", action="append", default=[], metavar="NAME|FILE",
+        help=f"{SCHEDULE_HELP}; may be repeated",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), metavar="FOLDER")
     parser.add_argument(
@@ -77,12 +81,7 @@ class Row:
 
 def run(args: argparse.Namespace) -> None:
     """Run every method, write the videos, print the table."""
-    args.method = args.method or ["radial:density=0.3"]
-    choices = choices_of(args)
-    dense = Choice("dense")
-    choices = [dense, *(choice for choice in choices if choice.name != "dense")]
-    if len(choices) == 1:
-        raise ValueError("nothing to compare dense with; add --method radial:density=0.3")
+    choices = _choices(args)
     requests = [request_of(args, prompt) for prompt in [*args.prompts, *args.prompt] or [None]]
     folder = writable_folder(args.output)
     pipe = load_pipeline(args)
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     clips = make_clips(pipe, requests, choices, guards, repeats=args.repeats, keep=keep)
     rows = [_row(choice, clips[choice.label], clips["dense"]) for choice in choices]
     _write_beside(args, folder, clips, rows, len(requests))
-    _write_report(folder, record(pipe, args, requests[0], guards), requests, clips, rows)
+    _write_report(folder, record(pipe, args, requests[0]), requests, clips, rows)
     console = Console(highlight=False)
     _print_table(console, rows)
     setting = _setting(requests[0], [clips[row.label][0] for row in rows], rows[0])
@@ -107,10 +106,23 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"wrote {folder}", soft_wrap=True)
 
 
+def _choices(args: argparse.Namespace) -> list[Choice | ScheduleChoice]:
+    """Dense attention, then what is asked for."""
+    if not args.schedule:
+        args.method = args.method or ["radial:density=0.3"]
+    methods = [
+        choice for choice in (choices_of(args) if args.method else []) if choice.name != "dense"
+    ]
+    schedules = [ScheduleChoice(where) for where in dict.fromkeys(args.schedule)]
+    if not methods + schedules:
+        raise ValueError("nothing to compare dense with; add --method radial:density=0.3")
+    return [Choice("dense"), *methods, *schedules]
+
+
 def make_clips(
     pipe: object,
     requests: Sequence[Request],
-    choices: Sequence[Choice],
+    choices: Sequence[Choice | ScheduleChoice],
     guards: Guards,
     *,
     repeats: int,
@@ -134,7 +146,7 @@ def make_clips(
     return clips
 
 
-def _row(choice: Choice, clips: Sequence[Clip], dense: Sequence[Clip]) -> Row:
+def _row(choice: Choice | ScheduleChoice, clips: Sequence[Clip], dense: Sequence[Clip]) -> Row:
     steps_ms = [ms for clip in clips for ms in clip.steps_ms]
     # the share of a whole step, so that Amdahl's law applies to it
     share = sum(clip.report.attention_ms for clip in clips) / sum(steps_ms)

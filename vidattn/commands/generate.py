@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vidattn.commands.choice import SYNTAX, Choice, choices_of
+from vidattn.commands.choice import SCHEDULE_HELP, SYNTAX, Choice, ScheduleChoice, choices_of
 from vidattn.commands.clip import Guards, make_clip
 from vidattn.commands.model import load_pipeline
 from vidattn.commands.output import writable_file, write_atomically, write_json
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help=f"{SYNTAX} (default {DEFAULT_METHOD})",
     )
+    parser.add_argument("--schedule", metavar="NAME|FILE", help=SCHEDULE_HELP)
     parser.add_argument("--output", type=Path, default=Path("outputs/video.mp4"), metavar="FILE")
     add_request_arguments(parser)
     add_model_arguments(parser)
@@ -51,27 +52,40 @@ def run(args: argparse.Namespace) -> None:
     """Make the video."""
     if args.prompt is not None and args.prompt_flag is not None:
         raise ValueError("the prompt is given twice, with and without --prompt")
-    args.method = args.method or [DEFAULT_METHOD]
-    choices = choices_of(args)
-    if len(choices) > 1:
-        raise ValueError("generate takes one --method; `vidattn compare` takes several")
+    choice = _choice(args)
     request = request_of(args, args.prompt if args.prompt is not None else args.prompt_flag)
     path = writable_file(args.output, (".mp4", ".gif"))
     writable_file(path.with_suffix(".json"), (".json",))
     pipe = load_pipeline(args)
-    _make(args, pipe, resolve(pipe, request), choices[0], path)
+    _make(args, pipe, resolve(pipe, request), choice, path)
 
 
-def _make(args, pipe: object, request, choice: Choice, path: Path) -> None:
-    guards = Guards(args.dense_layers, args.dense_steps)
-    clip = make_clip(pipe, request, choice, guards)
+def _choice(args: argparse.Namespace) -> Choice | ScheduleChoice:
+    if args.schedule is not None:
+        if args.method:
+            raise ValueError(
+                f"generate takes a method or a schedule, got --method {args.method[0]} and "
+                f"--schedule {args.schedule}"
+            )
+        return ScheduleChoice(args.schedule)
+    args.method = args.method or [DEFAULT_METHOD]
+    choices = choices_of(args)
+    if len(choices) > 1:
+        raise ValueError("generate takes one --method; `vidattn compare` takes several")
+    return choices[0]
+
+
+def _make(args, pipe: object, request, choice: Choice | ScheduleChoice, path: Path) -> None:
+    clip = make_clip(pipe, request, choice, Guards(args.dense_layers, args.dense_steps))
     with write_atomically(path) as partial:
         write_video(partial, clip.frames, fps=args.fps)
     write_json(
         path.with_suffix(".json"),
-        record(pipe, args, request, guards)
+        record(pipe, args, request)
         | {
             "method": choice.label,
+            "dense_layers": clip.report.dense_layers,
+            "dense_steps": clip.report.dense_steps,
             "frames": list(clip.frames.shape),
             "timing": clip.timing(),
             "report": clip.report.to_dict(),

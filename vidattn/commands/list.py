@@ -1,4 +1,4 @@
-"""`vidattn list`: the methods, everything about one of them, or the models."""
+"""`vidattn list`: the methods, everything about one of them, the models or the presets."""
 
 from __future__ import annotations
 
@@ -12,34 +12,43 @@ from vidattn.commands.choice import (
     default_of,
     describe_method,
     describe_options,
-    describe_type,
     explain_method,
     option_hints,
 )
-from vidattn.methods import list_methods, method_class
+from vidattn.config import describe_type
+from vidattn.methods import label, list_methods, method_class
+from vidattn.resources import resource
+from vidattn.schedule_file import PRESETS, list_presets, load_schedule
 
 EXAMPLES = """\
 examples:
   vidattn list
   vidattn list radial
-  vidattn list --models"""
+  vidattn list --models
+  vidattn list --presets"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("method", nargs="?", help="show the options of this method")
     parser.add_argument(
+        "--presets", action="store_true", help="show the schedules for published models"
+    )
+    parser.add_argument(
         "--models", action="store_true", help="show the transformers of diffusers that are known"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the methods, one method, or the models."""
+    """Print what is asked for."""
     console = Console(highlight=False)
-    if args.models and args.method:
-        raise ValueError(f"list takes --models or a method, got both (method {args.method!r})")
+    asked = [args.method, args.models and "--models", args.presets and "--presets"]
+    if len(asked := [word for word in asked if word]) > 1:
+        raise ValueError(f"list takes a method, --models or --presets, got {' and '.join(asked)}")
     if args.models:
         _show_models(console)
+    elif args.presets:
+        _show_presets(console)
     elif args.method:
         _show_method(console, args.method)
     else:
@@ -71,6 +80,31 @@ def _show_models(console: Console) -> None:
     console.print("\n[bold]and refuses these[/]")
     for family in refused:
         console.print(f"  {', '.join(family.models)}:\n    {escape(family.refuse)}")
+
+
+def _show_presets(console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("preset", "transformer", "dense layers", "dense steps", "methods"):
+        table.add_column(column, overflow="fold")
+    for name in list_presets():
+        schedule = load_schedule(name)
+        guard, methods = (
+            schedule.guard,
+            dict.fromkeys(label(rule.method) for rule in schedule.rules),
+        )
+        cells = (
+            schedule.model.transformer,
+            str(guard.layers),
+            str(guard.steps),
+            "\n".join(methods),
+        )
+        table.add_row(f"[bold cyan]{name}[/]", *map(escape, cells))
+    console.print(table)
+    console.print(
+        "\nUsed as --schedule NAME, or vidattn.patch(pipe, schedule=NAME); the sources stand in\n"
+        f"{resource(PRESETS)}",
+        soft_wrap=True,
+    )
 
 
 def _show_method(console: Console, name: str) -> None:

@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import asdict
 
-from vidattn.commands.clip import Guards
 from vidattn.commands.model import is_bundled
 from vidattn.commands.request import Request
 from vidattn.measure import hardware
@@ -17,9 +16,7 @@ from vidattn.measure import hardware
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
-def record(
-    pipe: object, args: argparse.Namespace, request: Request, guards: Guards
-) -> dict[str, object]:
+def record(pipe: object, args: argparse.Namespace, request: Request) -> dict[str, object]:
     """Command, versions, machine, model and request as plain types."""
     return {
         "command": ["vidattn", *args.argv],
@@ -40,7 +37,6 @@ def record(
         },
         "request": asdict(request) | {"image": request.image and str(request.image)},
         "fps": args.fps,
-        **asdict(guards),
     }
 
 

@@ -76,12 +76,12 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fps", type=positive_int, default=16, metavar="N", help="default 16")
     group = parser.add_argument_group("where attention stays dense")
     group.add_argument(
-        "--dense-layers", type=count_or_share, default=1, metavar="X",
-        help="first layers: a count such as 2 or a share such as 0.1 (default 1)",
+        "--dense-layers", type=count_or_share, metavar="X",
+        help="first layers: a count such as 2 or a share such as 0.1 (default 1 or the schedule's)",
     )  # fmt: skip
     group.add_argument(
-        "--dense-steps", type=count_or_share, default=0.1, metavar="X",
-        help="first denoising steps: a count or a share (default 0.1)",
+        "--dense-steps", type=count_or_share, metavar="X",
+        help="first denoising steps: a count or a share (default 0.1, or the schedule's)",
     )  # fmt: skip
 
 

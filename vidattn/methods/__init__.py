@@ -9,6 +9,7 @@ import pkgutil
 
 from torch import Tensor
 
+from vidattn.config import show_value
 from vidattn.grid import Grid
 from vidattn.head_plan import HeadPlan
 from vidattn.method import Method
@@ -49,6 +50,26 @@ def create_method(name: str, **options: object) -> Method:
         if option not in known:
             raise unknown(f"option of method {name!r}", option, known)
     return cls(**options)
+
+
+def name_of(method: Method) -> str:
+    """The registered name of a method; of one that is not registered, its class."""
+    package, _, name = type(method).__module__.rpartition(".")
+    return name if package == __name__ else type(method).__name__
+
+
+def label(method: Method) -> str:
+    """A method with the options that differ from their defaults, as the command line reads it.
+
+    >>> label(create_method("radial", density=0.3))
+    'radial:density=0.3'
+    """
+    options = [
+        f"{field.name}={show_value(getattr(method, field.name))}"
+        for field in dataclasses.fields(method)
+        if getattr(method, field.name) != field.default
+    ]
+    return ":".join([name_of(method), *([",".join(options)] if options else [])])
 
 
 def plan(

@@ -1,0 +1,59 @@
+"""Where the video stands in the sequence of one attention call.
+
+Letters: B batch, H heads, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vidattn.grid import Grid
+from vidattn.pipelines import masks
+from vidattn.pipelines.family import Family
+from vidattn.pipelines.record import Pass
+
+
+class Call(NamedTuple):
+    """What one attention call is about.
+
+    Args:
+        turn: how many tokens at the front of the sequence stand at the end of the grid.
+        keys: (B, S) bool, those that may be read.
+        scale: factor of the scores, None for the usual one.
+    """
+
+    grid: Grid
+    turn: int
+    keys: Tensor | None
+    scale: float | None
+
+
+def find_video(
+    family: Family, current: Pass, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None
+) -> Call:
+    """Find the video among (B, H, S, D) queries.
+
+    Raises:
+        ValueError: the sequence has no grid, or its mask is none of keys.
+    """
+    length, (t, h, w) = q.shape[2], current.size
+    beside = length - t * h * w
+    if beside < 0 or k.shape[2] != length:
+        raise ValueError(
+            f"its {length} queries and {k.shape[2]} keys do not fit the video of {t}x{h}x{w}"
+        )
+    before = current.num_before
+    if before < 0:
+        before = beside if family.beside == "before" else 0
+    after = beside - before
+    if after < 0 or after and family.beside == "nothing":
+        raise ValueError(
+            f"its sequence of {length} is not the video of {t}x{h}x{w} = {t * h * w} tokens"
+        )
+    keys = masks.key_mask(mask, (q.shape[0], length), family.paired_mask)
+    # a grid has its text on one side; attention does not mind turning the sequence
+    turn = before if after else 0
+    grid = Grid(t, h, w, text=beside, text_first=bool(before) and not turn)
+    return Call(grid, turn, keys, scale)

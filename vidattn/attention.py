@@ -43,7 +43,7 @@ def attend(
         k: (B, Hk, S, D) keys; H must be a multiple of Hk (grouped-query attention).
         v: (B, Hk, S, D) values.
         plan: for the grid of these S tokens, with 1 or B samples and 1 or H heads.
-        scale: factor of the scores; D ** -0.5 by default.
+        scale: factor of the scores; D ** -0.5 by default. A plan may sharpen it.
         key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
         backend: "triton" (NVIDIA GPUs), "cpp" (CPUs with a C++ compiler), "torch" (any device),
             "flex" (compiled FlexAttention), "reference" (float64, dense memory), or "auto": dense
@@ -105,6 +105,7 @@ def _attend(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     _check(q, k, v, plan, key_mask)
+    scale *= plan.sharpness
     if backend == "auto" and plan.is_dense and not need_lse:
         mask = None if key_mask is None else key_mask[:, None, None]
         grouped = k.shape[1] != q.shape[1]

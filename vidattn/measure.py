@@ -10,12 +10,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vidattn.attention import attend
+from vidattn.head_plan import HeadPlan
 from vidattn.methods import plan as plan_of
 from vidattn.plan import Plan
 
@@ -86,7 +88,7 @@ def _pictures(*videos: Tensor) -> list[Tensor]:
     return scaled
 
 
-def recall(q: Tensor, k: Tensor, plan: Plan, *, scale: float | None = None) -> float:
+def recall(q: Tensor, k: Tensor, plan: Plan | HeadPlan, *, scale: float | None = None) -> float:
     """The share of dense attention's mass that lies on the pairs a plan keeps, mean over queries.
 
     It follows from two log-sum-exps, so memory stays that of attention.
@@ -102,9 +104,16 @@ def recall(q: Tensor, k: Tensor, plan: Plan, *, scale: float | None = None) -> f
     dense = plan_of("dense", plan.grid)
     kept, every = (
         attend(q, k, k, x, scale=scale, backend=_lse_engine(q), return_lse=True)[1]
-        for x in (plan, dense)
+        for x in (_blunt(plan), dense)
     )
     return (kept - every).double().exp().mean().item()
+
+
+def _blunt(plan: Plan | HeadPlan) -> Plan | HeadPlan:
+    """The plan with the scale of dense attention."""
+    if isinstance(plan, HeadPlan):
+        return HeadPlan(tuple(map(_blunt, plan.plans)), plan.plan_of_head)
+    return replace(plan, sharpness=1.0)
 
 
 def _lse_engine(q: Tensor) -> str:

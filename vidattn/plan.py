@@ -6,7 +6,7 @@ Letters: B batch, H heads, S tokens, N slots, n slots to a block, nv video block
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -34,6 +34,7 @@ class Plan:
     # compensation of what is not read: out = gain * out + rest @ (means of v over key blocks)
     gain: Tensor | None = None  # (B|1, H|1, nb), per query block
     rest: Tensor | None = None  # (B|1, H|1, nb, nb), query block by key block
+    sharpness: float = 1.0  # factor of the scale of the scores
     # what the method's next plan for the same place starts from, of no concern to any engine
     memory: tuple[Tensor, ...] = ()
 
@@ -126,7 +127,6 @@ class Plan:
         tensors += [lists.mask_id, lists.masks, self.gain, self.rest, *self.memory]
         if box is not None:
             tensors += [box.key, box.low, box.high]
-        tensors = [x for x in tensors if x is not None]
         return {
             "num_tokens": self.grid.num_tokens,
             "density": self.density,
@@ -134,14 +134,15 @@ class Plan:
             "block": self.layout.block,
             "num_blocks": self.lists.key_block.numel(),
             "num_partial_blocks": self._num_partial,
-            "memory_mib": sum(x.numel() * x.element_size() for x in tensors) / 2**20,
+            "memory_mib": sum(x.nbytes for x in tensors if x is not None) / 2**20,
         }
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan with its tensors on ``device``."""
-        extras = (None if x is None else x.to(device) for x in (self.gain, self.rest))
-        memory = tuple(x.to(device) for x in self.memory)
-        return Plan(self.grid, self.layout.to(device), self.lists.to(device), *extras, memory)
+        gain, rest = (None if x is None else x.to(device) for x in (self.gain, self.rest))
+        lists, memory = self.lists.to(device), tuple(x.to(device) for x in self.memory)
+        changes = {"lists": lists, "gain": gain, "rest": rest, "memory": memory}
+        return replace(self, layout=self.layout.to(device), **changes)
 
     @classmethod
     def from_blocks(
@@ -183,7 +184,7 @@ class Plan:
             num_full=counts.int(),
             key_block=torch.cat([rows.nonzero()[:, 1].int() for rows in pieces]),
         )
-        return cls(grid, layout, lists, gain, rest, memory)
+        return cls(grid, layout, lists, gain, rest, memory=memory)
 
     @classmethod
     def from_windows(

@@ -1,0 +1,69 @@
+"""FreeSwim's window: at a resolution above training, a token reads the field it was trained on.
+
+Source: Wu et al., "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free
+Ultra-High-Resolution Video Generation", arXiv:2511.14712. The window has the rows and columns of
+the training resolution and all frames, and moves inward at the edges. The scores are sharpened to
+sqrt(log_M(2 M) / D), M being the tokens of a frame at training. The authors' code reads one row
+and one column more where those are even, to have a middle. This is the window path alone; the
+second path, whose full attention steers the cross-attention, is no plan.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from vidattn.grid import Grid, Size, fit_tile
+from vidattn.method import Method, as_size
+from vidattn.methods.neighborhood import axis_window
+from vidattn.plan import Plan
+
+
+@dataclass(frozen=True)
+class FreeSwim(Method):
+    """All frames of a window as large as the frames that the model was trained on.
+
+    Args:
+        window: rows and columns of the training resolution in tokens; (30, 52) is 480 x 832 of Wan.
+        sharpen: whether to sharpen the scores, which is done only on grids above the window.
+        tile: tokens of one block along each axis; chosen for the grid when not given.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    window: tuple[int, int] = (30, 52)
+    sharpen: bool = True
+    tile: Size | None = None
+
+    def __post_init__(self):
+        if len(self.window) != 2 or not all(isinstance(x, int) and x >= 1 for x in self.window):
+            raise ValueError(
+                f"window must be the (rows, columns) of the training resolution, got {self.window}"
+            )
+        if self.tile is not None:
+            as_size("tile", self.tile)
+
+    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
+        """The exact window of every query; ``q`` and ``k`` are not read."""
+        window = (grid.t, *self.window)
+        windows = tuple(axis_window(*axis, 1, 1, False) for axis in zip(grid.size, window))
+        tile = self.tile or fit_tile(grid.size, (4, 4, 4))
+        plan = Plan.from_windows(grid, windows, tile=as_size("tile", tile), dilation=(1, 1, 1))
+        is_above = grid.h > self.window[0] or grid.w > self.window[1]
+        if not (self.sharpen and is_above):
+            return plan
+        return replace(plan, sharpness=sharpness(math.prod(self.window)))
+
+
+def sharpness(num_tokens: int) -> float:
+    """sqrt(log_M(2 M)) of the M tokens of a frame at training, 1 for a frame of one token.
+
+    >>> round(sharpness(30 * 52), 4)
+    1.0461
+    """
+    if num_tokens == 1:
+        return 1.0
+    return math.sqrt(math.log(2 * num_tokens) / math.log(num_tokens))

@@ -113,10 +113,15 @@ class Layout:
         return Layout(self.order.to(device), self.block, self.num_video_blocks)
 
 
-def raster_layout(grid: Grid, block: int) -> Layout:
-    """Video tokens in sequence order, ``block`` at a time."""
-    video = torch.arange(grid.num_video_tokens) + grid.video_start
-    return _with_text(grid, _pad(video, block), block)
+def raster_layout(grid: Grid, block: int, axes: Size = (0, 1, 2)) -> Layout:
+    """Video tokens ``block`` at a time, in sequence order or with the axes in another order.
+
+    Args:
+        axes: the axes t, h, w by their numbers, from the one that changes least to the one that
+            changes most.
+    """
+    video = (torch.arange(grid.num_video_tokens) + grid.video_start).view(grid.size)
+    return _with_text(grid, _pad(video.permute(axes).flatten(), block), block)
 
 
 def frame_layout(grid: Grid, block: int) -> Layout:

@@ -1,0 +1,140 @@
+"""PARO: each head in the order of the axes in which its attention gathers in few blocks.
+
+Source: Zhao et al., "PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized
+Attention in Visual Generation Models", arXiv:2506.16054. Orders and masks come from a calibration
+file (``vidattn calibrate``): they do not depend on the content, there is a mask for each of the
+first steps and one for the others. Without a file every generation is calibrated as it runs: the
+first sparse step settles the orders, at the price of six times dense attention, and each of the
+first steps its mask, the last of which serves the rest. The samples of a batch then share the
+orders, but not the masks. Blocks are kept by a threshold on their attention that meets the density.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from vidattn.calibration import load_calibration
+from vidattn.grid import Grid
+from vidattn.head_plan import HeadPlan
+from vidattn.method import Method
+from vidattn.plan import Plan
+from vidattn.reorder import order_mass, order_scores, ordered_plan, select_blocks
+
+
+@dataclass(frozen=True)
+class Paro(Method):
+    """The blocks with the most attention, in the best of the six orders of t, h and w.
+
+    Args:
+        density: kept share of the video pairs, above 0 and at most 1; that of a calibration file
+            is the file's.
+        calibration: path of the file; without one the first steps of a generation are calibration.
+        early: first denoising steps with a mask of their own, without a file.
+        block: tokens of one block, without a file.
+        layer: whose part of the calibration file is used; ``patch`` sets it.
+        step: likewise, the denoising step.
+
+    Raises:
+        ValueError: a value out of range, or a file that is none; from ``plan``, a file for another
+            grid or too few layers.
+    """
+
+    density: float = 0.3
+    calibration: str | None = None
+    early: int = 3
+    block: int = 64
+    layer: int = 0
+    step: int = 0
+
+    def __post_init__(self):
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
+        for name, least in (("early", 1), ("block", 1), ("layer", 0), ("step", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.calibration is not None:
+            load_calibration(self.calibration)
+
+    @property
+    def reads_content(self) -> bool:
+        """Whether there is no file that says what to read."""
+        return self.calibration is None
+
+    def at(self, layer: int) -> Paro:
+        """The method with the layer's part of the file."""
+        return self if self.calibration is None else replace(self, layer=layer)
+
+    def in_step(self, step: int) -> Paro:
+        """The method with the step's part of the file."""
+        if self.calibration is None:
+            return self
+        return replace(self, step=min(step, len(load_calibration(self.calibration).masks) - 1))
+
+    def misfit(self, transformer: str, layers: int, heads: int | None) -> str | None:
+        """What the file was made for, if it is another model."""
+        if self.calibration is None:
+            return None
+        found = load_calibration(self.calibration)
+        of, here = (found.transformer, *found.orders.shape), (transformer, layers, heads)
+        for what, wanted, given in zip(("transformer", "layers", "heads"), of, here):
+            if given is not None and wanted != given:
+                return (
+                    f"calibration '{self.calibration}' is for another model: it has {what} "
+                    f"{wanted}, the model here has {given}"
+                )
+        return None
+
+    def keeps(self, made: int, now: int, num_steps: int | None) -> bool:
+        """Whether the plan is past the early steps, which each have their own."""
+        return now > made >= self.early - 1
+
+    def plan(
+        self,
+        grid: Grid,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        key_mask: Tensor | None = None,
+        last: Plan | HeadPlan | None = None,
+    ) -> Plan | HeadPlan:
+        """The blocks of every head, from the file or from ``q`` and ``k``.
+
+        Args:
+            q: (B, H, S, D).
+            k: (B, K, S, D), H a multiple of K.
+            scale: factor of the scores; D ** -0.5 by default.
+            key_mask: (B, S) bool, False for keys that nobody may read.
+            last: the plan for the same place at an earlier step, whose orders are kept.
+        """
+        if self.calibration is not None:
+            return self._from_file(grid)
+        if q is None or k is None:
+            raise ValueError("paro without a calibration file reads content: give q and k")
+        q, k = q.detach(), k.detach()
+        given = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "key_mask": key_mask}
+        if last is None:
+            orders = order_scores(grid, q, k, self.block, **given).argmax(0)
+        else:
+            (orders,) = last.memory
+        mass = order_mass(grid, q, k, self.block, orders, **given)
+        blocks = select_blocks(grid, mass, self.block, self.density)
+        return ordered_plan(grid, blocks, self.block, orders, memory=(orders,))
+
+    def _from_file(self, grid: Grid) -> Plan | HeadPlan:
+        found = load_calibration(self.calibration)
+        if found.size != grid.size:
+            raise ValueError(
+                f"calibration '{self.calibration}' is for a video of {found.size} tokens, this one "
+                f"has {grid.size}: calibrate at this size"
+            )
+        if self.layer >= len(found.orders):
+            raise ValueError(
+                f"calibration '{self.calibration}' has {len(found.orders)} layers, asked for "
+                f"layer {self.layer}, counted from 0"
+            )
+        blocks = found.masks[min(self.step, len(found.masks) - 1), self.layer]
+        return ordered_plan(grid, blocks[None], found.block, found.orders[self.layer])

@@ -10,7 +10,6 @@ from vidattn.grid import Grid, Layout, raster_layout
 from vidattn.measure import (
     attention_flops,
     hardware,
-    interleaved_ms,
     psnr,
     recall,
     speedup_bound,
@@ -122,14 +121,6 @@ def test_work_and_bound_count_visited_blocks():
 def test_a_share_is_above_0_and_at_most_1(share):
     with pytest.raises(ValueError, match="attention_share"):
         speedup_bound(plan("dense", Grid(1, 2, 3)), share)
-
-
-def test_functions_are_timed_in_turns():
-    calls = []
-    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = interleaved_ms(functions, rounds=3, warmup=1)
-    assert calls == ["a", "b"] * 4
-    assert times.keys() == functions.keys() and all(ms >= 0 for ms in times.values())
 
 
 def test_hardware_names_the_machine():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vidattn.commands.choice import Choice, ScheduleChoice
 from vidattn.commands.request import Request
-from vidattn.measure import synchronize
+from vidattn.kernels.timing import synchronize
 from vidattn.pipelines.patch import patch
 from vidattn.pipelines.report import Report
 

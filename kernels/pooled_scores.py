@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vidattn.kernels.slots import Slots
-
 
 def block_means(
     x: Tensor, order: Tensor, block: int, key_mask: Tensor | None = None
@@ -50,12 +48,14 @@ def block_deviations(
 
 def _blocks(x: Tensor, order: Tensor, block: int, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, H, nb, n, D) tokens and (B|1, 1, nb, n, 1) whether each counts, in float32 or more."""
-    live = (order >= 0)[None]
+    live, token = (order >= 0)[None], order.long().clamp_min(0)
     if key_mask is not None:
-        live = live & key_mask[:, order.long().clamp_min(0)]
+        live = live & key_mask[:, token]
+    live = live.view(live.shape[0], 1, -1, block, 1)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    blocks = Slots(order, block, None).fill(x).view(*x.shape[:2], -1, block, x.shape[-1])
-    return blocks.to(dtype), live.view(live.shape[0], 1, -1, block, 1).to(dtype)
+    # a gather of all slots: to look for the empty ones would be to wait for the device
+    blocks = x.index_select(2, token).unflatten(2, (-1, block)).to(dtype)
+    return blocks.masked_fill(~live, 0), live.to(dtype)
 
 
 def _mean(blocks: Tensor, weights: Tensor, counts: Tensor) -> Tensor:

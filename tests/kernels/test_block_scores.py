@@ -142,3 +142,14 @@ def test_deviations_are_over_true_tokens():
             rows = k[b][:, [t for t in tokens_of(j) if key_mask[b, t]]].double()
             expected = (rows - rows.mean(1, keepdim=True)).abs().mean(1)
             torch.testing.assert_close(found[b, :, j].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_depends_on_what_only_the_device_knows():
+    q, k, key_mask = (x.to("meta") for x in inputs())
+    order = LAYOUT.order.to("meta")
+    scores = pooled_scores(q, k, order, LAYOUT.block, scale=0.3, key_mask=key_mask)
+    assert scores.shape == (2, 4, LAYOUT.num_blocks, LAYOUT.num_blocks) and scores.is_meta
+    tokens = torch.ones(LAYOUT.num_blocks, device="meta")
+    chosen = (select_count(scores, 2), select_mass(scores, 0.5), select_share(scores, tokens, 0.5))
+    assert all(x.shape == scores.shape for x in chosen)
+    assert block_deviations(q, order, LAYOUT.block).is_meta

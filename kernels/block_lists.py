@@ -6,6 +6,7 @@ block, M distinct masks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,27 @@ class Box:
     high: Tensor  # (N,) int32, last visible position of each query slot, guard bits set
     guard: int
 
+    @classmethod
+    def pack(cls, axes: Sequence[tuple[int, Tensor, Tensor, Tensor]]) -> Box:
+        """One box to a slot.
+
+        Args:
+            axes: the extent of each, and three (N,) int64 tensors: the place of each slot, and the
+                first and the last place that a query in it reads.
+
+        Raises:
+            ValueError: too many places for 31 bits.
+        """
+        check_packable([extent for extent, *_ in axes])
+        key, low, high, guard, shift = 0, 0, 0, 0, 0
+        for extent, here, first, last in axes:
+            key = key + (here << shift)
+            low = low + (first << shift)
+            high = high + (last << shift)
+            shift += (extent - 1).bit_length() + 1
+            guard += 1 << (shift - 1)
+        return cls(key.int(), (low - guard).int(), (high | guard).int(), guard)
+
     def visible(self, query_slots: Tensor, key_slots: Tensor) -> Tensor:
         """Bool of the two slot tensors broadcast together."""
         key = self.key[key_slots]
@@ -50,6 +72,16 @@ class Box:
     def to(self, device: torch.device | str) -> Box:
         """The same box with its tensors on ``device``."""
         return Box(self.key.to(device), self.low.to(device), self.high.to(device), self.guard)
+
+
+def check_packable(size: Sequence[int]) -> None:
+    """Raise ValueError unless a position on the grid fits in 31 bits, guards included."""
+    bits = sum((extent - 1).bit_length() + 1 for extent in size)
+    if bits > 31:
+        raise ValueError(
+            f"a grid of {tuple(size)} needs {bits} bits to pack a position, 31 are there: "
+            "attend to the video in pieces"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +146,70 @@ class BlockLists:
         rank = torch.arange(self.key_block.numel(), device=self.row_start.device)
         rows = self.row_of_entry
         return rank - self.row_start[rows] >= self.num_full[rows]
+
+    def check(self, order: Tensor, block: int, num_tokens: int) -> None:
+        """Look, once, at what the lists and a layout point at: an engine would read it.
+
+        Args:
+            order: (N,) int32, token in each slot, -1 for an empty slot.
+            block: slots to a block.
+
+        Raises:
+            ValueError: something outside the layout or the tokens, or lists of the wrong lengths.
+        """
+        held = (order, self.row_start, self.num_full, self.key_block)
+        held += (self.box, self.mask_id, self.masks)
+        seen = self.cache.get(("checked", num_tokens), (None,))
+        if order.is_meta or all(a is b for a, b in zip(held, seen)):
+            return
+        nb, starts = order.numel() // block, self.row_start.numel() - 1
+        rows = self.batch * self.heads * nb
+        if (self.num_rows, starts) != (rows, rows):
+            raise ValueError(
+                f"the plan has {self.num_rows} rows of lists and {starts} starts; "
+                f"{self.batch} samples, {self.heads} heads and {nb} blocks need {rows} of each"
+            )
+        box, masks = self.box, self.masks
+        fits = box is None or {x.numel() for x in (box.key, box.low, box.high)} == {order.numel()}
+        if masks is not None:
+            named = self.mask_id is not None and self.mask_id.numel() == self.key_block.numel()
+            fits &= named and masks.shape[1:] == (block, block)
+        if not fits:
+            raise ValueError(
+                f"the plan's box or masks are not for {nb} blocks of {block}: make them from one "
+                "grid"
+            )
+        self._check_bounds(order, nb, num_tokens)
+        self.cache["checked", num_tokens] = held
+
+    def _check_bounds(self, order: Tensor, nb: int, num_tokens: int) -> None:
+        entries = self.key_block.numel()
+        has_rule = self.box is not None or self.masks is not None
+        rule = "lists" if has_rule else "lists, which have neither box nor masks"
+        bounds = {
+            "lists blocks": (self.key_block, 0, nb, "layout"),
+            "holds tokens": (order, -1, num_tokens, "grid"),
+            "begins rows at": (self.row_start, 0, entries + 1, "lists"),
+            "has rows of length": (self.counts, 0, entries + 1, "lists"),
+            "has partial blocks": (
+                self.counts - self.num_full,
+                0,
+                entries + 1 if has_rule else 1,
+                rule,
+            ),
+        }
+        if self.masks is not None:
+            bounds["names masks"] = (self.mask_id, -1, len(self.masks), "table")
+        bounds = {what: bound for what, bound in bounds.items() if bound[0].numel()}
+        # one wait for the device, not one for each
+        found = torch.stack([torch.stack(x.long().aminmax()) for x, *_ in bounds.values()])
+        for (what, bound), (low, high) in zip(bounds.items(), found.tolist()):
+            _, first, count, owner = bound
+            if low < first or high >= count:
+                raise ValueError(
+                    f"the plan {what} {low} to {high}; {first} to {count - 1} fit its {owner}: "
+                    "make them from one grid"
+                )
 
     def transposed(self) -> BlockLists:
         """The lists of the key blocks: which query blocks read each, made once.

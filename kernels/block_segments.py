@@ -35,32 +35,38 @@ class Segments:
     box: tuple[Tensor, Tensor, Tensor] | None  # key, low and high, (N,) int32
 
 
-def even_block(block: int) -> int:
-    """The smallest length from ``block`` on that a tile divides well: at most a quarter wasted."""
-    for tile in TILES:
-        even = -(-block // tile) * tile
-        if even * 4 <= block * 5:
-            return even
-    return -(-block // TILES[-1]) * TILES[-1]
+def even_block(block: int, smallest: int = TILES[-1]) -> int:
+    """The smallest length from ``block`` on that a tile divides well: at most a quarter wasted.
+
+    Args:
+        smallest: tile of ``TILES``, which divides the length however much is wasted.
+    """
+    least = -(-block // smallest) * smallest
+    evens = (-(-block // tile) * tile for tile in TILES if tile >= smallest)
+    return next((even for even in evens if even * 4 <= block * 5), least)
 
 
-def segments(order: Tensor, block: int, lists: BlockLists, *, transposed: bool = False) -> Segments:
+def segments(
+    order: Tensor,
+    block: int,
+    lists: BlockLists,
+    *,
+    transposed: bool = False,
+    smallest_tile: int = TILES[-1],
+) -> Segments:
     """The segments of a layout and its lists, or of the transposed lists; made once.
 
     Args:
         order: (N,) int32, token in each slot, -1 for an empty slot.
         block: slots to a block.
         lists: which key blocks each query block reads.
-
-    Raises:
-        ValueError: a list names a block that the layout does not have.
+        smallest_tile: see ``even_block``.
     """
-    key = ("segments", transposed)
+    key = ("segments", transposed, smallest_tile)
     kept_order, kept = lists.cache.get(key, (None, None))
     if kept_order is order:
         return kept
-    _check(lists, order.numel() // block)
-    even = even_block(block)
+    even = even_block(block, smallest_tile)
     slots = pad_blocks(order, block, even, -1)
     has_gap = (slots.view(-1, even) < 0).any(-1)
     rows = _clear_first(lists.transposed() if transposed else lists, has_gap)
@@ -70,16 +76,6 @@ def segments(order: Tensor, block: int, lists: BlockLists, *, transposed: bool =
     made = Segments(even, slots, *rows, masks, _box(lists, slots, block, even))
     lists.cache[key] = order, made
     return made
-
-
-def _check(lists: BlockLists, num_blocks: int) -> None:
-    if lists.key_block.numel():
-        first, last = (x.item() for x in torch.aminmax(lists.key_block))
-        if first < 0 or last >= num_blocks:
-            raise ValueError(
-                f"the plan lists blocks {first} to {last}, its layout has {num_blocks}: "
-                "make both from one grid"
-            )
 
 
 def pad_blocks(x: Tensor, block: int, even: int, value: int) -> Tensor:

@@ -81,12 +81,12 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias):
     with torch.autocast(q.device.type, enabled=False):
-        return _Call(q, k, v, Slots(order, block, key_mask), lists, scale).forward()
+        return Call(q, k, v, Slots(order, block, key_mask), lists, scale).forward()
 
 
 def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
     with torch.autocast(q.device.type, enabled=False):
-        call = _Call(q, k, v, Slots(order, block, key_mask), lists, scale)
+        call = Call(q, k, v, Slots(order, block, key_mask), lists, scale)
         return *call.backward(d_out, lse, delta), q.new_empty(0)
 
 
@@ -101,7 +101,7 @@ def _with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, T
     return F.pad(q, (0, 1), value=1.0), torch.cat([k, bias], dim=-1), F.pad(v, (0, 1))
 
 
-class _Call:
+class Call:
     """One call: k and v in blocks, and the parts of the queries that workers take.
 
     Args:
@@ -186,12 +186,16 @@ class _Call:
                     total.mul_(fade)
                 scores.sub_(highest)
                 top = highest
-            sums = scores.exp2_().sum(-1, keepdim=True)
+            sums = self.weigh(scores)
             total = total.add_(sums) if begin else sums
             # over the keys, which are done with: less memory to pass through the caches
             v = space.gather("k", self.v, index, len(q))
             space.add_product(acc, space.cast("weights", scores, v.dtype), v, first=not begin)
         return acc, total, top
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """(G, n, 1) sums of weights; (G, n, P * n) scores become weights, in place."""
+        return scores.exp2_().sum(-1, keepdim=True)
 
     def backward(self, d_out: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
         """Gradients of q, k and v; ``delta`` is what the softmax of each row loses."""

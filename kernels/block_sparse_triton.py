@@ -16,7 +16,7 @@ from torch import Tensor
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.block_segments import Segments, segments
 from vidattn.kernels.compensation import compensate
-from vidattn.kernels.library import LISTS, REST, Operator, flatten, gather
+from vidattn.kernels.library import LISTS, REST, Operator, flatten, gather, new_like
 from vidattn.kernels.triton_configs import Tile, architecture, padded_head_dim, tile
 
 LOG2E = math.log2(math.e)
@@ -113,9 +113,9 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None,
     from vidattn.kernels import triton_forward
 
     rows = segments(order, block, lists)
-    out, lse = _new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(rows_of, (q, k, v))
-    bias = _bias(q, key_mask, key_bias)
+    bias = bias_arguments(q, key_mask, key_bias)
     shipped = _tile("forward", q, rows, bias)
     launch(
         triton_forward.forward_kernel,
@@ -130,16 +130,16 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None,
         scale=scale * LOG2E,
         num_tokens=q.shape[2],
         **bias,
-        **_strides(q=q, k=k, v=v, o=out),
-        **_lists(rows, lists, q, k),
-        **_constants(rows, q, shipped),
+        **stride_arguments(q=q, k=k, v=v, o=out),
+        **list_arguments(rows, lists, q, k),
+        **constant_arguments(rows, q, shipped),
     )
     return out, lse
 
 
 def launch(kernel: Any, num_programs: int, **arguments: Any) -> None:
-    """Run a kernel on the device of ``q``."""
-    with torch.cuda.device_of(arguments["q"]):
+    """Run a kernel on the device of its arguments."""
+    with torch.cuda.device_of(arguments["order"]):
         # the default of fusion changes with Triton 3.10, and the bits of results with it
         kernel[(num_programs,)](**arguments, enable_fp_fusion=True)
 
@@ -153,23 +153,23 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
     from vidattn.kernels import triton_key_gradient, triton_query_gradient
 
     rows, columns = (segments(order, block, lists, transposed=turned) for turned in (False, True))
-    d_q, d_k, d_v = map(_new_like, (q, k, v))
+    d_q, d_k, d_v = map(new_like, (q, k, v))
     d_out, q, k, v = map(rows_of, (d_out, q, k, v))
     lse, delta = by_slot(lse, rows.order), delta.index_select(2, rows.order.long().clamp_min(0))
     # a query without keys has no gradient, whatever comes back through its log-sum-exp
     delta.masked_fill_(lse == NO_QUERY, 0)
     given = {"q": q, "k": k, "v": v, "d_out": d_out, "slot_lse": lse, "delta": delta}
-    bias = _bias(q, key_mask, key_bias)
-    given |= {"scale": scale, **bias, **_strides(q=q, k=k, v=v, d=d_out)}
+    bias = bias_arguments(q, key_mask, key_bias)
+    given |= {"scale": scale, **bias, **stride_arguments(q=q, k=k, v=v, d=d_out)}
     shipped = _tile("query_gradient", q, rows, bias)
     launch(
         triton_query_gradient.query_gradient_kernel,
         rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],
         d_q=d_q,
         **given,
-        **_strides(g=d_q),
-        **_lists(rows, lists, q, k),
-        **_constants(rows, q, shipped),
+        **stride_arguments(g=d_q),
+        **list_arguments(rows, lists, q, k),
+        **constant_arguments(rows, q, shipped),
     )
     d_bias = None if key_bias is None else lse.new_empty(q.shape[:3])
     shipped = _tile("key_gradient" if d_bias is None else "key_gradient_bias", q, rows, bias)
@@ -181,9 +181,9 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
         d_bias=d_bias,
         num_tokens=q.shape[2],
         **given,
-        **_strides(gk=d_k, gv=d_v),
-        **_lists(columns, lists, q, k),
-        **_constants(columns, q, shipped),
+        **stride_arguments(gk=d_k, gv=d_v),
+        **list_arguments(columns, lists, q, k),
+        **constant_arguments(columns, q, shipped),
     )
     if d_bias is None:
         return d_q, d_k, d_v, q.new_empty(0)
@@ -193,13 +193,13 @@ def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, 
 _attention = Operator("block_sparse_triton", _forward, _backward)
 _compensated = torch.library.custom_op(
     "vidattn::block_sparse_triton_compensated",
-    lambda q, k, v, gain, shift, *rest: _forward(q, k, v, *gather(rest), gain, shift),
+    lambda q, k, v, gain, shift, *rest: _forward(q, k, v, *gather(rest, q.shape[2]), gain, shift),
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? shift, "
     f"{LISTS}, {REST}) -> (Tensor, Tensor)",
 )
 _compensated.register_fake(
-    lambda q, k, v, *rest: (_new_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+    lambda q, k, v, *rest: (new_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
 )
 
 
@@ -224,18 +224,12 @@ def by_slot(lse: Tensor, order: Tensor) -> Tensor:
     return lse.index_select(2, token.clamp_min(0)).masked_fill_(token < 0, NO_QUERY)
 
 
-def _new_like(x: Tensor) -> Tensor:
-    """Memory for a result where tokens stay as they are, the numbers of one side by side."""
-    like = torch.empty_like(x)
-    return like if like.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def rows_of(x: Tensor) -> Tensor:
     """``x`` with the numbers of a token side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
+def stride_arguments(**tensors: Tensor) -> dict[str, int]:
     return {
         f"stride_{name}{axis}": stride
         for name, x in tensors.items()
@@ -243,7 +237,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _bias(q: Tensor, key_mask: Tensor | None, key_bias: Tensor | None) -> dict[str, Any]:
+def bias_arguments(q: Tensor, key_mask: Tensor | None, key_bias: Tensor | None) -> dict[str, Any]:
     """The arguments about (B|1, H|1, S) float32 biases, base 2, -inf for keys nobody may read."""
     if key_mask is None and key_bias is None:
         return {"key_bias": None, "stride_bias_b": 0, "stride_bias_h": 0}
@@ -257,7 +251,7 @@ def _bias(q: Tensor, key_mask: Tensor | None, key_bias: Tensor | None) -> dict[s
     return {"key_bias": bias, "stride_bias_b": bias.stride(0), "stride_bias_h": bias.stride(1)}
 
 
-def _lists(rows: Segments, lists: BlockLists, q: Tensor, k: Tensor) -> dict[str, Any]:
+def list_arguments(rows: Segments, lists: BlockLists, q: Tensor, k: Tensor) -> dict[str, Any]:
     """The arguments about lists and layout, which all kernels name alike."""
     num_blocks = rows.order.numel() // rows.block
     key, low, high = (None, None, None) if rows.box is None else rows.box
@@ -281,7 +275,7 @@ def _lists(rows: Segments, lists: BlockLists, q: Tensor, k: Tensor) -> dict[str,
     }
 
 
-def _constants(rows: Segments, q: Tensor, shipped: Tile) -> dict[str, Any]:
+def constant_arguments(rows: Segments, q: Tensor, shipped: Tile) -> dict[str, Any]:
     """The compile-time arguments and the options of a launch."""
     from vidattn.kernels.triton_tiles import BOX, LIVE, NO_RULE, TABLE
 

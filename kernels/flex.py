@@ -20,7 +20,7 @@ from vidattn.kernels.slots import Slots
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # each shape of the inputs and each kind of rule is compiled once, up to so many
 MAX_SHAPES = 256
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def block_sparse_attention(
@@ -34,6 +34,7 @@ def block_sparse_attention(
     scale: float,
     key_mask: Tensor | None = None,
     need_lse: bool = True,
+    kernel_options: dict[str, int | str] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The result of ``block_sparse_torch.block_sparse_attention``, by compiled FlexAttention.
 
@@ -46,6 +47,7 @@ def block_sparse_attention(
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
         need_lse: whether to return the log-sum-exp, which FlexAttention lacks on a CPU.
+        kernel_options: of FlexAttention on a GPU; by default tiles that divide the block.
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, or None.
@@ -54,11 +56,12 @@ def block_sparse_attention(
         ValueError: something FlexAttention cannot do on this device.
     """
     _check(q, k, v, block, need_lse)
+    lists.check(order, block, q.shape[2])
     slots = Slots(order, block, key_mask)
     block_mask = _block_mask(lists, slots, shared=key_mask is None)
     options = {"scale": scale, "block_mask": block_mask, "enable_gqa": q.shape[1] != k.shape[1]}
     if q.device.type != "cpu":
-        options["kernel_options"] = _tiles(block)
+        options["kernel_options"] = kernel_options or _tiles(block)
     blocks = (slots.fill(x).view(*x.shape[:2], -1, x.shape[-1]) for x in (q, k, v))
     if not need_lse:
         return slots.read(_compiled()(*blocks, **options), q), None
@@ -67,11 +70,16 @@ def block_sparse_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, block: int, need_lse: bool) -> None:
+    if q.dtype not in DTYPES:
+        raise ValueError(
+            f'FlexAttention takes float32, bfloat16 and float16, got {q.dtype}: use backend="torch"'
+        )
     if q.device.type != "cpu":
-        if block % 16:
+        if block % 16 or q.shape[-1] < 16:
             raise ValueError(
-                f"FlexAttention needs blocks of a multiple of 16 tokens on a GPU, got {block}: "
-                'choose another tile, or backend="torch"'
+                "FlexAttention needs blocks of a multiple of 16 tokens and head dims from 16 on a "
+                f"GPU, got {block} and {q.shape[-1]}: choose another tile, or "
+                'backend="torch"'
             )
         return
     if need_lse:
@@ -81,11 +89,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block: int, need_lse: bool) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
             'FlexAttention has no backward on a CPU: use backend="torch", or torch.no_grad()'
-        )
-    if q.dtype not in CPU_DTYPES:
-        raise ValueError(
-            f"FlexAttention on a CPU takes float32, bfloat16 and float16, got {q.dtype}: "
-            'use backend="torch"'
         )
 
 

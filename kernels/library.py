@@ -45,14 +45,15 @@ class Operator:
     def __init__(self, name: str, forward: Forward, backward: Backward):
         self._forward = torch.library.custom_op(
             f"vidattn::{name}",
-            lambda q, *rest: _laid_out(forward(q, *rest[:2], *gather(rest[2:])), (q,)),
+            lambda q, *rest: _laid_out(forward(q, *rest[:2], *gather(rest[2:], q.shape[2])), (q,)),
             mutates_args=(),
             schema=f"(Tensor q, Tensor k, Tensor v, {LISTS}, {REST}) -> (Tensor, Tensor)",
         )
         self._backward = torch.library.custom_op(
             f"vidattn::{name}_backward",
             lambda *inputs: _laid_out(
-                backward(*inputs[:6], *gather(inputs[6:])), (*inputs[2:5], inputs[-1])
+                backward(*inputs[:6], *gather(inputs[6:], inputs[2].shape[2])),
+                (*inputs[2:5], inputs[-1]),
             ),
             mutates_args=(),
             schema=f"(Tensor d_out, Tensor delta, Tensor q, Tensor k, Tensor v, Tensor lse, "
@@ -136,8 +137,12 @@ def flatten(lists: BlockLists) -> tuple:
     return *held, *shape
 
 
-def gather(rest: tuple) -> tuple:
-    """The block lists, from their tensors, with the arguments after them."""
+def gather(rest: tuple, num_tokens: int) -> tuple:
+    """The block lists, from their tensors, with the arguments after them: order, block and others.
+
+    Raises:
+        ValueError: lists or an order that point outside of ``num_tokens`` tokens.
+    """
     row_start, num_full, key_block, key, low, high, mask_id, masks, guard, batch, heads = rest[
         :_NUM_LISTS
     ]
@@ -145,7 +150,15 @@ def gather(rest: tuple) -> tuple:
     if lists is None or lists.key_block is not key_block:
         box = None if key is None else Box(key, low, high, guard)
         lists = BlockLists(batch, heads, row_start, num_full, key_block, box, mask_id, masks)
-    return lists, *rest[_NUM_LISTS:]
+    rest = rest[_NUM_LISTS:]
+    lists.check(*rest[:2], num_tokens)
+    return lists, *rest
+
+
+def new_like(x: Tensor) -> Tensor:
+    """Memory for a result where tokens stay as they are, the numbers of one side by side."""
+    like = torch.empty_like(x)
+    return like if like.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _fake_forward(q, k, v, *rest):

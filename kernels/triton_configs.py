@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KERNELS = ("forward", "query_gradient", "key_gradient", "key_gradient_bias", "block_mass")
+KERNELS = (
+    "forward",
+    "query_gradient",
+    "key_gradient",
+    "key_gradient_bias",
+    "block_mass",
+    "int8_qk",
+    "int8",
+)
 # compute capability the rows of the table are for
 ARCHITECTURES = (80, 89, 90, 100, 120)
 HEAD_DIMS = (32, 64, 128, 256)
@@ -67,6 +75,14 @@ _HALF = {
         for n in (32, 64, 128)
     },
     ("block_mass", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
+    **{
+        ("int8_qk", n): {_OLD: Tile(128, 64, 8, 3), (90, 100): Tile(128, 128, 8, 3)}
+        for n in (32, 64, 128)
+    },
+    ("int8_qk", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
+    # as many keys everywhere as share a scale of their weights, on whatever GPU
+    **{("int8", n): {(*_OLD, 90, 100): Tile(128, 64, 8, 3)} for n in (32, 64, 128)},
+    ("int8", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
 }
 # float32 has no tensor cores: equal on all architectures, by padded head dim
 _SINGLE_KEYS = {

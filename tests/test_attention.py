@@ -1,13 +1,17 @@
 """attend(): engines agree, and bad input is named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import vidattn
-from tests.kernels.attention_cases import random_blocks, random_inputs, relative_rms
+from tests.kernels.attention_cases import random_blocks, random_inputs, relative_rms, striped
 from vidattn.attention import attend
-from vidattn.grid import Grid
+from vidattn.grid import Grid, tile_layout
+from vidattn.kernels.block_lists import Box
+from vidattn.plan import Plan
 
 GRID = Grid(2, 7, 5, text=6)
 
@@ -51,6 +55,10 @@ WRONG = {
         lambda x: other(x, **{name: x[name][:, :, :9] for name in "qkv"}),
         "q has 9 tokens but the plan is for 76",
     ),
+    "integers": (
+        lambda x: other(x, **{name: x[name].long() for name in "qkv"}),
+        "must be floating point, got torch.int64",
+    ),
     "mixed dtypes": (lambda x: other(x, k=x["k"].double()), "share one dtype"),
     "a plan for other heads": (
         lambda x: other(x, plan=random_blocks(GRID, heads=3)),
@@ -76,3 +84,87 @@ def test_bad_input_is_named(case):
     arguments = change({"q": q, "k": k, "v": v, "plan": random_blocks(GRID)})
     with pytest.raises(ValueError, match=message):
         attend(**arguments)
+
+
+def changed(plan, **lists):
+    """The plan with other lists."""
+    return replace(plan, lists=replace(plan.lists, **lists))
+
+
+HAND_MADE = {
+    "a block outside": (
+        lambda p: changed(p, key_block=p.lists.key_block + 1),
+        r"lists blocks 1 to (\d+); 0 to",
+    ),
+    "a block below": (lambda p: changed(p, key_block=p.lists.key_block - 1), "lists blocks -1 to"),
+    "a token outside": (
+        lambda p: replace(p, layout=replace(p.layout, order=p.layout.order + 1)),
+        "holds tokens 0 to 76; -1 to 75 fit its grid",
+    ),
+    "a mask outside": (lambda p: changed(p, mask_id=p.lists.mask_id + 9**4), "names masks"),
+    "rows backwards": (
+        lambda p: changed(p, row_start=p.lists.row_start.flip(0)),
+        "has rows of length -",
+    ),
+    "rows beyond the lists": (
+        lambda p: changed(p, row_start=p.lists.row_start + 5),
+        "begins rows at 5 to",
+    ),
+    "too many whole blocks": (
+        lambda p: changed(p, num_full=p.lists.num_full + 99),
+        "has partial blocks -",
+    ),
+    "masks of another size": (
+        lambda p: changed(p, masks=p.lists.masks[:, 1:, 1:]),
+        "box or masks are not for [0-9]+ blocks of 16",
+    ),
+    "a box of another layout": (
+        lambda p: changed(p, box=Box(*(torch.zeros(32, dtype=torch.int32) for _ in range(3)), 1)),
+        "box or masks are not for",
+    ),
+    "no rule": (lambda p: changed(p, mask_id=None, masks=None), "neither box nor masks"),
+    "rows of another layout": (
+        lambda p: changed(p, num_full=p.lists.num_full[1:]),
+        "has [0-9]+ rows of lists",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "flex", "int8"])
+@pytest.mark.parametrize("case", HAND_MADE)
+def test_a_plan_that_points_outside_is_caught(case, backend):
+    change, message = HAND_MADE[case]
+    plan = Plan.from_rule(GRID, tile_layout(GRID, (1, 4, 4)), striped)
+    q, k, v = random_inputs(GRID)[:3]
+    attend(q, k, v, plan, backend="torch")
+    bad = change(plan)
+    if backend == "int8":
+        bad, backend = bad.with_precision("int8"), "auto"
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, v, bad, backend=backend)
+
+
+@pytest.mark.parametrize("precision", [None, "int8_qk", "int8"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_query_without_keys_gives_0(backend, precision):
+    grid = Grid(2, 7, 5)
+    plan = random_blocks(grid)
+    if precision is not None:
+        plan, backend = plan.with_precision(precision), "torch"
+    q, k, v = random_inputs(grid)[:3]
+    key_mask = torch.ones(2, grid.num_tokens, dtype=torch.bool)
+    key_mask[1] = False
+    empty = ~(plan.mask() & key_mask[:, None, None]).any(-1)
+    assert empty[1].all() and empty[0].any() and not empty[0].all()
+    out, lse = attend(q, k, v, plan, backend=backend, key_mask=key_mask, return_lse=True)
+    assert not out[empty].any() and (lse[empty] == -torch.inf).all()
+    assert out[~empty].isfinite().all() and lse[~empty].isfinite().all()
+
+
+def test_a_sample_without_keys_gives_0_in_dense_attention():
+    q, k, v = (x.requires_grad_() for x in random_inputs(GRID)[:3])
+    key_mask = torch.ones(2, GRID.num_tokens, dtype=torch.bool)
+    key_mask[1] = False
+    out = attend(q, k, v, vidattn.plan("dense", GRID), key_mask=key_mask)
+    assert not out[1].any() and out[0].isfinite().all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))

@@ -5,8 +5,9 @@ import torch
 
 from tests.grids import AWKWARD
 from vidattn.grid import Grid, raster_layout, tile_layout
+from vidattn.kernels.block_lists import check_packable
 from vidattn.methods import create_method
-from vidattn.plan import Plan, check_packable
+from vidattn.plan import Plan
 
 
 def banded(query, key):

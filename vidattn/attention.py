@@ -6,6 +6,7 @@ Letters: B batch, H heads, S tokens, D head dim.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,13 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidattn.head_plan import HeadPlan
-from vidattn.kernels import block_sparse_cpu, block_sparse_torch, block_sparse_triton, reference
+from vidattn.kernels import (
+    block_sparse_cpu,
+    block_sparse_torch,
+    block_sparse_triton,
+    flash,
+    quantised,
+    quantised_triton,
+    reference,
+)
 from vidattn.kernels.compensation import compensate
 from vidattn.kernels.pooled_scores import block_means
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 
-BACKENDS = ("auto", "triton", "cpp", "torch", "flex", "reference")
+BACKENDS = ("auto", "triton", "cpp", "torch", "flex", "flash", "reference")
 log = logging.getLogger("vidattn")
 
 
@@ -36,7 +45,8 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that a plan keeps.
 
-    Gradients reach q, k and v, also through the log-sum-exp. A query without keys gives 0.
+    Gradients reach q, k and v, also through the log-sum-exp, unless the plan has a precision of its
+    own. A query without keys gives 0.
 
     Args:
         q: (B, H, S, D) queries in sequence order.
@@ -46,16 +56,20 @@ def attend(
         scale: factor of the scores; D ** -0.5 by default. A plan may sharpen it.
         key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
         backend: "triton" (NVIDIA GPUs), "cpp" (CPUs with a C++ compiler), "torch" (any device),
-            "flex" (compiled FlexAttention), "reference" (float64, dense memory), or "auto": dense
-            plans run on PyTorch's own attention, others on "cpp" on a CPU where it compiles, else
-            on "torch", on "triton" on a GPU that it knows, and on "flex" on other GPUs.
+            "flex" (compiled FlexAttention), "flash" (its FlashAttention-4 kernels, on Hopper and
+            Blackwell), "reference" (float64, dense memory), or "auto": dense plans run on PyTorch's
+            own attention, others on "cpp" on a CPU where it compiles, else on "torch", on "triton"
+            on a GPU that it knows, or on "flash" where that has measured faster, and on "flex" on
+            other GPUs. Plans with a precision run on "triton", where it has that precision, and on
+            "torch".
         return_lse: also return the (B, H, S) float32 log-sum-exp of the scaled scores.
 
     Returns:
         (B, H, S, D) in the dtype of ``q``, and the log-sum-exp if asked for.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
+        ValueError: shapes, dtypes or devices that do not fit together, an unknown backend, or one
+            that cannot do this, with one that can.
 
     >>> grid = vidattn.Grid(5, 8, 8)
     >>> q = k = v = torch.randn(1, 4, grid.num_tokens, 64)
@@ -106,6 +120,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     _check(q, k, v, plan, key_mask)
     scale *= plan.sharpness
+    if plan.precision is not None:
+        return _quantised(q, k, v, plan, scale, key_mask, backend)
     if backend == "auto" and plan.is_dense and not need_lse:
         mask = None if key_mask is None else key_mask[:, None, None]
         grouped = k.shape[1] != q.shape[1]
@@ -113,13 +129,48 @@ def _attend(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
         )
         return out, None
-    engine = _auto_engine(q.device.type, q.dtype) if backend == "auto" else backend
+    engine = backend
+    if backend == "auto":
+        engine = _auto_engine(q.device.type, q.dtype)
+        if engine == "triton" and _is_for_flash(q, k, v, plan, key_mask):
+            engine = "flash"
     gain, shift = _compensation(v, plan, key_mask, q.shape[1])
+    call = (q, k, v, plan, scale, key_mask)
     if engine == "triton":
         # its kernel adds them to what it writes
-        return _triton(q, k, v, plan, scale, key_mask, gain, shift)
-    out, lse = _ENGINES[engine](q, k, v, plan, scale, key_mask, need_lse)
+        return _run(block_sparse_triton.block_sparse_attention, *call, gain=gain, shift=shift)
+    out, lse = _ENGINES[engine](*call, need_lse=need_lse)
     return compensate(out, plan.layout.order, plan.layout.block, gain, shift), lse
+
+
+def _quantised(q, k, v, plan, scale, key_mask, backend) -> tuple[Tensor, Tensor]:
+    """Attention in the precision of the plan."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        # rounding has gradient 0: anything else would be that of attention nobody computed
+        raise ValueError(
+            f"a plan of precision {plan.precision!r} has no gradient: use torch.no_grad(), or "
+            "train with plan.with_precision(None)"
+        )
+    if backend == "auto":
+        backend = _auto_quantised(q.device.type, q.dtype, plan.precision)
+    if backend not in _QUANTISED:
+        raise ValueError(
+            f"the {backend!r} engine does not run plans of precision {plan.precision!r}: use "
+            'backend="torch", "triton" on an NVIDIA GPU, or plan.with_precision(None)'
+        )
+    attention = _QUANTISED[backend].block_sparse_attention
+    out, lse = _run(attention, q, k, v, plan, scale, key_mask, precision=plan.precision)
+    gain, shift = _compensation(v, plan, key_mask, q.shape[1])
+    return compensate(out, plan.layout.order, plan.layout.block, gain, shift), lse
+
+
+@lru_cache
+@torch.compiler.assume_constant_result
+def _auto_quantised(device: str, dtype: torch.dtype, precision: str) -> str:
+    fits = quantised_triton.runs(precision) and dtype in quantised_triton.DTYPES
+    engine = "triton" if fits and block_sparse_triton.is_available(device) else "torch"
+    log.info("%s attention in %s on %s runs on the %r engine", precision, dtype, device, engine)
+    return engine
 
 
 def _compensation(v: Tensor, plan: Plan, key_mask: Tensor | None, num_heads: int) -> tuple:
@@ -134,6 +185,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"q, k and v must be (batch, heads, tokens, head dim), got {shapes}")
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v must be floating point, got {q.dtype}: convert them")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
         raise ValueError(
             "q, k and v must agree in batch, tokens and head dim, and the heads of q must be a "
@@ -163,6 +216,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None)
 
 
 @lru_cache
+@torch.compiler.assume_constant_result
 def _auto_engine(device: str, dtype: torch.dtype) -> str:
     if device == "cpu":
         engine = "cpp" if block_sparse_cpu.is_available(dtype) else "torch"
@@ -172,55 +226,42 @@ def _auto_engine(device: str, dtype: torch.dtype) -> str:
     return engine
 
 
-def _torch(q, k, v, plan, scale, key_mask, need_lse):
+def _is_for_flash(q, k, v, plan, key_mask) -> bool:
+    """Whether FlashAttention-4 does this faster than Triton, and with the same bits every time."""
+    pulled = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    simple = key_mask is None and plan.lists.masks is None
+    if pulled or not simple or torch.compiler.is_compiling():
+        return False
+    return flash.is_faster(q, plan.layout.block, plan.lists)
+
+
+def _run(attention: Callable, q, k, v, plan, scale, key_mask, **options):
+    """Attention of an engine over the lists of a plan."""
     layout, lists = plan.layout, plan.lists
-    return block_sparse_torch.block_sparse_attention(
-        q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
-    )
+    options |= {"scale": scale, "key_mask": key_mask}
+    return attention(q, k, v, layout.order, layout.block, lists, **options)
 
 
-def _cpp(q, k, v, plan, scale, key_mask, need_lse):
-    layout, lists = plan.layout, plan.lists
-    return block_sparse_cpu.block_sparse_attention(
-        q, k, v, layout.order, layout.block, lists, scale=scale, key_mask=key_mask
-    )
+def _torch(*call, need_lse):
+    return _run(block_sparse_torch.block_sparse_attention, *call)
 
 
-def _triton(q, k, v, plan, scale, key_mask, gain, shift):
-    layout, lists = plan.layout, plan.lists
-    return block_sparse_triton.block_sparse_attention(
-        q,
-        k,
-        v,
-        layout.order,
-        layout.block,
-        lists,
-        scale=scale,
-        key_mask=key_mask,
-        gain=gain,
-        shift=shift,
-    )
+def _cpp(*call, need_lse):
+    return _run(block_sparse_cpu.block_sparse_attention, *call)
 
 
-def _flex(q, k, v, plan, scale, key_mask, need_lse):
+def _flex(*call, need_lse):
     # brings in the compiler of PyTorch: seconds that only this engine's users should wait
     from vidattn.kernels import flex
 
-    layout, lists = plan.layout, plan.lists
-    return flex.block_sparse_attention(
-        q,
-        k,
-        v,
-        layout.order,
-        layout.block,
-        lists,
-        scale=scale,
-        key_mask=key_mask,
-        need_lse=need_lse,
-    )
+    return _run(flex.block_sparse_attention, *call, need_lse=need_lse)
 
 
-def _reference(q, k, v, plan, scale, key_mask, need_lse):
+def _flash(*call, need_lse):
+    return _run(flash.block_sparse_attention, *call, need_lse=need_lse)
+
+
+def _reference(q, k, v, plan, scale, key_mask, *, need_lse):
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask = plan.mask()
     if key_mask is not None:
@@ -232,5 +273,7 @@ _ENGINES = {
     "cpp": _cpp,
     "torch": _torch,
     "flex": _flex,
+    "flash": _flash,
     "reference": _reference,
 }
+_QUANTISED = {"torch": quantised, "triton": quantised_triton}

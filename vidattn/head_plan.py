@@ -119,6 +119,11 @@ class HeadPlan:
         figures |= {"density": self.density, "visited_density": self.visited_density}
         return figures | {name: sum(part[name] for part in parts) for name in sums}
 
+    def with_precision(self, precision: str | None) -> HeadPlan:
+        """The same plans, executed in another precision (see ``Plan.with_precision``)."""
+        plans = tuple(plan.with_precision(precision) for plan in self.plans)
+        return HeadPlan(plans, self.plan_of_head)
+
     def to(self, device: torch.device | str) -> HeadPlan:
         """The same plans with their tensors on ``device``."""
         plans = tuple(plan.to(device) for plan in self.plans)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vidattn.grid import Grid, Layout, Size, dilation_order, tile_layout
 from vidattn.kernels.block_lists import BlockLists, Box, partial_mask
+from vidattn.kernels.quantise import PRECISIONS
+from vidattn.registry import unknown
 
 Window = tuple[Tensor, Tensor]
 # rows of block lists taken together where all of them would need much memory
@@ -37,13 +39,18 @@ class Plan:
     sharpness: float = 1.0  # factor of the scale of the scores
     # what the method's next plan for the same place starts from, of no concern to any engine
     memory: tuple[Tensor, ...] = ()
+    precision: str | None = None  # of the products (see ``with_precision``)
+
+    def __post_init__(self):
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
 
     @cached_property
     def is_dense(self) -> bool:
-        """Whether every token reads every token."""
+        """Whether this is attention of every token to every token, and nothing else."""
         entries = self.lists.num_rows * self.layout.num_blocks
         whole = self.lists.key_block.numel() == entries and self._num_partial == 0
-        return whole and self.gain is None and self.rest is None
+        return whole and all(x is None for x in (self.gain, self.rest, self.precision))
 
     @property
     def device(self) -> torch.device:
@@ -106,9 +113,8 @@ class Plan:
     def mask(self) -> Tensor:
         """(B|1, H|1, S, S) bool in sequence order, query by key; for tests and pictures."""
         lists, n, nb = self.lists, self.layout.block, self.layout.num_blocks
-        blocks = torch.zeros(
-            lists.num_rows * nb, n, n, dtype=torch.bool, device=lists.row_start.device
-        )
+        lists.check(self.layout.order, n, self.grid.num_tokens)
+        blocks = torch.zeros(lists.num_rows * nb, n, n, dtype=torch.bool, device=self.device)
         cell = lists.row_of_entry * nb + lists.key_block
         blocks[cell] = True
         partial = lists.is_partial.nonzero().flatten()
@@ -117,10 +123,9 @@ class Plan:
             blocks[cell[partial]] = partial_mask(lists, n, query, partial[:, None])[:, :, 0]
         slots = blocks.view(-1, nb, nb, n, n).transpose(2, 3).reshape(-1, nb * n, nb * n)
         slot = self.layout.slot_of_token
-        tokens = slots[:, slot[:, None], slot]
-        return tokens.view(lists.batch, lists.heads, self.grid.num_tokens, self.grid.num_tokens)
+        return slots[:, slot[:, None], slot].unflatten(0, (lists.batch, lists.heads))
 
-    def summary(self) -> dict[str, float | int]:
+    def summary(self) -> dict[str, float | int | str]:
         """Figures worth printing: densities, blocks and memory."""
         lists, box = self.lists, self.lists.box
         tensors = [self.layout.order, lists.row_start, lists.num_full, lists.key_block]
@@ -132,8 +137,9 @@ class Plan:
             "density": self.density,
             "visited_density": self.visited_density,
             "block": self.layout.block,
-            "num_blocks": self.lists.key_block.numel(),
+            "num_blocks": lists.key_block.numel(),
             "num_partial_blocks": self._num_partial,
+            "precision": self.precision or "of the inputs",
             "memory_mib": sum(x.nbytes for x in tensors if x is not None) / 2**20,
         }
 
@@ -143,6 +149,14 @@ class Plan:
         lists, memory = self.lists.to(device), tuple(x.to(device) for x in self.memory)
         changes = {"lists": lists, "gain": gain, "rest": rest, "memory": memory}
         return replace(self, layout=self.layout.to(device), **changes)
+
+    def with_precision(self, precision: str | None) -> Plan:
+        """The same plan with its products in another precision, which has no gradient but for None.
+
+        "int8_qk" multiplies queries and keys as 8-bit integers, "int8" weights and values too,
+        "int8_qk_int4_pv" those as 4-bit integers, simulated by the "torch" engine.
+        """
+        return replace(self, precision=precision)
 
     @classmethod
     def from_blocks(
@@ -276,26 +290,11 @@ def _tile_pairs(first: Tensor, last: Tensor, edge: int) -> tuple[Tensor, Tensor,
 
 def _pack(grid: Grid, layout: Layout, windows: tuple[Window, ...], dilation: Size) -> Box:
     """The windows as one packed box to a query slot; the slots of text are never asked about."""
-    check_packable(grid.size)
-    coords = grid.coords()[layout.order.long().clamp_min(0)]
-    key, low, high, guard, shift = 0, 0, 0, 0, 0
+    coords = grid.coords()[layout.order.long().clamp_min(0)].clamp_min_(0)
+    axes = []
     for axis, (extent, (first, last)) in enumerate(zip(grid.size, windows)):
         place = torch.empty(extent, dtype=torch.long)
         place[dilation_order(extent, dilation[axis])] = torch.arange(extent)
-        here = place[coords[:, axis].clamp_min(0)]
-        key = key + (here << shift)
-        low = low + (first[here] << shift)
-        high = high + (last[here] << shift)
-        shift += (extent - 1).bit_length() + 1
-        guard += 1 << (shift - 1)
-    return Box(key.int(), (low - guard).int(), (high | guard).int(), guard)
-
-
-def check_packable(size: Size) -> None:
-    """Raise ValueError unless a position on the grid fits in 31 bits, guards included."""
-    bits = sum((extent - 1).bit_length() + 1 for extent in size)
-    if bits > 31:
-        raise ValueError(
-            f"a grid of {size} needs {bits} bits to pack a position, 31 are there: "
-            "attend to the video in pieces"
-        )
+        here = place[coords[:, axis]]
+        axes.append((extent, here, first[here], last[here]))
+    return Box.pack(axes)

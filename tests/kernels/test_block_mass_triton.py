@@ -34,6 +34,15 @@ def test_it_sums_the_weights_of_every_pair(dtype, rows, padded, monkeypatch):
     assert relative_rms(actual, expected) < TOLERANCE[torch.float32]
 
 
+def test_operator_keeps_its_promises():
+    grid = Grid(1, 4, 5)
+    layout = tile_layout(grid, (1, 4, 4))
+    q, k, *_ = random_inputs(grid, batch=1, heads=2, key_heads=1)
+    given = (q, k, q[..., 0].contiguous(), layout.order, layout.block, 0.3, None)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.vidattn.block_mass_triton, given, test_utils=tests)
+
+
 def test_meta_tensors_give_shapes():
     q, k, *_ = (x.to("meta") for x in random_inputs(Grid(2, 5, 3)))
     order = torch.arange(32, device="meta", dtype=torch.int32)

@@ -290,15 +290,15 @@ def test_bad_lists_are_caught():
     lists = plan.lists
     outside = plan.layout.num_blocks
     wrong = {
-        "points outside": replace(lists, key_block=torch.full_like(lists.key_block, outside)),
+        "lists blocks": replace(lists, key_block=torch.full_like(lists.key_block, outside)),
         "row_start does not fit": replace(lists, row_start=lists.row_start[:-1]),
-        "partial block needs": replace(lists, num_full=torch.zeros_like(lists.num_full)),
+        "neither box nor masks": replace(lists, num_full=torch.zeros_like(lists.num_full)),
     }
     for message, bad in wrong.items():
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, Plan(plan.grid, plan.layout, bad), backend="cpp")
     order = plan.layout.order + 1
-    with pytest.raises(ValueError, match="points outside"):
+    with pytest.raises(ValueError, match="holds tokens"):
         layout = replace(plan.layout, order=order)
         attend(q, k, v, Plan(plan.grid, layout, lists), backend="cpp")
     with pytest.raises(ValueError, match="key_bias must be of shape"):

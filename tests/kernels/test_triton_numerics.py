@@ -169,6 +169,16 @@ def test_operator_keeps_its_promises():
     torch.library.opcheck(torch.ops.vidattn.block_sparse_triton, arguments, test_utils=tests)
 
 
+def test_operator_that_compensates_keeps_its_promises():
+    plan = blocks(Grid(1, 4, 5))
+    q, k, v, *_ = inputs(plan.grid)
+    gain, shift = torch.rand(1, 1, plan.layout.num_blocks), None
+    rest = (plan.layout.order, plan.layout.block, 0.25, None, None)
+    arguments = (q, k, v, gain, shift, *library.flatten(plan.lists), *rest)
+    operator = torch.ops.vidattn.block_sparse_triton_compensated
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_one_graph_holds_attention_and_its_gradient():
     plan = window(Grid(2, 3, 5, text=2))
 
@@ -186,7 +196,7 @@ def test_one_graph_holds_attention_and_its_gradient():
 def test_a_block_outside_the_layout_is_caught():
     plan = blocks()
     plan.lists.key_block[3] = plan.layout.num_blocks
-    with pytest.raises(ValueError, match="lists blocks 0 to 5, its layout has 5"):
+    with pytest.raises(ValueError, match="lists blocks 0 to 5; 0 to 4 fit its layout"):
         attend(*inputs()[:3], plan, backend="triton")
 
 

@@ -1,0 +1,158 @@
+"""FlashAttention-4 on Hopper and Blackwell, through the FLASH backend of FlexAttention.
+
+Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidattn.kernels import block_sparse_triton
+from vidattn.kernels.block_lists import BlockLists, Box
+from vidattn.kernels.timing import interleaved_ms
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 128)
+# its kernels take blocks of whole tiles of 128 keys
+TILE = 128
+# what is timed to learn whether it is worth choosing
+TIMED_BLOCKS, TIMED_HEADS, TIMED_SHARE = 64, 16, 0.25
+log = logging.getLogger("vidattn")
+
+
+def obstacle(device: torch.device | str) -> str | None:
+    """What keeps this engine from running on a device; None where nothing does."""
+    is_nvidia = torch.cuda.is_available() and torch.version.hip is None
+    if torch.device(device).type != "cuda" or not is_nvidia:
+        return f"needs an NVIDIA GPU, the tensors are on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in (9, 10):
+        return f"needs compute capability 9 or 10, this GPU has {major}.{minor}"
+    if not _is_installed():
+        return "needs the package flash-attn-4, which is not installed"
+    return None
+
+
+@lru_cache
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    block: int,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The result of ``flex.block_sparse_attention``, by kernels of FlashAttention-4.
+
+    Args:
+        q: (B, H, S, D), D 64 or 128.
+        k, v: (B, K, S, D), H a multiple of K.
+        order: (N,) int32, token in each slot, -1 for an empty slot.
+        block: slots to a block, a multiple of 128.
+        lists: which key blocks each query block reads.
+        scale: factor of the scores.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+        need_lse: whether to return the log-sum-exp.
+
+    Returns:
+        (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, or None.
+
+    Raises:
+        ValueError: something FlashAttention-4 cannot do, with the engine that can.
+    """
+    wrong = _unfit(q, block) or obstacle(q.device)
+    if wrong is not None:
+        raise ValueError(f'FlashAttention-4 {wrong}: use backend="triton" or backend="torch"')
+    # brings in the compiler of PyTorch: seconds that only this engine's users should wait
+    from vidattn.kernels import flex
+
+    return flex.block_sparse_attention(
+        q,
+        k,
+        v,
+        order,
+        block,
+        lists,
+        scale=scale,
+        key_mask=key_mask,
+        need_lse=need_lse,
+        kernel_options={"BACKEND": "FLASH"},
+    )
+
+
+def _unfit(q: Tensor, block: int) -> str | None:
+    if q.dtype not in DTYPES:
+        return f"takes float16 and bfloat16, got {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"takes head dims 64 and 128, got {q.shape[-1]}"
+    return f"takes blocks of a multiple of {TILE}, got {block}" if block % TILE else None
+
+
+def is_faster(q: Tensor, block: int, lists: BlockLists) -> bool:
+    """Whether it runs such a call and has measured faster than Triton on this device.
+
+    The first call for a device, dtype, head dim, block and kind of plan measures, which takes the
+    seconds of a compilation; later ones remember.
+    """
+    if _unfit(q, block) or obstacle(q.device):
+        return False
+    return _measures_faster(q.device, q.dtype, q.shape[-1], block, lists.box is not None)
+
+
+@lru_cache
+def _measures_faster(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block: int, has_box: bool
+) -> bool:
+    """Times both engines on random inputs and block lists, once in a process."""
+    shape = (1, TIMED_HEADS, TIMED_BLOCKS * block, head_dim)
+    q, k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
+    order = torch.arange(shape[2], dtype=torch.int32, device=device)
+    given = (q, k, v, order, block, _random_lists(block, has_box).to(device))
+    scale = head_dim**-0.5
+    calls = {
+        "flash": lambda: block_sparse_attention(*given, scale=scale, need_lse=False),
+        "triton": lambda: block_sparse_triton.block_sparse_attention(*given, scale=scale),
+    }
+    what = f"FlashAttention-4 in {dtype}, head dim {head_dim}, blocks of {block}"
+    try:
+        outputs = [call()[0] for call in calls.values()]
+        torch.testing.assert_close(*outputs, rtol=0.02, atol=0.02)
+    # a compiler, a kernel or a result that fails is not chosen, whatever the failure is
+    except Exception as error:
+        log.warning("%s, is left out: %s", what, str(error).partition("\n")[0])
+        return False
+    times = interleaved_ms(calls)
+    log.info("%s, takes %.2f times as long as Triton", what, times["flash"] / times["triton"])
+    return times["flash"] < times["triton"]
+
+
+def _random_lists(block: int, has_box: bool) -> BlockLists:
+    """A quarter of all blocks; where there is a box, half of them are partial."""
+    listed = torch.rand(TIMED_BLOCKS, TIMED_BLOCKS) < TIMED_SHARE
+    counts = listed.sum(-1)
+    box, num_full = None, counts
+    if has_box:
+        num_slots = TIMED_BLOCKS * block
+        place = torch.arange(num_slots)
+        reach = num_slots // 2
+        first, last = (place - reach).clamp_min(0), (place + reach).clamp_max(num_slots - 1)
+        box, num_full = Box.pack([(num_slots, place, first, last)]), counts // 2
+    row_start = F.pad(counts.cumsum(0), (1, 0))
+    return BlockLists(1, 1, row_start, num_full.int(), listed.nonzero()[:, 1].int(), box)

@@ -81,7 +81,10 @@ _HALF = {
     },
     ("int8_qk", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
     # as many keys everywhere as share a scale of their weights, on whatever GPU
-    **{("int8", n): {(*_OLD, 90, 100): Tile(128, 64, 8, 3)} for n in (32, 64, 128)},
+    **{
+        ("int8", n): {(80, 89, 90, 100): Tile(128, 64, 8, 3), (120,): Tile(128, 64, 8, 2)}
+        for n in (32, 64, 128)
+    },
     ("int8", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
 }
 # float32 has no tensor cores: equal on all architectures, by padded head dim

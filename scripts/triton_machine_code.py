@@ -25,6 +25,7 @@ from vidattn.kernels import (
     triton_block_mass,
     triton_forward,
     triton_key_gradient,
+    triton_quantised,
     triton_query_gradient,
     triton_tiles,
 )
@@ -32,8 +33,12 @@ from vidattn.kernels.triton_configs import SHARED_BYTES, Tile, padded_head_dim, 
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 REGISTERS = 65536
-# the tensor-core instruction of each architecture
-TENSOR_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+# the tensor-core instructions of each architecture, for floating point and for 8-bit integers
+FLOAT_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+INTEGER_OPCODE = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
+OPCODES = {"int8_qk": (INTEGER_OPCODE, FLOAT_OPCODE), "int8": (INTEGER_OPCODE,)}
+# arguments that are 8-bit integers
+INTEGERS = {"int8_qk": ("q", "k"), "int8": ("q", "k", "v")}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 FUNCTIONS = {
     "forward": triton_forward.forward_kernel,
@@ -41,6 +46,8 @@ FUNCTIONS = {
     "key_gradient": triton_key_gradient.key_gradient_kernel,
     "key_gradient_bias": triton_key_gradient.key_gradient_kernel,
     "block_mass": triton_block_mass.block_mass_kernel,
+    "int8_qk": triton_quantised.quantised_kernel,
+    "int8": triton_quantised.quantised_kernel,
 }
 # arguments that are tensors but not of the dtype of q
 POINTERS = {
@@ -49,6 +56,7 @@ POINTERS = {
     **dict.fromkeys(
         ("lse", "slot_lse", "delta", "mass", "key_bias", "d_bias", "gain", "shift"), "*fp32"
     ),
+    **dict.fromkeys(("query_scales", "key_scales", "value_scales"), "*fp32"),
     "row_start": "*i64",
     "masks": "*u8",
     "readable": "*u8",
@@ -132,16 +140,18 @@ def complaints(case: Case, found: Resources) -> list[str]:
 
 
 def _tensor_complaints(case: Case, found: Resources) -> list[str]:
-    expected = TENSOR_OPCODE[case.arch]
     # the newer units take tiles from 64 queries on
     large = min(found.tile.rows, found.tile.columns) >= 64 and found.tile.warps >= 4
-    if not large and not found.opcodes.get(expected):
-        expected = "HMMA"
-    if not found.opcodes.get(expected):
-        return [f"no {expected}"]
-    if expected != "HMMA" and found.opcodes.get("HMMA"):
-        return ["HMMA, the tensor-core instruction of an older architecture"]
-    return []
+    wrong = []
+    for opcodes in OPCODES.get(case.kernel, (FLOAT_OPCODE,)):
+        oldest, expected = opcodes[80], opcodes[case.arch]
+        if not large and not found.opcodes.get(expected):
+            expected = oldest
+        if not found.opcodes.get(expected):
+            wrong.append(f"no {expected}")
+        elif expected != oldest and found.opcodes.get(oldest):
+            wrong.append(f"{oldest}, the tensor-core instruction of an older architecture")
+    return wrong
 
 
 def _is_noted(opcode: str) -> bool:
@@ -158,8 +168,11 @@ def _compile(case: Case, shipped: Tile) -> Any:
         "BN": shipped.columns,
         "RULE": getattr(triton_tiles, case.rule).value,
         "STAGES": shipped.stages,
+        "ROUNDED": case.kernel == "int8",
         **dict.fromkeys(("gain", "shift")),
     }
+    if case.kernel == "int8_qk":
+        constants["value_scales"] = None
     if case.rule != "TABLE":
         constants |= dict.fromkeys(TABLE_ARGUMENTS)
     if case.rule != "BOX":
@@ -171,7 +184,9 @@ def _compile(case: Case, shipped: Tile) -> Any:
         if name in constants:
             signature[name], fixed[i,] = "constexpr", constants[name]
             continue
-        signature[name] = _type(name, case.dtype)
+        signature[name] = (
+            "*i8" if name in INTEGERS.get(case.kernel, ()) else _type(name, case.dtype)
+        )
         # strides of tokens and addresses are multiples of 16, and are compiled as such at run time
         per_row = name.startswith(("stride_row", "stride_bias", "stride_readable"))
         if signature[name][0] == "*" or (name.startswith("stride") and not per_row):

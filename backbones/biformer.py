@@ -189,7 +189,7 @@ NAMES = (
 )
 
 
-def rename(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of ``model`` from one of the authors, or in its own layout."""
     state_dict = state_dict.get("model", state_dict)
     renamed = {}
@@ -206,7 +206,7 @@ def _create(name: str, pretrained: bool, **options) -> BiFormer:
         BiFormer,
         name,
         pretrained,
-        pretrained_filter_fn=rename,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
         **options,
     )

@@ -13,7 +13,7 @@ from torch import nn
 from vidattn.backbones.dinat import URL
 from vidattn.backbones.dinat_s import patchify
 from vidattn.backbones.neighborhood_block import NeighborhoodAttention2d, NeighborhoodBlock
-from vidattn.backbones.neighborhood_checkpoint import rename
+from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
 from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
 
 PATCH = 16
@@ -95,7 +95,7 @@ def _create(name: str, pretrained: bool, **options) -> IsotropicTransformer:
         IsotropicTransformer,
         name,
         pretrained,
-        pretrained_filter_fn=rename,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **options,
     )

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from vidattn.backbones.neighborhood_block import NeighborhoodAttention2d, NeighborhoodBlock
-from vidattn.backbones.neighborhood_checkpoint import rename
+from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
 from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
 
 
@@ -146,7 +146,7 @@ def create(name: str, pretrained: bool, **options) -> NeighborhoodTransformer:
         NeighborhoodTransformer,
         name,
         pretrained,
-        pretrained_filter_fn=rename,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
         **options,
     )

@@ -37,7 +37,7 @@ TRANSFORMERS = (
 )
 
 
-def rename(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of ``model`` from one in either layout, or in its own.
 
     Args:

@@ -121,12 +121,12 @@ class Handle:
     def __init__(self, pipe: object | None, transformers: dict[str, nn.Module], settings: Settings):
         self._pipe, self._settings = pipe, settings
         self._generation: Generation | None = None
-        self._sites: list[Site] = []
+        self.sites: list[Site] = []
         self._is_on = True
         try:
             for name, model in transformers.items():
-                self._sites.append(Site(name, model, settings, self))
-            settings.schedule.check({site.name: site.shape for site in self._sites})
+                self.sites.append(Site(name, model, settings, self))
+            settings.schedule.check({site.name: site.shape for site in self.sites})
             if pipe is not None:
                 self._generation = Generation(pipe, self._begin, self._finish)
         except BaseException:
@@ -141,7 +141,7 @@ class Handle:
     def report(self) -> Report:
         """What happened in the latest generation, or since patching for a bare transformer."""
         times = {}
-        transformer_ms = sum(site.watch.read_ms() for site in self._sites)
+        transformer_ms = sum(site.watch.read_ms() for site in self.sites)
         if self._generation is not None:
             total = self._generation.total_ms
             vae = self._generation.vae.read_ms()
@@ -152,15 +152,15 @@ class Handle:
                 "rest_ms": max(total - transformer_ms - vae - text_encoder, 0.0),
                 "total_ms": total,
             }
-        grids = sorted({str(grid) for site in self._sites for grid in site.grids})
+        grids = sorted({str(grid) for site in self.sites for grid in site.grids})
         return Report(
             method=self.schedule.name,
             dense_layers=self.schedule.guard.layers,
             dense_steps=self.schedule.guard.steps,
             grids=tuple(grids),
             num_steps=self._settings.steps.num_seen,
-            num_passes=sum(site.num_passes for site in self._sites),
-            layers=tuple(layer for site in self._sites for layer in _layer_reports(site)),
+            num_passes=sum(site.num_passes for site in self.sites),
+            layers=tuple(layer for site in self.sites for layer in _layer_reports(site)),
             transformer_ms=transformer_ms,
             plan_ms=self._settings.watch.read_ms(),
             **times,
@@ -173,7 +173,7 @@ class Handle:
         self._is_on = False
         if self._generation is not None:
             self._generation.remove()
-        for site in self._sites:
+        for site in self.sites:
             site.remove()
 
     def __enter__(self) -> Handle:
@@ -188,7 +188,7 @@ class Handle:
         self.remove()
 
     def _begin(self) -> None:
-        for site in self._sites:
+        for site in self.sites:
             if unwrap(getattr(self._pipe, site.name, None)) is not site.model:
                 raise RuntimeError(
                     f"the {site.name} of this pipeline is not the one that was patched: unpatch, "
@@ -200,11 +200,11 @@ class Handle:
         self._settings.watch = Stopwatch()
 
     def _finish(self) -> None:
-        for site in self._sites:
+        for site in self.sites:
             site.check_finite()
             if site.num_passes:
                 site.check_ran({i for i, tally in enumerate(site.tallies) if tally.num_calls})
-        if self._settings.strict and not any(site.num_passes for site in self._sites):
+        if self._settings.strict and not any(site.num_passes for site in self.sites):
             raise RuntimeError(
                 "the pipeline ran without its patched transformer, so nothing was sparse: patch "
                 "what it runs, or patch with strict=False"

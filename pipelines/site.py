@@ -143,7 +143,7 @@ class Site:
         Raises:
             RuntimeError: a layer did not run in it, and strict.
         """
-        current = self._current()
+        current = self.current()
         self.watch.add(current.start, output.device)
         self.num_passes += 1
         self._finite = torch.isfinite(output.detach()).all()
@@ -176,7 +176,7 @@ class Site:
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale) -> Tensor:
         """(B, H, S, D) attention of a layer: sparse, or dense where a guard says so."""
-        current = self._current()
+        current = self.current()
         current.ran.add(layer.index)
         why, call, plan, parts = self._why_dense(layer, current), None, None, ()
         if why is None:
@@ -205,7 +205,7 @@ class Site:
         if not (allowed or self.family.may_skip):
             self.cannot(layer, "it does not use scaled_dot_product_attention")
         else:
-            self._current().ran.add(layer.index)
+            self.current().ran.add(layer.index)
             self.tallies[layer.index].num_dense[SKIPPED] += 1
 
     def cannot(self, layer: Layer, why: str, record: bool = True) -> None:
@@ -214,16 +214,21 @@ class Site:
         Raises:
             RuntimeError: strict.
         """
-        if self.settings.strict and self._why_dense(layer, self._current()) is None:
+        if self.settings.strict and self._why_dense(layer, self.current()) is None:
             raise RuntimeError(
                 f"{self.name}.{layer.name} cannot run sparse: {why}. Unpatch the model, guard the "
                 "layer with dense_layers, or patch with strict=False to let it run dense"
             )
         if record:
-            self._current().ran.add(layer.index)
+            self.current().ran.add(layer.index)
             self.tallies[layer.index].num_dense[why] += 1
 
-    def _current(self) -> Pass:
+    def current(self) -> Pass:
+        """The forward pass that this thread is in.
+
+        Raises:
+            RuntimeError: there is none.
+        """
         # the backward pass recomputes blocks in threads of its own
         current = self._passes.get(threading.get_ident(), self._latest)
         if current is None:

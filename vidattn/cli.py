@@ -1,4 +1,4 @@
-"""The command line: vidattn generate | compare | list | draw | simulate."""
+"""The command line: vidattn generate | compare | tune | calibrate | list | draw | simulate."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from vidattn.registry import unknown
 COMMANDS = {
     "generate": "make a video",
     "compare": "time methods against dense attention, on one seed",
+    "tune": "mix methods by layer and head, and write the schedule",
+    "calibrate": "find the orders and masks of paro, and write its file",
     "list": "show the methods, the options of one, or the models",
     "draw": "draw the plan of a method on a grid",
     "simulate": "bound how fast a method can be on a GPU, and pick its tile",

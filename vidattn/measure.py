@@ -101,16 +101,17 @@ def recall(q: Tensor, k: Tensor, plan: Plan | HeadPlan, *, scale: float | None =
     dense = plan_of("dense", plan.grid)
     kept, every = (
         attend(q, k, k, x, scale=scale, backend=_lse_engine(q), return_lse=True)[1]
-        for x in (_blunt(plan), dense)
+        for x in (unsharpened(plan), dense)
     )
     return (kept - every).double().exp().mean().item()
 
 
-def _blunt(plan: Plan | HeadPlan) -> Plan | HeadPlan:
-    """The plan with the scale of dense attention."""
+def unsharpened(plan: Plan | HeadPlan) -> Plan | HeadPlan:
+    """The plan with the scale of dense attention; itself where it has that."""
     if isinstance(plan, HeadPlan):
-        return HeadPlan(tuple(map(_blunt, plan.plans)), plan.plan_of_head)
-    return replace(plan, sharpness=1.0)
+        plans = tuple(map(unsharpened, plan.plans))
+        return plan if plans == plan.plans else HeadPlan(plans, plan.plan_of_head)
+    return plan if plan.sharpness == 1 else replace(plan, sharpness=1.0)
 
 
 def _lse_engine(q: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -39,6 +39,16 @@ class Method(ABC):
     def in_step(self, step: int) -> Method:
         """The method as a denoising step, counted from 0, uses it: the same one by default."""
         return self
+
+    def with_density(self, density: float, grid: Grid) -> Method | None:
+        """The method set to keep about a share of the video pairs of a grid, None if it cannot be.
+
+        Raises:
+            ValueError: a share out of range.
+        """
+        if any(field.name == "density" for field in fields(self)):
+            return replace(self, density=density)
+        return None
 
     def misfit(self, transformer: str, layers: int, heads: int | None) -> str | None:
         """Why a method that was prepared for one model cannot serve another, None where it can.

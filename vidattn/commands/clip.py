@@ -70,7 +70,7 @@ def make_clip(
         ValueError: the pipeline, or the method, cannot do what is asked.
     """
     pipe.set_progress_bar_config(desc=choice.label)
-    arguments = _arguments(request, "pt")
+    arguments = pipeline_arguments(request, "pt")
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -98,12 +98,13 @@ def make_clip(
 def warm_up(pipe: object, request: Request, choice: Choice | ScheduleChoice) -> None:
     """Run one sparse step without decoding it, so that no clip pays for what happens once."""
     pipe.set_progress_bar_config(desc=f"warm-up of {choice.label}")
-    arguments = _arguments(replace(request, num_inference_steps=1), "latent")
+    arguments = pipeline_arguments(replace(request, num_inference_steps=1), "latent")
     with patch(pipe, **choice.arguments, dense_steps=0):
         pipe(**arguments)
 
 
-def _arguments(request: Request, output_type: str) -> dict[str, object]:
+def pipeline_arguments(request: Request, output_type: str) -> dict[str, object]:
+    """What a pipeline is called with, latents that depend on the seed only among it."""
     arguments = request.arguments()
     if request.image is not None:
         from diffusers.utils import load_image

@@ -64,8 +64,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae-tiling", action="store_true", help="decode in tiles, to save memory")
 
 
-def add_request_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags about the video."""
+def add_request_arguments(parser: argparse.ArgumentParser, guards: bool = True) -> None:
+    """Flags about the video, and about what stays dense."""
     group = parser.add_argument_group("video")
     group.add_argument("--negative-prompt", metavar="TEXT")
     group.add_argument("--image", type=Path, help="the first frame, for image-to-video models")
@@ -74,6 +74,8 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance", type=float, metavar="X", help="default: the model's")
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     group.add_argument("--fps", type=positive_int, default=16, metavar="N", help="default 16")
+    if not guards:
+        return
     group = parser.add_argument_group("where attention stays dense")
     group.add_argument(
         "--dense-layers", type=count_or_share, metavar="X",
@@ -83,6 +85,22 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         "--dense-steps", type=count_or_share, metavar="X",
         help="first denoising steps: a count or a share (default 0.1, or the schedule's)",
     )  # fmt: skip
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file, one to a line; empty lines do not count.
+
+    Raises:
+        ValueError: it cannot be read, or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts '{path}' cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts '{path}' is empty: write one prompt to a line")
+    return prompts
 
 
 def positive_int(text: str) -> int:

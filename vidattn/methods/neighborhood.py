@@ -7,7 +7,7 @@ A window longer than its axis covers the axis, where NATTEN raises.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class Neighborhood(Method):
             raise ValueError(f"causal must be one bool or three, for (t, h, w), got {causal!r}")
         if self.tile is not None:
             as_size("tile", self.tile)
+
+    def with_density(self, density: float, grid: Grid) -> Neighborhood:
+        """A window of the shape of the grid; its stride and dilation stay."""
+        edges = (max(1, round(extent * density ** (1 / 3))) for extent in grid.size)
+        stride = as_size("stride", self.stride)
+        return replace(self, window=tuple(map(max, edges, stride)))
 
     def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
         """The exact window of every query; ``q`` and ``k`` are not read."""

@@ -1,0 +1,76 @@
+"""Shows what the attention layers of a model are given while it runs densely.
+
+Letters: B batch, H query heads, K key heads, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vidattn.grid import Grid
+from vidattn.pipelines.intercept import Layer
+from vidattn.pipelines.patch import Handle, patch
+from vidattn.pipelines.sequence import find_video
+from vidattn.pipelines.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """One call of one attention layer.
+
+    Args:
+        transformer: its name among the components of the pipeline.
+        layer: number of the layer in its transformer.
+        step: of denoising, from 0.
+        q: (B, H, S, D), in the order of ``grid``.
+        k: (B, K, S, D), likewise.
+        v: likewise.
+        scale: factor of the scores.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+    """
+
+    transformer: str
+    layer: int
+    step: int
+    grid: Grid
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    key_mask: Tensor | None
+
+
+@contextmanager
+def watching(pipe_or_transformer: object, look: Callable[[Sight], None]) -> Iterator[Handle]:
+    """Show every call to ``look`` while a model runs in a with block; its outputs do not change.
+
+    Args:
+        pipe_or_transformer: as for ``patch``.
+    """
+    with patch(pipe_or_transformer, "dense") as handle:
+        for site in handle.sites:
+            for layer in site.layers:
+                layer.owner = _Tap(site, look)
+        yield handle
+
+
+class _Tap:
+    """Stands between the layers of a site and the site."""
+
+    def __init__(self, site: Site, look: Callable[[Sight], None]):
+        self._site, self._look = site, look
+        self.skipped, self.cannot = site.skipped, site.cannot
+
+    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale) -> Tensor:
+        """(B, H, S, D) attention of a layer, as the site computes it."""
+        site, step = self._site, self._site.current().step
+        call = find_video(site.family, site.current(), q, k, mask, scale)
+        turned = (x.detach().roll(-call.turn, 2) if call.turn else x.detach() for x in (q, k, v))
+        keys = None if call.keys is None else call.keys.roll(-call.turn, 1)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        self._look(Sight(site.name, layer.index, step, call.grid, *turned, factor, keys))
+        return site.attend(layer, q, k, v, mask, scale)

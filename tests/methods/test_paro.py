@@ -7,8 +7,10 @@ import torch
 
 import vidattn
 from tests.content_cases import coherent, dense_weights, tokens_of
+from tests.kernels.attention_cases import relative_rms
 from tests.pipelines.sparse import WAN
 from tests.pipelines.tiny import TINY, build
+from vidattn.attention import attend
 from vidattn.calibration import Calibrator, load_calibration
 from vidattn.grid import Grid, raster_layout
 from vidattn.methods import create_method
@@ -144,6 +146,20 @@ def test_steps_share_orders_and_late_ones_the_mask():
 
 
 @torch.no_grad()
+def test_products_are_rounded_block_by_block():
+    q, k, v = coherent(GRID)
+    exact = create_method("paro", block=BLOCK).plan(GRID, q, k)
+    expected, errors = attend(q, k, v, exact), []
+    for precision in ("int8", "int8_qk_int4_pv"):
+        plan = create_method("paro", block=BLOCK, precision=precision).plan(GRID, q, k)
+        assert torch.equal(plan.mask(), exact.mask())
+        assert torch.equal(plan.memory[0], exact.memory[0])
+        errors.append(relative_rms(attend(q, k, v, plan), expected))
+    # 8 and 4 bits
+    assert 1e-4 < errors[0] < 0.03 < errors[1] < 0.3
+
+
+@torch.no_grad()
 def calibration(path, transformer=WAN, steps=2):
     """The file of a small Wan transformer with two layers of two heads, from random content."""
     made = Calibrator(transformer, 2, 0.4, steps, BLOCK)
@@ -240,7 +256,11 @@ def test_calibration_runs_must_be_whole():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"density": 0}, "density must be above 0"), ({"early": 0}, "early must be an integer of")],
+    [
+        ({"density": 0}, "density must be above 0"),
+        ({"early": 0}, "early must be an integer of"),
+        ({"precision": "int9"}, "did you mean 'int8'"),
+    ],
 )
 def test_bad_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):

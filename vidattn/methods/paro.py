@@ -7,6 +7,7 @@ first steps and one for the others. Without a file every generation is calibrate
 first sparse step settles the orders, at the price of six times dense attention, and each of the
 first steps its mask, the last of which serves the rest. The samples of a batch then share the
 orders, but not the masks. Blocks are kept by a threshold on their attention that meets the density.
+In low precision, products are rounded block by block (see ``Plan.with_precision``).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import Tensor
 from vidattn.calibration import load_calibration
 from vidattn.grid import Grid
 from vidattn.head_plan import HeadPlan
+from vidattn.kernels.quantise import PRECISIONS
 from vidattn.method import Method
 from vidattn.plan import Plan
+from vidattn.registry import unknown
 from vidattn.reorder import order_mass, order_scores, ordered_plan, select_blocks
 
 
@@ -33,6 +36,8 @@ class Paro(Method):
         calibration: path of the file; without one the first steps of a generation are calibration.
         early: first denoising steps with a mask of their own, without a file.
         block: tokens of one block, without a file.
+        precision: of the products: "int8_qk", "int8", or "int8_qk_int4_pv"; that of the tensors
+            when not given. Only the forward pass has them.
         layer: whose part of the calibration file is used; ``patch`` sets it.
         step: likewise, the denoising step.
 
@@ -45,6 +50,7 @@ class Paro(Method):
     calibration: str | None = None
     early: int = 3
     block: int = 64
+    precision: str | None = None
     layer: int = 0
     step: int = 0
 
@@ -55,6 +61,8 @@ class Paro(Method):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
         if self.calibration is not None:
             load_calibration(self.calibration)
 
@@ -111,7 +119,7 @@ class Paro(Method):
             last: the plan for the same place at an earlier step, whose orders are kept.
         """
         if self.calibration is not None:
-            return self._from_file(grid)
+            return self._from_file(grid).with_precision(self.precision)
         if q is None or k is None:
             raise ValueError("paro without a calibration file reads content: give q and k")
         q, k = q.detach(), k.detach()
@@ -122,7 +130,8 @@ class Paro(Method):
             (orders,) = last.memory
         mass = order_mass(grid, q, k, self.block, orders, **given)
         blocks = select_blocks(grid, mass, self.block, self.density)
-        return ordered_plan(grid, blocks, self.block, orders, memory=(orders,))
+        plan = ordered_plan(grid, blocks, self.block, orders, memory=(orders,))
+        return plan.with_precision(self.precision)
 
     def _from_file(self, grid: Grid) -> Plan | HeadPlan:
         found = load_calibration(self.calibration)

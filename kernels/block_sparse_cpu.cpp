@@ -1,15 +1,16 @@
 // Block-sparse attention on a CPU, forward and backward: the engine behind block_sparse_cpu.py.
 //
-// The file includes itself once for every instruction set; the best one is chosen at run time.
+// Compiled for one instruction set, of vectors of VIDATTN_WIDTH floats: 16 with AVX-512, 8 with
+// AVX2, 4 with any. VIDATTN_PAIRS says that numbers are bfloat16, and multiplied two at a time.
+//
 // Tokens are gathered through the layout's order into packed blocks, cut into pieces of up to 64
-// slots; products run on tiles of 4 rows by up to 64 columns held in registers. Softmax is online
-// in base 2, its maximum moved only when a score passes it by more than 2 ** SLACK.
+// slots; products run on tiles of 4 rows by up to 4 vectors held in registers. Softmax is online in
+// base 2, its maximum moved only when a score passes it by more than 2 ** SLACK.
 //
 // Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block,
 // nb blocks, R plan rows, E listed blocks, M masks. A unit is one (sample, key head); a piece is up
-// to 64 slots of a block; a granule is 16 floats or slots; a word is 4 bytes of packed numbers: one
-// float, or a pair of bfloat16.
-#ifndef VIDATTN_ISA
+// to 64 slots of a block; a vector is as many floats or slots as a register holds; a strip is ROWS
+// rows; a word is 4 bytes of packed numbers: one float, or a pair of bfloat16.
 
 #include <algorithm>
 #include <atomic>
@@ -27,9 +28,8 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#if defined(__x86_64__)
+#if VIDATTN_WIDTH > 4
 #include <immintrin.h>
-#define VIDATTN_X86 1
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -46,9 +46,16 @@ typedef uint64_t u64;
 enum Status { OK, BAD_LISTS, NO_MEMORY };
 enum Kind { FLOAT32, BFLOAT16, FLOAT16 };
 
-constexpr int PIECE = 64;    // slots whose products share one packed block
-constexpr int GRANULE = 16;  // what masks skip, and padding rounds up to
-constexpr int ROWS = 4;      // rows of a register tile
+constexpr int PIECE = 64;                // slots whose products share one packed block
+constexpr int GRANULE = 16;              // padding rounds up to so many: the widest vector
+constexpr int ROWS = 4;                  // rows of a register tile
+constexpr int W = VIDATTN_WIDTH;         // floats to a vector
+constexpr int VECTORS = PIECE / W;       // vectors to a row of a piece
+constexpr int TILE = W == 16 ? 4 : 3;    // vectors to a row of the widest register tile
+constexpr bool PAIRS = VIDATTN_PAIRS;    // whether a word holds a pair of bfloat16
+constexpr int PAIR = PAIRS ? 2 : 1;      // numbers to a word
+constexpr int VECTOR_WORDS = W / PAIR;   // words that hold the weights of a vector of slots
+constexpr int PIECE_WORDS = PIECE / PAIR;
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 constexpr float LOWEST = -1e30f;         // maximum of a row that has seen no key
 constexpr float NEVER = 1e30f;           // log-sum-exp of a row that gets no weights
@@ -81,7 +88,7 @@ struct Call {
   const i32* mask_id;        // (E,) or null
   const u8* masks;           // (M, n, n)
   i64 guard, bias_sample, bias_head, B, H, K, S, D, N, n;
-  i64 plan_batch, plan_heads, num_entries, num_masks, kind, instructions, threads;
+  i64 plan_batch, plan_heads, num_entries, num_masks, kind, threads;
   double scale;
 };
 
@@ -118,7 +125,7 @@ struct Scratch {
   // of the backward pass alone
   float *values, *key_pairs, *d_keys, *d_values, *d_scores, *d_pairs, *exact, *line, *d_bias;
   std::vector<u64> bits;
-  std::vector<u8> first, last;
+  std::vector<u32> seen;  // vectors of columns that each strip of rows sees
 };
 
 struct Head {
@@ -130,7 +137,6 @@ struct Job {
   const Call& call;
   i64 nb, pieces, ld, slots;  // ld: columns of a packed piece; slots: of a packed block
   i64 group;                  // query heads to a key head
-  i64 pair = 1;               // numbers to a word
   i64 width, words;           // of a row: D padded, and in words
   std::vector<u64> readable;  // (B|1, nb, pieces) bit set for keys that may be read
   i64 readable_stride;
@@ -139,15 +145,14 @@ struct Job {
   Transposed transposed;
   std::vector<i64> part_start;  // (units in flight, parts + 1) key blocks
 
-  explicit Job(const Call& c, bool pairs) : call(c) {
+  explicit Job(const Call& c) : call(c) {
     nb = c.N / c.n;
     pieces = (c.n + PIECE - 1) / PIECE;
     ld = std::min<i64>(PIECE, round_up(c.n, GRANULE));
     slots = pieces * ld;
     group = c.H / c.K;
-    pair = pairs ? 2 : 1;
-    width = round_up(c.D, GRANULE * pair);
-    words = width / pair;
+    width = round_up(c.D, GRANULE * PAIR);
+    words = width / PAIR;
     readable_stride = c.key_mask ? nb * pieces : 0;
     readable.assign(nb * pieces * (c.key_mask ? c.B : 1), 0);
     for (i64 b = 0; b < (c.key_mask ? c.B : 1); b++)
@@ -188,18 +193,6 @@ struct Job {
   i64 token_row(const Head& h) const { return (h.sample * call.H + h.query) * call.S; }
 };
 
-// The steps of a call on one instruction set; each is called for every task of its kind.
-struct Engine {
-  const char* name;
-  bool pairs;
-  void (*pack_keys)(const Job&, i64, Scratch&);
-  void (*attend)(const Job&, i64, Scratch&);
-  void (*pack_queries)(const Job&, i64, Scratch&);
-  void (*pull)(const Job&, i64, Scratch&);
-  void (*put_d_q)(const Job&, i64, Scratch&);
-  double (*measure_peak)();
-};
-
 inline float as_float(u32 x) {
   float y;
   std::memcpy(&y, &x, 4);
@@ -215,376 +208,6 @@ inline u32 as_bits(float x) {
 inline i64 piece_at(const Job& j, i64 owner, i64 block, i64 piece) {
   return (owner * j.nb + block) * j.pieces + piece;
 }
-
-}  // namespace
-
-#define VIDATTN_ISA portable
-#define VIDATTN_WIDTH 4
-#define VIDATTN_TILE 1
-#define VIDATTN_PAIRS 0
-#include __FILE__
-#undef VIDATTN_ISA
-#undef VIDATTN_WIDTH
-#undef VIDATTN_TILE
-
-#ifdef VIDATTN_X86
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-#define VIDATTN_ISA avx2
-#define VIDATTN_WIDTH 8
-#define VIDATTN_TILE 1
-#include __FILE__
-#undef VIDATTN_ISA
-#undef VIDATTN_WIDTH
-#undef VIDATTN_TILE
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
-#endif
-#define VIDATTN_ISA avx512
-#define VIDATTN_WIDTH 16
-#define VIDATTN_TILE 4
-#include __FILE__
-#undef VIDATTN_ISA
-#undef VIDATTN_PAIRS
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))), \
-    apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")
-#endif
-#define VIDATTN_ISA avx512_bf16
-#define VIDATTN_PAIRS 1
-#include __FILE__
-#undef VIDATTN_ISA
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-
-namespace {
-
-// Best first. A set with bfloat16 products takes bfloat16 only.
-const Engine ENGINES[] = {
-#ifdef VIDATTN_X86
-    avx512_bf16::ENGINE,
-    avx512::ENGINE,
-    avx2::ENGINE,
-#endif
-    portable::ENGINE,
-};
-constexpr i64 NUM_ENGINES = sizeof(ENGINES) / sizeof(ENGINES[0]);
-
-bool is_supported(i64 engine) {
-#ifdef VIDATTN_X86
-  __builtin_cpu_init();
-  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  if (engine == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
-  if (engine == 1) return avx512;
-  if (engine == 2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return engine == NUM_ENGINES - 1;
-}
-
-// Every index is inside what it points into.
-bool lists_are_sound(const Call& c) {
-  i64 nb = c.N / c.n, rows = c.plan_batch * c.plan_heads * nb;
-  for (i64 slot = 0; slot < c.N; slot++)
-    if (c.order[slot] < -1 || c.order[slot] >= c.S) return false;
-  if (c.row_start[0] != 0 || c.row_start[rows] != c.num_entries) return false;
-  for (i64 row = 0; row < rows; row++) {
-    i64 begin = c.row_start[row], end = c.row_start[row + 1];
-    if (begin > end || end > c.num_entries) return false;
-    if (c.num_full[row] < 0 || c.num_full[row] > end - begin) return false;
-    bool partial = c.num_full[row] < end - begin;
-    if (partial && !c.box_key && !c.mask_id) return false;
-    for (i64 e = begin; e < end; e++) {
-      if (c.key_block[e] < 0 || c.key_block[e] >= nb) return false;
-      if (c.mask_id && e - begin >= c.num_full[row])
-        if (c.mask_id[e] < 0 || c.mask_id[e] >= c.num_masks) return false;
-    }
-  }
-  return true;
-}
-
-Transposed transpose(const Call& c) {
-  i64 nb = c.N / c.n, rows = c.plan_batch * c.plan_heads * nb;
-  Transposed t;
-  t.start.assign(rows + 1, 0);
-  t.query.resize(c.num_entries);
-  t.mask.resize(c.num_entries);
-  for (i64 row = 0; row < rows; row++)
-    for (i64 e = c.row_start[row]; e < c.row_start[row + 1]; e++)
-      t.start[row - row % nb + c.key_block[e] + 1]++;
-  for (i64 row = 0; row < rows; row++) t.start[row + 1] += t.start[row];
-  std::vector<i64> next(t.start.begin(), t.start.end() - 1);
-  for (i64 row = 0; row < rows; row++)
-    for (i64 e = c.row_start[row]; e < c.row_start[row + 1]; e++) {
-      i64 at = next[row - row % nb + c.key_block[e]]++;
-      bool whole = e - c.row_start[row] < c.num_full[row];
-      t.query[at] = i32(row % nb);
-      t.mask[at] = whole ? -1 : c.mask_id ? c.mask_id[e] : 0;
-    }
-  return t;
-}
-
-typedef void (*Step)(const Job&, i64, Scratch&);
-
-// Threads that take tasks one by one. They are started for each step: nothing outlives a call, so
-// calls from many threads, and from a forked process, do not meet.
-struct Team {
-  std::vector<Scratch> scratch;
-
-  Team(const Call& c, double flops) {
-    double useful = std::min<double>(double(c.threads), 1 + flops / THREAD_FLOPS);
-    scratch = std::vector<Scratch>(std::max<i64>(1, i64(useful)));
-  }
-
-  void run(const Job& job, i64 num_tasks, Step step) {
-    std::atomic<i64> next{0};
-    auto work = [&](i64 thread) {
-      for (i64 task; (task = next.fetch_add(1)) < num_tasks;) step(job, task, scratch[thread]);
-    };
-    std::vector<std::thread> others;
-    i64 wanted = std::min<i64>(i64(scratch.size()), num_tasks) - 1;
-    others.reserve(std::max<i64>(0, wanted));
-    try {
-      for (i64 t = 0; t < wanted; t++) others.emplace_back(work, t + 1);
-    } catch (const std::system_error&) {
-      // no more threads to be had: those that run take the rest
-    }
-    work(0);
-    for (auto& thread : others) thread.join();
-  }
-};
-
-double count_flops(const Call& c, double products) {
-  double pairs = double(c.num_entries) * c.n * c.n;
-  pairs *= double(c.B * c.H) / double(c.plan_batch * c.plan_heads);
-  return 2 * products * pairs * c.D;
-}
-
-// Carves arrays out of the buffer of a thread.
-struct Carver {
-  float* at;
-  float* take(i64 floats) {
-    float* taken = at;
-    at += round_up(floats, GRANULE);
-    return taken;
-  }
-};
-
-void prepare_forward(const Job& j, Scratch& s) {
-  i64 rows = round_up(j.call.n, ROWS), longest = 0;
-  i64 plan_rows = j.call.plan_batch * j.call.plan_heads * j.nb;
-  for (i64 row = 0; row < plan_rows; row++)
-    longest = std::max<i64>(
-        longest, j.call.row_start[row + 1] - j.call.row_start[row] - j.call.num_full[row]);
-  s.memory.grow(rows * (j.words + j.width + PIECE + GRANULE + 1) + PIECE * j.words + PIECE +
-                7 * GRANULE);
-  Carver carve{s.memory.data};
-  s.rows = carve.take(rows * j.words);
-  s.out = carve.take(rows * j.width);
-  s.weights = carve.take(rows * PIECE);
-  s.sums = carve.take(rows * GRANULE);
-  s.tops = carve.take(rows);
-  s.keys = carve.take(PIECE * j.words);
-  s.key_bias = carve.take(PIECE);
-  s.bits.resize(longest * rows * j.pieces);
-  s.first.resize(rows / ROWS);
-  s.last.resize(rows / ROWS);
-}
-
-void prepare_backward(const Job& j, Scratch& s) {
-  s.memory.grow(j.slots * (3 * j.words + 2 * j.width + 1) + 4 * PIECE * PIECE + j.width +
-                PIECE * j.words + PIECE + 13 * GRANULE);
-  Carver carve{s.memory.data};
-  s.keys = carve.take(j.slots * j.words);
-  s.values = carve.take(j.slots * j.words);
-  s.key_pairs = carve.take(j.slots * j.words);
-  s.d_keys = carve.take(j.slots * j.width);
-  s.d_values = carve.take(j.slots * j.width);
-  s.weights = carve.take(PIECE * PIECE);
-  s.d_scores = carve.take(PIECE * PIECE);
-  s.d_pairs = carve.take(PIECE * PIECE);
-  // words of floats need no second, exact copy
-  s.exact = j.pair == 1 ? s.weights : carve.take(PIECE * PIECE);
-  s.line = carve.take(j.width);
-  s.rows = carve.take(PIECE * j.words);
-  s.key_bias = carve.take(PIECE);
-  s.d_bias = carve.take(j.slots);
-  s.bits.resize(PIECE);
-  s.first.resize(PIECE / ROWS);
-  s.last.resize(PIECE / ROWS);
-}
-
-// Zeros for the tokens that stand in no slot, which nobody wrote.
-void clear_unplaced(const Call& c, const Rows& x, i64 heads, const std::vector<bool>& placed) {
-  i64 size = c.kind == FLOAT32 ? 4 : 2;
-  for (i64 row = 0; row < c.B * heads; row++)
-    for (i64 token = 0; token < c.S; token++) {
-      i64 at = row / heads * x.sample + row % heads * x.head + token * x.token;
-      if (!placed[token]) std::memset(x.data + at * size, 0, c.D * size);
-    }
-}
-
-void clear_unplaced(const Call& c, float* x, float value, const std::vector<bool>& placed) {
-  for (i64 row = 0; x && row < c.B * c.H; row++)
-    for (i64 token = 0; token < c.S; token++)
-      if (!placed[token]) x[row * c.S + token] = value;
-}
-
-// Which tokens stand in a slot; empty where all do.
-std::vector<bool> placed_tokens(const Call& c) {
-  std::vector<bool> placed(c.S, false);
-  i64 count = 0;
-  for (i64 slot = 0; slot < c.N; slot++)
-    if (c.order[slot] >= 0 && !placed[c.order[slot]]) placed[c.order[slot]] = true, count++;
-  return count == c.S ? std::vector<bool>() : placed;
-}
-
-i64 units_at_a_time(const Call& c, i64 bytes_per_unit) {
-  i64 all = c.B * c.K, fit = std::max<i64>(1, WORKSPACE / std::max<i64>(1, bytes_per_unit));
-  return std::min(all, fit);
-}
-
-void forward(const Call& c, const Engine& engine) {
-  Job job(c, engine.pairs);
-  Team team(c, count_flops(c, 2));
-  for (Scratch& s : team.scratch) prepare_forward(job, s);
-  i64 floats = job.nb * job.slots * job.words, step = units_at_a_time(c, 8 * floats);
-  job.keys.grow(step * floats);
-  job.values.grow(step * job.nb * job.slots * job.width / job.pair);
-  bool has_rule = c.box_key || c.mask_id;
-  for (i64 unit = 0; unit < c.B * c.K; unit += step) {
-    job.first_unit = unit;
-    job.num_units = std::min(step, c.B * c.K - unit);
-    i64 heads = job.num_units * job.group;
-    // sharing the bits of a predicate must leave every thread enough tasks
-    i64 room = heads * job.nb / (8 * i64(team.scratch.size()));
-    job.heads_per_task = has_rule ? std::max<i64>(1, std::min(HEADS_PER_TASK, room)) : 1;
-    team.run(job, job.num_units * job.nb, engine.pack_keys);
-    i64 chunks = (heads + job.heads_per_task - 1) / job.heads_per_task;
-    team.run(job, chunks * job.nb, engine.attend);
-  }
-  std::vector<bool> placed = placed_tokens(c);
-  if (placed.empty()) return;
-  clear_unplaced(c, c.out, c.H, placed);
-  clear_unplaced(c, c.lse, -INFINITY, placed);
-}
-}  // namespace
-
-namespace {
-// Cuts the key blocks of every unit in flight into parts of about equal work, each of which adds up
-// its own gradient of the queries: so many threads share a unit, and sums keep their order.
-void cut_parts(Job& job, i64 threads) {
-  i64 parts = (2 * threads + job.num_units - 1) / job.num_units;
-  job.parts = threads == 1 ? 1 : std::max<i64>(1, std::min<i64>({parts, job.nb, 16}));
-  job.part_start.assign(job.num_units * (job.parts + 1), job.nb);
-  for (i64 unit = 0; unit < job.num_units; unit++) {
-    auto work = [&](i64 block) {
-      i64 entries = 1;
-      for (i64 g = 0; g < job.group; g++) {
-        i64 set = job.head(unit * job.group + g).set;
-        const i64* start = &job.transposed.start[set * job.nb + block];
-        entries += start[1] - start[0];
-      }
-      return entries;
-    };
-    i64 total = 0, done = 0, part = 0;
-    for (i64 block = 0; block < job.nb; block++) total += work(block);
-    i64* start = &job.part_start[unit * (job.parts + 1)];
-    for (i64 block = 0; block < job.nb; block++) {
-      while (part < job.parts && done * job.parts >= total * part) start[part++] = block;
-      done += work(block);
-    }
-  }
-}
-
-void backward(const Call& c, const Engine& engine) {
-  Job job(c, engine.pairs);
-  job.transposed = transpose(c);
-  Team team(c, count_flops(c, 5));
-  i64 threads = i64(team.scratch.size());
-  for (Scratch& s : team.scratch) prepare_backward(job, s);
-  i64 tokens = job.nb * job.slots * job.group, floats = tokens * job.words;
-  i64 step = std::max(units_at_a_time(c, 16 * floats + 4 * tokens * job.width),
-                      std::min(threads, c.B * c.K));
-  for (Buffer* b : {&job.queries, &job.queries_t, &job.pulls, &job.pulls_t}) b->grow(step * floats);
-  for (Buffer* b : {&job.lse2, &job.delta}) b->grow(step * tokens);
-  i64 held = 0;
-  for (i64 unit = 0; unit < c.B * c.K; unit += step) {
-    job.first_unit = unit;
-    job.num_units = std::min(step, c.B * c.K - unit);
-    cut_parts(job, threads);
-    i64 needed = job.parts * job.num_units * tokens * job.width;
-    if (needed > held) job.d_q.grow(held = needed);
-    i64 blocks = job.num_units * job.group * job.nb;
-    team.run(job, blocks, engine.pack_queries);
-    team.run(job, job.num_units * job.parts, engine.pull);
-    team.run(job, blocks, engine.put_d_q);
-  }
-  std::vector<bool> placed = placed_tokens(c);
-  if (placed.empty()) return;
-  clear_unplaced(c, c.d_q, c.H, placed);
-  clear_unplaced(c, c.d_k, c.K, placed);
-  clear_unplaced(c, c.d_v, c.K, placed);
-  clear_unplaced(c, c.d_bias, 0, placed);
-}
-
-typedef void (*Direction)(const Call&, const Engine&);
-
-int run(const Call* call, Direction direction) {
-  if (!lists_are_sound(*call)) return BAD_LISTS;
-  try {
-    direction(*call, ENGINES[call->instructions]);
-  } catch (const std::bad_alloc&) {
-    return NO_MEMORY;
-  }
-  return OK;
-}
-}  // namespace
-
-extern "C" {
-// The name of an instruction set, best first; null past the last.
-const char* vidattn_instruction_set(i64 index) {
-  return index < NUM_ENGINES ? ENGINES[index].name : nullptr;
-}
-
-int vidattn_is_supported(i64 index) { return is_supported(index); }
-double vidattn_peak(i64 index) { return ENGINES[index].measure_peak(); }
-int vidattn_forward(const Call* call) { return run(call, forward); }
-int vidattn_backward(const Call* call) { return run(call, backward); }
-}
-
-#else  // the part that is compiled for every instruction set
-
-namespace {
-namespace VIDATTN_ISA {
-
-constexpr int W = VIDATTN_WIDTH;        // floats to a vector
-constexpr int G = GRANULE / W;          // vectors to a granule
-constexpr int TILE = VIDATTN_TILE;      // granules to a row of the widest register tile
-constexpr bool PAIRS = VIDATTN_PAIRS;   // whether a word holds a pair of bfloat16
-constexpr int PAIR = PAIRS ? 2 : 1;
-constexpr int GRANULE_WORDS = GRANULE / PAIR;
-constexpr int PIECE_WORDS = PIECE / PAIR;
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef i32 I __attribute__((vector_size(4 * W)));
@@ -617,9 +240,9 @@ INLINE u32 bits_of_equal(U a, U b) { return _mm512_cmpeq_epi32_mask((__m512i)a, 
 INLINE bool any_above(V a, V b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
 }
-// The larger, or a where `bits` lacks a lane.
-INLINE V larger(V a, V b, u32 bits) {
-  return (V)_mm512_mask_max_ps((__m512)a, (__mmask16)bits, (__m512)a, (__m512)b);
+// Minus infinity where `bits` lacks a lane.
+INLINE V hide(V x, u32 bits) {
+  return (V)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)bits, (__m512)x);
 }
 INLINE V zip_low(V a, V b) {
   return VIDATTN_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -628,13 +251,14 @@ INLINE V zip_high(V a, V b) {
   return VIDATTN_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 #else
-INLINE V larger(V a, V b) { return a > b ? a : b; }
 #if VIDATTN_WIDTH == 8
+INLINE V larger(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE V splat(float x) { return (V)_mm256_set1_ps(x); }
 INLINE u32 bits_of(I mask) { return u32(_mm256_movemask_ps((__m256)mask)); }
 INLINE V zip_low(V a, V b) { return VIDATTN_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
 INLINE V zip_high(V a, V b) { return VIDATTN_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
 #else
+INLINE V larger(V a, V b) { return a > b ? a : b; }
 INLINE V splat(float x) { return V{x, x, x, x}; }
 INLINE u32 bits_of(I mask) {
   mask &= I{1, 2, 4, 8};
@@ -645,13 +269,12 @@ INLINE V zip_high(V a, V b) { return VIDATTN_SHUFFLE(a, b, 2, 6, 3, 7); }
 #endif
 INLINE u32 bits_of_equal(U a, U b) { return bits_of((I)(a == b)); }
 INLINE bool any_above(V a, V b) { return bits_of((I)(a > b)) != 0; }
-INLINE V keep(V x, u32 bits, V other) {
+// Minus infinity where `bits` lacks a lane.
+INLINE V hide(V x, u32 bits) {
   I lane;
   for (int i = 0; i < W; i++) lane[i] = 1 << i;
-  I chosen = (lane & i32(bits)) == lane;
-  return chosen ? x : other;
+  return (lane & i32(bits)) == lane ? x : splat(-INFINITY);
 }
-INLINE V larger(V a, V b, u32 bits) { return larger(a, keep(b, bits, a)); }
 #endif
 
 // acc + a * b, over both numbers of a word.
@@ -663,25 +286,21 @@ INLINE V fused(V acc, V a, V b) {
 #endif
 }
 
-// N vectors as words of packed numbers.
-template <int N>
-INLINE void store_packed(float* to, const V (&x)[N]) {
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n++) {
+// A vector as words of packed numbers.
+INLINE void store_packed(float* to, V x) {
 #if VIDATTN_PAIRS
-    __m256bh half = _mm512_cvtneps_pbh((__m512)x[n]);
-    std::memcpy(to + n * W / 2, &half, sizeof half);
+  __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+  std::memcpy(to, &half, sizeof half);
 #else
-    store(to + n * W, x[n]);
+  store(to, x);
 #endif
-  }
 }
 
-// 2 ** x, and 2 ** LEAST for all that is below; with MASKED 0 where `bits` lacks a lane. The
-// polynomials are minimax.
+// 2 ** x, and 2 ** LEAST for all that is below; with MASKED 0 where `hide` was. The polynomials are
+// minimax.
 template <bool MASKED = false>
-INLINE V exp2(V x, u32 bits = 0) {
-  x = larger(splat(LEAST), x);
+INLINE V exp2(V given) {
+  V x = larger(splat(LEAST), given);
 #if VIDATTN_WIDTH == 16
   V f = (V)_mm512_reduce_ps((__m512)x, 1), p;  // x minus its floor
   if (PAIRS) {
@@ -696,7 +315,10 @@ INLINE V exp2(V x, u32 bits = 0) {
     p = p * f + 6.93153083e-1f;
     p = p * f + 9.99999940e-1f;
   }
-  if (MASKED) return (V)_mm512_maskz_scalef_ps((__mmask16)bits, (__m512)p, (__m512)x);
+  if (MASKED) {
+    __mmask16 seen = _mm512_cmp_ps_mask((__m512)given, _mm512_set1_ps(2 * LEAST), _CMP_NLT_UQ);
+    return (V)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)x);
+  }
   return (V)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
   // the sum rounds x to a whole number, which its last bits then hold
@@ -708,7 +330,7 @@ INLINE V exp2(V x, u32 bits = 0) {
   p = p * f + 6.93146944e-1f;
   p = p * f + 1.00000012f;
   V power = (V)((U)p + ((U)whole << 23));
-  return MASKED ? keep(power, bits, V{}) : power;
+  return MASKED ? (V)((I)power & ~(I)(given < splat(2 * LEAST))) : power;
 #endif
 }
 
@@ -844,13 +466,36 @@ void pack_keys(const Job& j, i64 task, Scratch& s) {
   }
 }
 
-// acc += column k of left times row k of right.
+// A set of vectors of a row, and its members in turn.
+typedef u32 Set;
+
+struct List {
+  int count = 0;
+  u8 vector[VECTORS];
+  explicit List(Set set) {
+    for (; set; set &= set - 1) vector[count++] = u8(__builtin_ctz(set));
+  }
+};
+
+// The vectors of a row where any bit is set.
+INLINE Set vectors_of(u64 bits) {
+  Set set = 0;
+  for (int n = 0; n < VECTORS; n++) set |= Set((bits >> n * W & ((1ull << W) - 1)) != 0) << n;
+  return set;
+}
+
+// Vectors in the next tile, of those that remain; a narrow tile does not keep the registers busy.
+INLINE int next_tile(i64 rest) {
+  return rest == TILE + 1 ? TILE - 1 : int(std::min<i64>(rest, TILE));
+}
+
+// acc += column k of left times row k of the vectors that `right` points to.
 template <int N, bool ACROSS>
-INLINE void add_outer(V (&acc)[ROWS][N], const float* left, i64 left_ld, const float* right,
-                      i64 right_ld, i64 k) {
+INLINE void add_outer(V (&acc)[ROWS][N], const float* left, i64 left_ld,
+                      const float* const (&right)[N], i64 right_ld, i64 k) {
   V b[N];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; n++) b[n] = load(right + k * right_ld + n * W);
+  for (int n = 0; n < N; n++) b[n] = load(right[n] + k * right_ld);
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
     V a = splat(ACROSS ? left[k * left_ld + m] : left[m * left_ld + k]);
@@ -861,8 +506,8 @@ INLINE void add_outer(V (&acc)[ROWS][N], const float* left, i64 left_ld, const f
 
 // acc += left (ROWS, depth) right (depth, N vectors); left is stored the other way with ACROSS.
 template <int N, bool ACROSS>
-INLINE void multiply(V (&acc)[ROWS][N], const float* left, i64 left_ld, const float* right,
-                     i64 right_ld, i64 depth) {
+INLINE void multiply(V (&acc)[ROWS][N], const float* left, i64 left_ld,
+                     const float* const (&right)[N], i64 right_ld, i64 depth) {
   i64 k = 0;
   if (ROWS * N < 8) {
     // too few sums to hide how long one addition takes: twice as many
@@ -876,7 +521,27 @@ INLINE void multiply(V (&acc)[ROWS][N], const float* left, i64 left_ld, const fl
 #pragma GCC unroll 8
       for (int n = 0; n < N; n++) acc[m][n] += odd[m][n];
   }
+#pragma GCC unroll 2
   for (; k < depth; k++) add_outer<N, ACROSS>(acc, left, left_ld, right, right_ld, k);
+}
+
+// to = left (ROWS, depth) right (depth, the vectors of right that are listed).
+template <int N>
+INLINE void scores(V (&to)[ROWS][N], const float* left, i64 left_ld, const float* right,
+                   i64 right_ld, i64 depth, const u8* vectors) {
+  const float* from[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) from[n] = right + vectors[n] * W;
+  V acc[ROWS][N] = {};
+  multiply<N, false>(acc, left, left_ld, from, right_ld, depth);
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) to[m][n] = acc[m][n];
+#if VIDATTN_WIDTH < 16
+  // with so few registers, what comes next must not take those of the loop
+  asm("" : "+m"(to));
+#endif
 }
 
 struct Product {
@@ -885,41 +550,49 @@ struct Product {
   const float* left;
   i64 left_ld;
   const float* right;
-  i64 right_ld, depth;
+  i64 right_ld;
+  Set depth;  // vectors of slots that are summed over
 };
 
-template <int TILES, bool ACROSS>
+template <int N, bool ACROSS>
 void add_tile(const Product& p, i64 column) {
-  constexpr int N = TILES * G;
-  float* out = p.out + column;
-  i64 ld = p.out_ld;
   V acc[ROWS][N] = {};
-  multiply<N, ACROSS>(acc, p.left, p.left_ld, p.right + column, p.right_ld, p.depth);
+  for (Set rest = p.depth; rest;) {
+    // a run of vectors at a time
+    int first = __builtin_ctz(rest), run = __builtin_ctz(~(rest >> first));
+    rest &= rest + (1u << first);
+    i64 begin = first * VECTOR_WORDS;
+    const float *left = p.left + begin * (ACROSS ? p.left_ld : 1), *right[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) right[n] = p.right + begin * p.right_ld + column + n * W;
+    multiply<N, ACROSS>(acc, left, p.left_ld, right, p.right_ld, run * VECTOR_WORDS);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      float* at = out + m * ld + n * W;
+      float* at = p.out + m * p.out_ld + column + n * W;
       store(at, load(at) + acc[m][n]);
     }
 }
 
-// out (ROWS, width) += left (ROWS, depth) right (depth, width).
+// out += left right for `strips` strips of ROWS rows, each summing over the vectors that it sees.
 template <bool ACROSS>
-void add_product(const Product& p, i64 width) {
+void add_products(Product p, i64 width, i64 strips, const Set* seen) {
+  static constexpr void (*TILES[])(const Product&, i64) = {
+      add_tile<1, ACROSS>, add_tile<2, ACROSS>, add_tile<3, ACROSS>, add_tile<TILE, ACROSS>};
+  const float* left = p.left;
+  float* out = p.out;
+  // a tile's columns stay close while all rows pass
   for (i64 column = 0; column < width;) {
-    i64 rest = (width - column) / GRANULE;
-#if VIDATTN_TILE == 4
-    if (rest >= 4)
-      add_tile<4, ACROSS>(p, column);
-    else if (rest == 3)
-      add_tile<3, ACROSS>(p, column);
-    else if (rest == 2)
-      add_tile<2, ACROSS>(p, column);
-    else
-#endif
-      add_tile<1, ACROSS>(p, column);
-    column += std::min<i64>(rest, TILE) * GRANULE;
+    int n = next_tile((width - column) / W);
+    for (i64 r = 0; r < strips; r++) {
+      p.out = out + r * ROWS * p.out_ld;
+      p.left = left + r * ROWS * (ACROSS ? 1 : p.left_ld);
+      p.depth = seen[r];
+      if (p.depth) TILES[n - 1](p, column);
+    }
+    column += n * W;
   }
 }
 
@@ -993,11 +666,11 @@ struct Strip {
   float scale;
   u64 bits[ROWS];
   float *weights, *tops, *sums, *out;
-  i64 width, begin;  // begin: the first granule that any of the rows sees
+  i64 width;
 };
 
 // Moves the maximum of row m up to the largest score, and what was made so far with it: the sums,
-// and the weights before granule `first`, which are not summed yet.
+// and the weights before vector `first`, which are not summed yet.
 __attribute__((noinline)) void raise_top(const Strip& s, int m, V scores, int first) {
   float top = s.tops[m];
   for (int i = 0; i < W; i++) top = scores[i] > top ? scores[i] : top;
@@ -1005,18 +678,21 @@ __attribute__((noinline)) void raise_top(const Strip& s, int m, V scores, int fi
   s.tops[m] = top;
   store(s.sums + m * GRANULE, load(s.sums + m * GRANULE) * fade);
   float* weights = s.weights + m * PIECE_WORDS;
-  for (i64 i = s.begin * GRANULE; i < first * GRANULE; i += W)
-    store(weights + i, load(weights + i) * fade);
+  // one tile is all of a row otherwise
+  for (int i = 0; TILE < VECTORS && i < first; i++)
+    store(weights + i * W, load(weights + i * W) * fade);
   for (i64 d = 0; d < s.width; d += W)
     store(s.out + m * s.width + d, load(s.out + m * s.width + d) * fade);
 }
 
-// Weights of the keys from granule `first` on, and their sums.
-template <int TILES, bool MASKED>
-void weigh(const Strip& s, int first) {
-  constexpr int N = TILES * G;
-  V acc[ROWS][N] = {};
-  multiply<N, false>(acc, s.queries, s.words, s.keys + first * GRANULE, s.ld, s.depth);
+// Weights of N vectors of keys, and their sums.
+template <int N, bool MASKED>
+void weigh(const Strip& s, const u8* vectors) {
+  V acc[ROWS][N];
+  int at[N];
+  scores<N>(acc, s.queries, s.words, s.keys, s.ld, s.depth, vectors);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) at[n] = vectors[n];
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
     V highest = splat(-INFINITY);
@@ -1024,37 +700,29 @@ void weigh(const Strip& s, int first) {
     for (int n = 0; n < N; n++) {
       V& score = acc[m][n];
       if (PAIRS) score *= s.scale;
-      if (s.bias) score += load(s.bias + first * GRANULE + n * W);
-      u32 bits = u32(s.bits[m] >> (first * GRANULE + n * W));
-      highest = MASKED ? larger(highest, score, bits) : larger(highest, score);
+      if (s.bias) score += load(s.bias + at[n] * W);
+      if (MASKED) score = hide(score, u32(s.bits[m] >> at[n] * W));
+      highest = larger(highest, score);
     }
-    if (__builtin_expect(any_above(highest, splat(s.tops[m] + SLACK)), 0)) 
-      raise_top(s, m, highest, first);
+    if (__builtin_expect(any_above(highest, splat(s.tops[m] + SLACK)), 0))
+      raise_top(s, m, highest, at[0]);
     V top = splat(s.tops[m]), sum = load(s.sums + m * GRANULE);
+    float* weights = s.weights + m * PIECE_WORDS;
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      acc[m][n] = exp2<MASKED>(acc[m][n] - top, u32(s.bits[m] >> (first * GRANULE + n * W)));
-      sum += acc[m][n];
+      V weight = exp2<MASKED>(acc[m][n] - top);
+      sum += weight;
+      store_packed(weights + at[n] * VECTOR_WORDS, weight);
     }
     store(s.sums + m * GRANULE, sum);
-    store_packed<N>(s.weights + m * PIECE_WORDS + first * GRANULE_WORDS, acc[m]);
   }
 }
 
 template <bool MASKED>
-void weigh_range(const Strip& s, int first, int last) {
-  for (; first < last; first += TILE) {
-#if VIDATTN_TILE == 4
-    if (last - first >= 4)
-      weigh<4, MASKED>(s, first);
-    else if (last - first == 3)
-      weigh<3, MASKED>(s, first);
-    else if (last - first == 2)
-      weigh<2, MASKED>(s, first);
-    else
-#endif
-      weigh<1, MASKED>(s, first);
-  }
+INLINE void weigh_tile(const Strip& s, const u8* vectors, int count) {
+  static constexpr void (*TILES[])(const Strip&, const u8*) = {
+      weigh<1, MASKED>, weigh<2, MASKED>, weigh<3, MASKED>, weigh<TILE, MASKED>};
+  TILES[count - 1](s, vectors);
 }
 
 // The bias of the keys of a piece, base 2.
@@ -1070,12 +738,6 @@ const float* load_bias(const Job& j, const Head& h, i64 block, i64 piece, float*
 
 INLINE u64 low_bits(int count) { return count == 64 ? ~0ull : (1ull << count) - 1; }
 
-// The granules that hold any of the bits.
-INLINE void find_range(u64 any, u8& first, u8& last) {
-  first = any ? u8(__builtin_ctzll(any) / GRANULE) : 0;
-  last = any ? u8((63 - __builtin_clzll(any)) / GRANULE + 1) : 0;
-}
-
 // Asks for a share of packed memory that is needed soon.
 INLINE void fetch(const float* from, i64 words, i64 share, i64 shares) {
   i64 lines = words / GRANULE;
@@ -1089,43 +751,42 @@ void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, i64 next, c
   const Call& c = j.call;
   u64 readable = j.readable_keys(h.sample, block, piece);
   if (!readable) return;
-  int granules = (j.piece_slots(piece) + GRANULE - 1) / GRANULE;
-  bool masked = bits || readable != low_bits(granules * GRANULE);
-  i64 rows = round_up(c.n, ROWS);
+  u64 padded = low_bits(int(round_up(j.piece_slots(piece), GRANULE)));
+  bool masked = bits || readable != padded;
+  i64 strips = round_up(c.n, ROWS) / ROWS;
   i64 at = piece_at(j, h.index / j.group, block, piece) * j.ld * j.words;
   const float* bias = load_bias(j, h, block, piece, s.key_bias);
-  Strip strip{s.rows, j.keys.data + at, j.words, j.ld, depth_of(j), bias,
-              float(c.scale) * LOG2E, {}, s.weights, s.tops, s.sums, s.out, j.width, 0};
-  for (i64 r = 0; r < rows; r += ROWS) {
-    fetch(j.keys.data + next, j.ld * j.words, r / ROWS, rows / ROWS);
-    fetch(j.values.data + next, j.ld * j.words, r / ROWS, rows / ROWS);
-    strip.queries = s.rows + r * j.words;
-    strip.weights = s.weights + r * PIECE_WORDS;
-    strip.tops = s.tops + r;
-    strip.sums = s.sums + r * GRANULE;
-    strip.out = s.out + r * j.width;
-    u8 &first = s.first[r / ROWS], &last = s.last[r / ROWS];
-    first = 0, last = u8(granules);
-    if (masked) {
-      u64 any = 0;
-      for (int m = 0; m < ROWS; m++)
-        any |= strip.bits[m] = bits ? bits[r + m] & readable : readable;
-      find_range(any, first, last);
-      strip.begin = first;
-      weigh_range<true>(strip, first, last);
-    } else {
-      weigh_range<false>(strip, first, last);
-    }
+  Strip strip{nullptr, j.keys.data + at, j.words, j.ld, depth_of(j), bias, float(c.scale) * LOG2E,
+              {}, nullptr, nullptr, nullptr, nullptr, j.width};
+  auto visit = [&](i64 r) {
+    strip.queries = s.rows + r * ROWS * j.words;
+    strip.weights = s.weights + r * ROWS * PIECE_WORDS;
+    strip.tops = s.tops + r * ROWS;
+    strip.sums = s.sums + r * ROWS * GRANULE;
+    strip.out = s.out + r * ROWS * j.width;
+  };
+  for (i64 r = 0; r < strips; r++) {
+    fetch(j.keys.data + next, j.ld * j.words, r, strips);
+    fetch(j.values.data + next, j.ld * j.words, r, strips);
+    s.seen[r] = vectors_of(padded);
+    if (!masked) continue;
+    u64 any = 0;
+    for (int m = 0; m < ROWS; m++)
+      any |= strip.bits[m] = bits ? bits[r * ROWS + m] & readable : readable;
+    s.seen[r] = vectors_of(any);
+    visit(r);
+    const List list(s.seen[r]);
+    for (int i = 0, n; i < list.count; i += n)
+      weigh_tile<true>(strip, list.vector + i, n = next_tile(list.count - i));
+  }
+  // a tile's keys stay close while all rows pass
+  const List whole(masked ? 0 : vectors_of(padded));
+  for (int i = 0, n; i < whole.count; i += n) {
+    n = next_tile(whole.count - i);
+    for (i64 r = 0; r < strips; r++) visit(r), weigh_tile<false>(strip, whole.vector + i, n);
   }
   Product p{s.out, j.width, s.weights, PIECE_WORDS, j.values.data + at, j.width, 0};
-  for (i64 r = 0; r < rows; r += ROWS) {
-    i64 first = s.first[r / ROWS] * GRANULE_WORDS, last = s.last[r / ROWS] * GRANULE_WORDS;
-    p.out = s.out + r * j.width;
-    p.left = s.weights + r * PIECE_WORDS + first;
-    p.right = j.values.data + at + first * j.width;
-    p.depth = last - first;
-    if (p.depth) add_product<false>(p, j.width);
-  }
+  add_products<false>(p, j.width, strips, s.seen.data());
 }
 
 void attend_block(const Job& j, const Head& h, i64 block, Scratch& s) {
@@ -1208,52 +869,49 @@ struct Pull {
   const float* bias;
   float *d_keys, *d_values, *d_q, *d_bias;
   const u64* bits;  // for each key its queries, or null where all see each other
-  int keys_granules, query_granules;
+  int num_keys, num_queries;  // padded
+  Set queries_seen;           // where no bits hide any
   i64 words, width, ld, depth;
   float scale;
 };
 
-// Weights of ROWS keys from row r on, for the queries from granule `first` on.
-template <int TILES, bool MASKED>
-void weigh_keys(const Pull& p, const Scratch& s, int r, int first) {
-  constexpr int N = TILES * G;
-  V acc[ROWS][N] = {};
-  int column = first * GRANULE;
-  multiply<N, false>(acc, p.keys + r * p.words, p.words, p.queries_t + column, p.ld, p.depth);
+// Weights of ROWS keys from row r on, for N vectors of queries.
+template <int N, bool MASKED>
+void weigh_keys(const Pull& p, const Scratch& s, int r, const u8* vectors) {
+  V acc[ROWS][N];
+  scores<N>(acc, p.keys + r * p.words, p.words, p.queries_t, p.ld, p.depth, vectors);
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
     V bias = splat(p.bias ? p.bias[r + m] : 0);
-    float* exact = s.exact + (r + m) * PIECE + column;
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      V& score = acc[m][n];
+      V score = acc[m][n];
       if (PAIRS) score *= p.scale;
-      u32 bits = MASKED ? u32(p.bits[r + m] >> (column + n * W)) : 0;
-      score = exp2<MASKED>(score + bias - load(p.lse2 + column + n * W), bits);
-      store(exact + n * W, score);
+      if (MASKED) score = hide(score, u32(p.bits[r + m] >> vectors[n] * W));
+      V weight = exp2<MASKED>(score + bias - load(p.lse2 + vectors[n] * W));
+      store(s.exact + (r + m) * PIECE + vectors[n] * W, weight);
+      if (PAIRS)
+        store_packed(s.weights + (r + m) * PIECE_WORDS + vectors[n] * VECTOR_WORDS, weight);
     }
-    if (PAIRS) store_packed<N>(s.weights + (r + m) * PIECE_WORDS + first * GRANULE_WORDS, acc[m]);
   }
 }
 
 // Gradients of the scores whose weights are known.
-template <int TILES>
-void pull_scores(const Pull& p, const Scratch& s, int r, int first) {
-  constexpr int N = TILES * G;
-  V acc[ROWS][N] = {};
-  int column = first * GRANULE;
-  multiply<N, false>(acc, p.values + r * p.words, p.words, p.pulls_t + column, p.ld, p.depth);
+template <int N>
+void pull_scores(const Pull& p, const Scratch& s, int r, const u8* vectors) {
+  V acc[ROWS][N];
+  scores<N>(acc, p.values + r * p.words, p.words, p.pulls_t, p.ld, p.depth, vectors);
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
-    const float* exact = s.exact + (r + m) * PIECE + column;
     V total = {};
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++) {
-      acc[m][n] = load(exact + n * W) * (acc[m][n] - load(p.delta + column + n * W));
+      V weight = load(s.exact + (r + m) * PIECE + vectors[n] * W);
+      acc[m][n] = weight * (acc[m][n] - load(p.delta + vectors[n] * W));
       total += acc[m][n];
+      store_packed(s.d_scores + (r + m) * PIECE_WORDS + vectors[n] * VECTOR_WORDS, acc[m][n]);
     }
     if (p.d_bias) p.d_bias[r + m] += sum_of(total);
-    store_packed<N>(s.d_scores + (r + m) * PIECE_WORDS + first * GRANULE_WORDS, acc[m]);
   }
 #if VIDATTN_PAIRS
   for (int m = 0; m < ROWS; m += 2)
@@ -1262,101 +920,71 @@ void pull_scores(const Pull& p, const Scratch& s, int r, int first) {
       __m256bh odd = _mm512_cvtneps_pbh((__m512)acc[m + 1][n]);
       __m512i low = _mm512_cvtepu16_epi32((__m256i)even);
       __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)odd), 16);
-      store(s.d_pairs + (r + m) / 2 * PIECE + column + n * W, (V)_mm512_or_si512(low, high));
+      store(s.d_pairs + (r + m) / 2 * PIECE + vectors[n] * W, (V)_mm512_or_si512(low, high));
     }
 #endif
 }
 
-template <bool MASKED>
-void weigh_queries(const Pull& p, const Scratch& s, int r, int first, int last) {
-  for (; first < last; first += TILE) {
-#if VIDATTN_TILE == 4
-    if (last - first >= 4)
-      weigh_keys<4, MASKED>(p, s, r, first);
-    else if (last - first == 3)
-      weigh_keys<3, MASKED>(p, s, r, first);
-    else if (last - first == 2)
-      weigh_keys<2, MASKED>(p, s, r, first);
-    else
-#endif
-      weigh_keys<1, MASKED>(p, s, r, first);
-  }
-}
+typedef void (*Tile)(const Pull&, const Scratch&, int, const u8*);
 
-void pull_range(const Pull& p, const Scratch& s, int r, int first, int last) {
-  for (; first < last; first += TILE) {
-#if VIDATTN_TILE == 4
-    if (last - first >= 4)
-      pull_scores<4>(p, s, r, first);
-    else if (last - first == 3)
-      pull_scores<3>(p, s, r, first);
-    else if (last - first == 2)
-      pull_scores<2>(p, s, r, first);
-    else
-#endif
-      pull_scores<1>(p, s, r, first);
+// Calls tiles of 1 to 4 vectors on what each strip of keys sees.
+void run_tiles(const Pull& p, const Scratch& s, const Tile (&tiles)[4]) {
+  for (int r = 0; r < p.num_keys && p.bits; r += ROWS) {
+    const List list(s.seen[r / ROWS]);
+    for (int i = 0, n; i < list.count; i += n) {
+      n = next_tile(list.count - i);
+      tiles[n - 1](p, s, r, list.vector + i);
+    }
+  }
+  // a tile's queries stay close while all keys pass
+  const List whole(p.bits ? 0 : p.queries_seen);
+  for (int i = 0, n; i < whole.count; i += n) {
+    n = next_tile(whole.count - i);
+    for (int r = 0; r < p.num_keys; r += ROWS) tiles[n - 1](p, s, r, whole.vector + i);
   }
 }
 
 // Zeros where hidden score gradients would be read across rows.
-void clear_outside(const Pull& p, const Scratch& s, int r, int first, int last) {
-  for (int m = 0; m < ROWS; m += PAIR) {
-    float* row = (PAIRS ? s.d_pairs : s.d_scores) + (r + m) / PAIR * PIECE;
-    std::memset(row, 0, first * GRANULE * 4);
-    std::memset(row + last * GRANULE, 0, (p.query_granules - last) * GRANULE * 4);
-  }
+void clear_unseen(const Scratch& s, int r, Set unseen) {
+  const List list(unseen);
+  for (int m = 0; m < ROWS; m += PAIR)
+    for (int i = 0; i < list.count; i++)
+      store((PAIRS ? s.d_pairs : s.d_scores) + (r + m) / PAIR * PIECE + list.vector[i] * W, V{});
 }
 
-void pull_keys(const Pull& p, const Scratch& s, int r, int first, int last) {
-  Product dv{p.d_values + r * p.width, p.width, s.weights + r * PIECE_WORDS + first * GRANULE_WORDS,
-             PIECE_WORDS, p.pulls + first * GRANULE_WORDS * p.width, p.width,
-             (last - first) * GRANULE_WORDS};
-  add_product<false>(dv, p.width);
-  Product dk = dv;
-  dk.out = p.d_keys + r * p.width;
-  dk.left = s.d_scores + r * PIECE_WORDS + first * GRANULE_WORDS;
-  dk.right = p.queries + first * GRANULE_WORDS * p.width;
-  add_product<false>(dk, p.width);
-}
-
+// What the queries of a piece gain: each strip sums over the vectors of keys that any of it sees.
 void pull_queries(const Pull& p, const Scratch& s) {
-  u64 columns[PIECE / GRANULE] = {};
-  for (int r = 0; r < p.keys_granules * GRANULE; r++)
-    columns[r / GRANULE] |= p.bits ? p.bits[r] : ~0ull;
-  const float* d_scores = PAIRS ? s.d_pairs : s.d_scores;
-  for (int q = 0; q < p.query_granules * GRANULE; q += ROWS) {
-    int first = p.keys_granules, last = 0;
-    for (int g = 0; g < p.keys_granules; g++)
-      if (columns[g] >> q & 15) first = std::min(first, g), last = g + 1;
-    if (first >= last) continue;
-    Product dq{p.d_q + q * p.width, p.width, d_scores + first * GRANULE_WORDS * PIECE + q, PIECE,
-               p.key_pairs + first * GRANULE_WORDS * p.width, p.width,
-               (last - first) * GRANULE_WORDS};
-    add_product<true>(dq, p.width);
-  }
+  u64 columns[VECTORS] = {};
+  Set seen[PIECE / ROWS] = {};
+  for (int r = 0; r < p.num_keys; r++) columns[r / W] |= p.bits ? p.bits[r] : ~0ull;
+  for (int q = 0; q < p.num_queries; q += ROWS)
+    for (int n = 0; n < VECTORS; n++)
+      seen[q / ROWS] |= Set((columns[n] >> q & low_bits(ROWS)) != 0) << n;
+  Product d_q{p.d_q, p.width, PAIRS ? s.d_pairs : s.d_scores, PIECE, p.key_pairs, p.width, 0};
+  add_products<true>(d_q, p.width, p.num_queries / ROWS, seen);
 }
 
 void pull_pair(const Pull& p, Scratch& s) {
-  int rows = p.keys_granules * GRANULE;
-  for (int r = 0; r < rows; r += ROWS) {
-    u8 &first = s.first[r / ROWS], &last = s.last[r / ROWS];
-    first = 0, last = u8(p.query_granules);
-    if (p.bits) {
-      find_range(p.bits[r] | p.bits[r + 1] | p.bits[r + 2] | p.bits[r + 3], first, last);
-      last = std::min(last, u8(p.query_granules));
-      weigh_queries<true>(p, s, r, first, last);
-    } else {
-      weigh_queries<false>(p, s, r, first, last);
-    }
+  static constexpr Tile PULL[] = {pull_scores<1>, pull_scores<2>, pull_scores<3>,
+                                  pull_scores<TILE>};
+  static constexpr Tile WEIGH[] = {weigh_keys<1, false>, weigh_keys<2, false>,
+                                   weigh_keys<3, false>, weigh_keys<TILE, false>};
+  static constexpr Tile WEIGH_SEEN[] = {weigh_keys<1, true>, weigh_keys<2, true>,
+                                        weigh_keys<3, true>, weigh_keys<TILE, true>};
+  for (int r = 0; r < p.num_keys; r += ROWS) {
+    Set& seen = s.seen[r / ROWS];
+    seen = p.queries_seen;
+    if (!p.bits) continue;
+    seen &= vectors_of(p.bits[r] | p.bits[r + 1] | p.bits[r + 2] | p.bits[r + 3]);
+    clear_unseen(s, r, p.queries_seen & ~seen);
   }
-  for (int r = 0; r < rows; r += ROWS) {
-    int first = s.first[r / ROWS], last = s.last[r / ROWS];
-    if (p.bits) clear_outside(p, s, r, first, last);
-    pull_range(p, s, r, first, last);
-  }
-  for (int r = 0; r < rows; r += ROWS)
-    if (s.first[r / ROWS] < s.last[r / ROWS])
-      pull_keys(p, s, r, s.first[r / ROWS], s.last[r / ROWS]);
+  run_tiles(p, s, p.bits ? WEIGH_SEEN : WEIGH);
+  run_tiles(p, s, PULL);
+  i64 strips = p.num_keys / ROWS;
+  Product d_v{p.d_values, p.width, s.weights, PIECE_WORDS, p.pulls, p.width, 0};
+  add_products<false>(d_v, p.width, strips, s.seen.data());
+  Product d_k{p.d_keys, p.width, s.d_scores, PIECE_WORDS, p.queries, p.width, 0};
+  add_products<false>(d_k, p.width, strips, s.seen.data());
   pull_queries(p, s);
 }
 
@@ -1399,6 +1027,7 @@ void pull_head(const Job& j, const Head& h, i64 block, i64 part, Scratch& s) {
         const u64* bits = pair_bits(j, j.transposed.mask[e], block, piece, query, other, readable,
                                     s.bits.data());
         const float* key_pairs = PAIRS ? s.key_pairs : s.keys;
+        int num_queries = int(round_up(j.piece_slots(other), GRANULE));
         Pull p{s.keys + piece * floats, s.values + piece * floats, key_pairs + piece * floats,
                j.queries.data + at * floats, j.queries_t.data + at * floats,
                j.pulls.data + at * floats, j.pulls_t.data + at * floats,
@@ -1406,9 +1035,9 @@ void pull_head(const Job& j, const Head& h, i64 block, i64 part, Scratch& s) {
                s.d_keys + piece * j.ld * j.width, s.d_values + piece * j.ld * j.width,
                j.d_q.data + d_q * j.ld * j.width,
                c.d_bias ? s.d_bias + piece * j.ld : nullptr, bits,
-               int(round_up(j.piece_slots(piece), GRANULE) / GRANULE),
-               int(round_up(j.piece_slots(other), GRANULE) / GRANULE), j.words, j.width, j.ld,
-               depth_of(j), float(c.scale) * LOG2E};
+               int(round_up(j.piece_slots(piece), GRANULE)), num_queries,
+               vectors_of(low_bits(num_queries)), j.words, j.width, j.ld, depth_of(j),
+               float(c.scale) * LOG2E};
         pull_pair(p, s);
       }
     }
@@ -1485,15 +1114,283 @@ double measure_peak() {
   return 2.0 * COUNT * TIMES * W * PAIR / seconds.count();
 }
 
-#define VIDATTN_TEXT(x) #x
-#define VIDATTN_NAME(x) VIDATTN_TEXT(x)
-const Engine ENGINE = {VIDATTN_NAME(VIDATTN_ISA), PAIRS, pack_keys, attend, pack_queries, pull,
-                       put_d_q, measure_peak};
-#undef VIDATTN_TEXT
-#undef VIDATTN_NAME
-#undef VIDATTN_SHUFFLE
+// Powers in a second, likewise, read from the closest memory, summed and written there.
+double measure_exp_rate() {
+  constexpr int COUNT = 1024, TIMES = 1 << 12;
+  alignas(64) float x[COUNT];
+  for (int i = 0; i < COUNT; i++) x[i] = -float(i) / COUNT;
+  volatile float top = 0;
+  auto begin = std::chrono::steady_clock::now();
+  for (int t = 0; t < TIMES; t++) {
+    V sums[4] = {};
+    for (int i = 0; i < COUNT; i += 4 * W)
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; n++) {
+        V weight = exp2(load(x + i + n * W) - splat(top));
+        sums[n] += weight;
+        store(x + i + n * W, -weight);
+      }
+    top = sum_of(sums[0] + sums[1] + sums[2] + sums[3]) * 1e-9f;
+  }
+  std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+  return double(COUNT) * TIMES / seconds.count();
+}
 
-}  // namespace VIDATTN_ISA
+// Every index is inside what it points into.
+bool lists_are_sound(const Call& c) {
+  i64 nb = c.N / c.n, rows = c.plan_batch * c.plan_heads * nb;
+  for (i64 slot = 0; slot < c.N; slot++)
+    if (c.order[slot] < -1 || c.order[slot] >= c.S) return false;
+  if (c.row_start[0] != 0 || c.row_start[rows] != c.num_entries) return false;
+  for (i64 row = 0; row < rows; row++) {
+    i64 begin = c.row_start[row], end = c.row_start[row + 1];
+    if (begin > end || end > c.num_entries) return false;
+    if (c.num_full[row] < 0 || c.num_full[row] > end - begin) return false;
+    bool partial = c.num_full[row] < end - begin;
+    if (partial && !c.box_key && !c.mask_id) return false;
+    for (i64 e = begin; e < end; e++) {
+      if (c.key_block[e] < 0 || c.key_block[e] >= nb) return false;
+      if (c.mask_id && e - begin >= c.num_full[row])
+        if (c.mask_id[e] < 0 || c.mask_id[e] >= c.num_masks) return false;
+    }
+  }
+  return true;
+}
+
+Transposed transpose(const Call& c) {
+  i64 nb = c.N / c.n, rows = c.plan_batch * c.plan_heads * nb;
+  Transposed t;
+  t.start.assign(rows + 1, 0);
+  t.query.resize(c.num_entries);
+  t.mask.resize(c.num_entries);
+  for (i64 row = 0; row < rows; row++)
+    for (i64 e = c.row_start[row]; e < c.row_start[row + 1]; e++)
+      t.start[row - row % nb + c.key_block[e] + 1]++;
+  for (i64 row = 0; row < rows; row++) t.start[row + 1] += t.start[row];
+  std::vector<i64> next(t.start.begin(), t.start.end() - 1);
+  for (i64 row = 0; row < rows; row++)
+    for (i64 e = c.row_start[row]; e < c.row_start[row + 1]; e++) {
+      i64 at = next[row - row % nb + c.key_block[e]]++;
+      bool whole = e - c.row_start[row] < c.num_full[row];
+      t.query[at] = i32(row % nb);
+      t.mask[at] = whole ? -1 : c.mask_id ? c.mask_id[e] : 0;
+    }
+  return t;
+}
+
+typedef void (*Step)(const Job&, i64, Scratch&);
+
+// Threads that take tasks one by one. They are started for each step: nothing outlives a call, so
+// calls from many threads, and from a forked process, do not meet.
+struct Team {
+  std::vector<Scratch> scratch;
+
+  Team(const Call& c, double flops) {
+    double useful = std::min<double>(double(c.threads), 1 + flops / THREAD_FLOPS);
+    scratch = std::vector<Scratch>(std::max<i64>(1, i64(useful)));
+  }
+
+  void run(const Job& job, i64 num_tasks, Step step) {
+    std::atomic<i64> next{0};
+    auto work = [&](i64 thread) {
+      for (i64 task; (task = next.fetch_add(1)) < num_tasks;) step(job, task, scratch[thread]);
+    };
+    std::vector<std::thread> others;
+    i64 wanted = std::min<i64>(i64(scratch.size()), num_tasks) - 1;
+    others.reserve(std::max<i64>(0, wanted));
+    try {
+      for (i64 t = 0; t < wanted; t++) others.emplace_back(work, t + 1);
+    } catch (const std::system_error&) {
+      // no more threads to be had: those that run take the rest
+    }
+    work(0);
+    for (auto& thread : others) thread.join();
+  }
+};
+
+double count_flops(const Call& c, double products) {
+  double pairs = double(c.num_entries) * c.n * c.n;
+  pairs *= double(c.B * c.H) / double(c.plan_batch * c.plan_heads);
+  return 2 * products * pairs * c.D;
+}
+
+// Carves arrays out of the buffer of a thread.
+struct Carver {
+  float* at;
+  float* take(i64 floats) {
+    float* taken = at;
+    at += round_up(floats, GRANULE);
+    return taken;
+  }
+};
+
+void prepare_forward(const Job& j, Scratch& s) {
+  i64 rows = round_up(j.call.n, ROWS), longest = 0;
+  i64 plan_rows = j.call.plan_batch * j.call.plan_heads * j.nb;
+  for (i64 row = 0; row < plan_rows; row++)
+    longest = std::max<i64>(
+        longest, j.call.row_start[row + 1] - j.call.row_start[row] - j.call.num_full[row]);
+  s.memory.grow(rows * (j.words + j.width + PIECE + GRANULE + 1) + PIECE * j.words + PIECE +
+                7 * GRANULE);
+  Carver carve{s.memory.data};
+  s.rows = carve.take(rows * j.words);
+  s.out = carve.take(rows * j.width);
+  s.weights = carve.take(rows * PIECE);
+  s.sums = carve.take(rows * GRANULE);
+  s.tops = carve.take(rows);
+  s.keys = carve.take(PIECE * j.words);
+  s.key_bias = carve.take(PIECE);
+  s.bits.resize(longest * rows * j.pieces);
+  s.seen.resize(rows / ROWS);
+}
+
+void prepare_backward(const Job& j, Scratch& s) {
+  s.memory.grow(j.slots * (3 * j.words + 2 * j.width + 1) + 4 * PIECE * PIECE + j.width +
+                PIECE * j.words + PIECE + 13 * GRANULE);
+  Carver carve{s.memory.data};
+  s.keys = carve.take(j.slots * j.words);
+  s.values = carve.take(j.slots * j.words);
+  s.key_pairs = carve.take(j.slots * j.words);
+  s.d_keys = carve.take(j.slots * j.width);
+  s.d_values = carve.take(j.slots * j.width);
+  s.weights = carve.take(PIECE * PIECE);
+  s.d_scores = carve.take(PIECE * PIECE);
+  s.d_pairs = carve.take(PIECE * PIECE);
+  // words of floats need no second, exact copy
+  s.exact = PAIR == 1 ? s.weights : carve.take(PIECE * PIECE);
+  s.line = carve.take(j.width);
+  s.rows = carve.take(PIECE * j.words);
+  s.key_bias = carve.take(PIECE);
+  s.d_bias = carve.take(j.slots);
+  s.bits.resize(PIECE);
+  s.seen.resize(PIECE / ROWS);
+}
+
+// Zeros for the tokens that stand in no slot, which nobody wrote.
+void clear_unplaced(const Call& c, const Rows& x, i64 heads, const std::vector<bool>& placed) {
+  i64 size = c.kind == FLOAT32 ? 4 : 2;
+  for (i64 row = 0; row < c.B * heads; row++)
+    for (i64 token = 0; token < c.S; token++) {
+      i64 at = row / heads * x.sample + row % heads * x.head + token * x.token;
+      if (!placed[token]) std::memset(x.data + at * size, 0, c.D * size);
+    }
+}
+
+void clear_unplaced(const Call& c, float* x, float value, const std::vector<bool>& placed) {
+  for (i64 row = 0; x && row < c.B * c.H; row++)
+    for (i64 token = 0; token < c.S; token++)
+      if (!placed[token]) x[row * c.S + token] = value;
+}
+
+// Which tokens stand in a slot; empty where all do.
+std::vector<bool> placed_tokens(const Call& c) {
+  std::vector<bool> placed(c.S, false);
+  i64 count = 0;
+  for (i64 slot = 0; slot < c.N; slot++)
+    if (c.order[slot] >= 0 && !placed[c.order[slot]]) placed[c.order[slot]] = true, count++;
+  return count == c.S ? std::vector<bool>() : placed;
+}
+
+i64 units_at_a_time(const Call& c, i64 bytes_per_unit) {
+  i64 all = c.B * c.K, fit = std::max<i64>(1, WORKSPACE / std::max<i64>(1, bytes_per_unit));
+  return std::min(all, fit);
+}
+
+void forward(const Call& c) {
+  Job job(c);
+  Team team(c, count_flops(c, 2));
+  for (Scratch& s : team.scratch) prepare_forward(job, s);
+  i64 floats = job.nb * job.slots * job.words, step = units_at_a_time(c, 8 * floats);
+  job.keys.grow(step * floats);
+  job.values.grow(step * job.nb * job.slots * job.words);
+  bool has_rule = c.box_key || c.mask_id;
+  for (i64 unit = 0; unit < c.B * c.K; unit += step) {
+    job.first_unit = unit;
+    job.num_units = std::min(step, c.B * c.K - unit);
+    i64 heads = job.num_units * job.group;
+    // sharing the bits of a predicate must leave every thread enough tasks
+    i64 room = heads * job.nb / (8 * i64(team.scratch.size()));
+    job.heads_per_task = has_rule ? std::max<i64>(1, std::min(HEADS_PER_TASK, room)) : 1;
+    team.run(job, job.num_units * job.nb, pack_keys);
+    i64 chunks = (heads + job.heads_per_task - 1) / job.heads_per_task;
+    team.run(job, chunks * job.nb, attend);
+  }
+  std::vector<bool> placed = placed_tokens(c);
+  if (placed.empty()) return;
+  clear_unplaced(c, c.out, c.H, placed);
+  clear_unplaced(c, c.lse, -INFINITY, placed);
+}
+// Cuts the key blocks of every unit in flight into parts of about equal work, each of which adds up
+// its own gradient of the queries: so many threads share a unit, and sums keep their order.
+void cut_parts(Job& job, i64 threads) {
+  i64 parts = (2 * threads + job.num_units - 1) / job.num_units;
+  job.parts = threads == 1 ? 1 : std::max<i64>(1, std::min<i64>({parts, job.nb, 16}));
+  job.part_start.assign(job.num_units * (job.parts + 1), job.nb);
+  for (i64 unit = 0; unit < job.num_units; unit++) {
+    auto work = [&](i64 block) {
+      i64 entries = 1;
+      for (i64 g = 0; g < job.group; g++) {
+        i64 set = job.head(unit * job.group + g).set;
+        const i64* start = &job.transposed.start[set * job.nb + block];
+        entries += start[1] - start[0];
+      }
+      return entries;
+    };
+    i64 total = 0, done = 0, part = 0;
+    for (i64 block = 0; block < job.nb; block++) total += work(block);
+    i64* start = &job.part_start[unit * (job.parts + 1)];
+    for (i64 block = 0; block < job.nb; block++) {
+      while (part < job.parts && done * job.parts >= total * part) start[part++] = block;
+      done += work(block);
+    }
+  }
+}
+
+void backward(const Call& c) {
+  Job job(c);
+  job.transposed = transpose(c);
+  Team team(c, count_flops(c, 5));
+  i64 threads = i64(team.scratch.size());
+  for (Scratch& s : team.scratch) prepare_backward(job, s);
+  i64 tokens = job.nb * job.slots * job.group, floats = tokens * job.words;
+  i64 step = std::max(units_at_a_time(c, 16 * floats + 4 * tokens * job.width),
+                      std::min(threads, c.B * c.K));
+  for (Buffer* b : {&job.queries, &job.queries_t, &job.pulls, &job.pulls_t}) b->grow(step * floats);
+  for (Buffer* b : {&job.lse2, &job.delta}) b->grow(step * tokens);
+  i64 held = 0;
+  for (i64 unit = 0; unit < c.B * c.K; unit += step) {
+    job.first_unit = unit;
+    job.num_units = std::min(step, c.B * c.K - unit);
+    cut_parts(job, threads);
+    i64 needed = job.parts * job.num_units * tokens * job.width;
+    if (needed > held) job.d_q.grow(held = needed);
+    i64 blocks = job.num_units * job.group * job.nb;
+    team.run(job, blocks, pack_queries);
+    team.run(job, job.num_units * job.parts, pull);
+    team.run(job, blocks, put_d_q);
+  }
+  std::vector<bool> placed = placed_tokens(c);
+  if (placed.empty()) return;
+  clear_unplaced(c, c.d_q, c.H, placed);
+  clear_unplaced(c, c.d_k, c.K, placed);
+  clear_unplaced(c, c.d_v, c.K, placed);
+  clear_unplaced(c, c.d_bias, 0, placed);
+}
+
+int run(const Call* call, void (*direction)(const Call&)) {
+  if (!lists_are_sound(*call)) return BAD_LISTS;
+  try {
+    direction(*call);
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  }
+  return OK;
+}
 }  // namespace
 
-#endif
+extern "C" {
+double vidattn_peak() { return measure_peak(); }
+double vidattn_exp_rate() { return measure_exp_rate(); }
+int vidattn_forward(const Call* call) { return run(call, forward); }
+int vidattn_backward(const Call* call) { return run(call, backward); }
+}

@@ -1,6 +1,6 @@
 """Block-sparse attention in C++: the fast engine of every CPU with a compiler beside it.
 
-``block_sparse_cpu.cpp`` is compiled at the first call and picks the best instruction set of the
+``block_sparse_cpu.cpp`` is compiled at the first call for the best instruction set of the
 processor: AVX-512 with bfloat16 products, AVX-512, AVX2, or what every processor has. Its twin is
 ``block_sparse_torch``.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -25,6 +24,14 @@ from vidattn.kernels.library import Operator
 SOURCE = Path(__file__).with_name("block_sparse_cpu.cpp")
 # in the order of the numbers that the library knows them by
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# instruction sets, best first, with what the compiler is told; bfloat16 products take no float32
+_AVX512 = ("-DVIDATTN_WIDTH=16", *(f"-mavx512{part}" for part in ("f", "vl", "bw", "dq")), "-mfma")
+SETS = {
+    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-DVIDATTN_PAIRS=1"),
+    "avx512": (*_AVX512, "-DVIDATTN_PAIRS=0"),
+    "avx2": ("-DVIDATTN_WIDTH=8", "-mavx2", "-mfma", "-DVIDATTN_PAIRS=0"),
+    "portable": ("-DVIDATTN_WIDTH=4", "-DVIDATTN_PAIRS=0"),
+}
 BAD_LISTS, NO_MEMORY = 1, 2
 BOX = ("key", "low", "high")
 log = logging.getLogger("vidattn")
@@ -79,41 +86,26 @@ def is_available(dtype: torch.dtype) -> bool:
     if dtype not in DTYPES:
         return False
     try:
-        instruction_sets()
+        _library(dtype)
     except CompileError as error:
         log.warning("the C++ engine is not available: %s", error)
         return False
     return True
 
 
-def instruction_set(dtype: torch.dtype) -> str:
-    """The instruction set that runs a dtype on this processor.
+def instruction_sets() -> tuple[str, ...]:
+    """Those of ``SETS`` that this processor has, best first."""
+    level = torch.backends.cpu.get_cpu_capability()
+    has = {"avx512": level == "AVX512", "avx2": level in ("AVX512", "AVX2"), "portable": True}
+    has["avx512_bf16"] = has["avx512"] and torch.cpu._is_avx512_bf16_supported()
+    return tuple(name for name in SETS if has[name])
 
-    Raises:
-        CompileError: there is no compiler, or it failed.
-    """
+
+def instruction_set(dtype: torch.dtype) -> str:
+    """The instruction set that runs a dtype on this processor."""
     return next(
         name for name in instruction_sets() if dtype == torch.bfloat16 or "bf16" not in name
     )
-
-
-@lru_cache
-def instruction_sets() -> dict[str, int]:
-    """Those this processor has, best first, with their numbers in the library.
-
-    Raises:
-        CompileError: there is no compiler, or it failed.
-    """
-    library = load(SOURCE)
-    library.vidattn_instruction_set.restype = ctypes.c_char_p
-    library.vidattn_instruction_set.argtypes = [ctypes.c_int64]
-    library.vidattn_is_supported.argtypes = [ctypes.c_int64]
-    found, index = {}, 0
-    while name := library.vidattn_instruction_set(index):
-        if library.vidattn_is_supported(index):
-            found[name.decode()] = index
-        index += 1
-    return found
 
 
 def peak_flops(dtype: torch.dtype) -> float:
@@ -122,9 +114,26 @@ def peak_flops(dtype: torch.dtype) -> float:
     Raises:
         CompileError: there is no compiler, or it failed.
     """
-    measure = load(SOURCE).vidattn_peak
-    measure.restype, measure.argtypes = ctypes.c_double, [ctypes.c_int64]
-    return max(measure(instruction_sets()[instruction_set(dtype)]) for _ in range(3))
+    return _measure("peak", dtype)
+
+
+def exp_rate(dtype: torch.dtype) -> float:
+    """Exponentials a second, measured, of one thread that finds its numbers in the first cache.
+
+    Raises:
+        CompileError: there is no compiler, or it failed.
+    """
+    return _measure("exp_rate", dtype)
+
+
+def _measure(what: str, dtype: torch.dtype) -> float:
+    measure = getattr(_library(dtype), f"vidattn_{what}")
+    measure.restype = ctypes.c_double
+    return max(measure() for _ in range(3))
+
+
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    return load(SOURCE, SETS[instruction_set(dtype)])
 
 
 def _check(
@@ -180,7 +189,7 @@ ARRAYS = (
 )
 NUMBERS = (
     *("guard", "bias_sample", "bias_head", "B", "H", "K", "S", "D", "N", "n"),
-    *("plan_batch", "plan_heads", "num_entries", "num_masks", "kind", "instructions", "threads"),
+    *("plan_batch", "plan_heads", "num_entries", "num_masks", "kind", "threads"),
 )
 
 
@@ -240,11 +249,10 @@ def _run(
         num_entries=lists.key_block.numel(),
         num_masks=0 if lists.masks is None else len(lists.masks),
         kind=DTYPES.index(q.dtype),
-        instructions=instruction_sets()[instruction_set(q.dtype)],
         threads=torch.get_num_threads(),
         scale=scale,
     )
-    status = getattr(load(SOURCE), f"vidattn_{direction}")(ctypes.byref(call))
+    status = getattr(_library(q.dtype), f"vidattn_{direction}")(ctypes.byref(call))
     if status == BAD_LISTS:
         raise ValueError(
             "the plan points outside its grid: order must hold tokens or -1, key_block blocks of "

@@ -31,8 +31,10 @@ class CompileError(RuntimeError):
     """There is no compiler, or it failed."""
 
 
-def load(source: Path) -> ctypes.CDLL:
+def load(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The library made of one source file, compiled unless that was done before.
+
+    ``flags`` are for the compiler, beside ``FLAGS``.
 
     The folder is ``$VIDATTN_CACHE``, else ``vidattn`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, else,
     where that cannot be written, one of this user's among the temporary files. Several processes
@@ -42,13 +44,14 @@ def load(source: Path) -> ctypes.CDLL:
         CompileError: no compiler and no library from before, or the compiler's message.
     """
     with _lock:
-        return _load(source)
+        return _load(source, flags)
 
 
 @lru_cache
-def _load(source: Path) -> ctypes.CDLL:
+def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = find_compiler()
-    made_of = (source.read_bytes(), *FLAGS, sys.platform, platform.machine())
+    flags = (*FLAGS, *flags)
+    made_of = (source.read_bytes(), *flags, sys.platform, platform.machine())
     name = f"{source.stem}-{_hash(*made_of)}"
     version = _hash(*compiler, _version(compiler)) if compiler else "*"
     cache, temporary = _folders()
@@ -63,7 +66,7 @@ def _load(source: Path) -> ctypes.CDLL:
             f"no C++ compiler for {source.name}: install one of {', '.join(COMPILERS)}, "
             "or name one in the environment variable CXX"
         )
-    return ctypes.CDLL(str(_compile(source, compiler, f"{name}-{version}.so")))
+    return ctypes.CDLL(str(_compile(source, flags, compiler, f"{name}-{version}.so")))
 
 
 def find_compiler() -> tuple[str, ...] | None:
@@ -75,13 +78,13 @@ def find_compiler() -> tuple[str, ...] | None:
     return None
 
 
-def _compile(source: Path, compiler: tuple[str, ...], name: str) -> Path:
+def _compile(source: Path, flags: tuple[str, ...], compiler: tuple[str, ...], name: str) -> Path:
     log.info("compiling %s with %s, once", source.name, compiler[0])
     folder = _writable_folder()
     handle, made = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
-        command = [*compiler, *FLAGS, str(source.resolve()), "-o", made]
+        command = [*compiler, *flags, str(source.resolve()), "-o", made]
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         if done.returncode:
             raise CompileError(f"{shlex.join(command)} failed:\n{done.stderr}")

@@ -31,7 +31,7 @@ from vidattn.plan import Plan
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 RAGGED = Grid(3, 13, 9, text=17)
 DTYPES = block_sparse_cpu.DTYPES
-SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+SETS = tuple(block_sparse_cpu.SETS)
 
 
 @pytest.fixture
@@ -324,18 +324,10 @@ def nothing_loaded(tmp_path, monkeypatch):
     """No library was loaded yet, and the cache is empty."""
     monkeypatch.setenv("VIDATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compiler.tempfile, "gettempdir", lambda: str(tmp_path))
-    for function in (
-        compiler._load,
-        block_sparse_cpu.instruction_sets,
-        attention._auto_engine,
-    ):
+    for function in (compiler._load, attention._auto_engine):
         function.cache_clear()
     yield tmp_path
-    for function in (
-        compiler._load,
-        block_sparse_cpu.instruction_sets,
-        attention._auto_engine,
-    ):
+    for function in (compiler._load, attention._auto_engine):
         function.cache_clear()
 
 

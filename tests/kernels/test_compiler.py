@@ -48,6 +48,13 @@ def test_it_is_compiled_once_and_anew_when_anything_changes(folders, monkeypatch
     assert len(list((folders / "cache").iterdir())) == 3
 
 
+def test_flags_of_its_own_make_another_library(folders):
+    path = source(folders, "GIVEN")
+    for value in (1, 2, 1):
+        assert compiler.load(path, (f"-DGIVEN={value}",)).answer() == value
+    assert len(list((folders / "cache").iterdir())) == 2
+
+
 def test_what_was_compiled_serves_without_a_compiler(folders, monkeypatch):
     path = source(folders, 7)
     compiler.load(path)
@@ -111,7 +118,7 @@ def test_many_at_once(folders):
     path = source(folders, 12)
 
     def load(_):
-        name = compiler._compile(path, compiler.find_compiler(), "answer.so")
+        name = compiler._compile(path, (), compiler.find_compiler(), "answer.so")
         return ctypes.CDLL(str(name)).answer()
 
     with ThreadPoolExecutor(4) as pool:

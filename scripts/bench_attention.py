@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RADIAL = {"density": 0.2, "tile": (1, 8, 16)}
 # per grid, methods with their options
 FULL = {
-    Grid(32, 16, 16): [("radial", RADIAL), ("radial", RADIAL | {"density": 0.1, "near": 0})],
+    Grid(32, 16, 16): [("radial", RADIAL), ("radial", RADIAL | {"density": 0.12, "near": 0})],
     Grid(16, 32, 32): [("neighborhood", {"window": (5, 9, 9), "tile": (4, 4, 4)})],
     Grid(8, 32, 32): [("neighborhood", {"window": (5, 7, 7), "tile": (4, 4, 4)})],
 }

@@ -118,7 +118,7 @@ def test_many_at_once(folders):
     path = source(folders, 12)
 
     def load(_):
-        name = compiler._compile(path, (), compiler.find_compiler(), "answer.so")
+        name = compiler._compile(path, compiler.FLAGS, compiler.find_compiler(), "answer.so")
         return ctypes.CDLL(str(name)).answer()
 
     with ThreadPoolExecutor(4) as pool:

@@ -50,6 +50,33 @@ def test_gradients_reach_every_head():
         assert cases.relative_rms(a, b) < 1e-5
 
 
+def sample_plan() -> HeadPlan:
+    """Of three heads of two samples, two follow one plan, the others their own."""
+    parts = [cases.random_blocks(GRID, batch=1, heads=1) for _ in range(5)]
+    return HeadPlan(tuple(parts), torch.tensor([[3, 1, 0], [4, 2, 1]]))
+
+
+@pytest.mark.parametrize("key_heads", [3, 1])
+def test_every_sample_follows_its_plans(key_heads):
+    made = sample_plan()
+    inputs = cases.random_inputs(GRID, heads=3, key_heads=key_heads)
+    mask = made.mask()
+    assert torch.equal(mask[1, 2], made.plans[1].mask()[0, 0]) and mask.shape[:2] == (2, 3)
+    key_mask = torch.ones(2, GRID.num_tokens, dtype=torch.bool)
+    key_mask[1, -3:] = False
+    exact = [x.double() for x in inputs[:4]] + [inputs[4]]
+    actual = cases.results(exact, made, "torch", key_mask=key_mask)
+    k, v = (x.repeat_interleave(3 // key_heads, 1) for x in exact[1:3])
+    scores = exact[0] @ k.mT / 32**0.5
+    scores = scores.masked_fill(~(mask & key_mask[:, None, None]), -torch.inf)
+    assert cases.relative_rms(actual[0], scores.softmax(-1).nan_to_num(0) @ v) < 1e-7
+    for ours, right in zip(actual, cases.results(exact, made, "reference", key_mask=key_mask)):
+        assert cases.relative_rms(ours, right) < 1e-7
+    assert made.of_head(1) == (made.plans[1], 0)
+    video = slice(0, GRID.num_video_tokens)
+    assert made.density == pytest.approx(mask[..., video, video].double().mean().item())
+
+
 def test_figures_are_means_over_heads():
     made = head_plan()
     video = slice(0, GRID.num_video_tokens)
@@ -69,9 +96,13 @@ def test_plans_that_do_not_match_are_refused():
         HeadPlan((one, one), torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="do not match"):
         HeadPlan((one, cases.random_blocks(GRID, heads=2)), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="must have one list"):
+        HeadPlan((cases.random_blocks(GRID, heads=2),), torch.tensor([[0, 0]]))
     q, k, v, *_ = cases.random_inputs(GRID)
     with pytest.raises(ValueError, match="6 heads, q has 4"):
         attend(q, k, v, head_plan())
+    with pytest.raises(ValueError, match="2 samples, q has 1"):
+        attend(q[:1, :3], k[:1, :3], v[:1, :3], sample_plan())
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])

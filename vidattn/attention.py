@@ -95,7 +95,11 @@ def _attend_by_heads(
     """Every group of heads by its own plan."""
     if plan.num_heads != q.shape[1]:
         raise ValueError(f"the plan is for {plan.num_heads} heads, q has {q.shape[1]}")
+    if plan.by_sample and len(plan.plan_of_head) != q.shape[0]:
+        raise ValueError(f"the plan is for {len(plan.plan_of_head)} samples, q has {q.shape[0]}")
     groups = q.shape[1] // max(k.shape[1], 1)
+    if plan.by_sample:
+        return _attend_by_samples(q, k, v, plan, options)
     parts = [
         _attend(q[:, heads], k[:, heads // groups], v[:, heads // groups], part, **options)
         for part, heads in zip(plan.plans, plan.heads)
@@ -105,6 +109,23 @@ def _attend_by_heads(
     outs, lses = zip(*parts)
     out = torch.cat(outs, dim=1)[:, back]
     return out, torch.cat(lses, dim=1)[:, back] if options["need_lse"] else None
+
+
+def _attend_by_samples(
+    q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, options: dict
+) -> tuple[Tensor, Tensor | None]:
+    """Every head of every sample by its own plan, each as a sample of one head."""
+    groups, key_mask = q.shape[1] // k.shape[1], options["key_mask"]
+    parts = []
+    for part, rows in zip(plan.plans, plan.heads):
+        sample, head = rows // q.shape[1], rows % q.shape[1]
+        given = (q[sample, head], k[sample, head // groups], v[sample, head // groups])
+        mask = None if key_mask is None else key_mask[sample]
+        parts.append(_attend(*(x[:, None] for x in given), part, **options | {"key_mask": mask}))
+    back = torch.cat(plan.heads).argsort()
+    outs, lses = zip(*parts)
+    out = torch.cat(outs)[back].view(q.shape)
+    return out, torch.cat(lses)[back].view(q.shape[:3]) if options["need_lse"] else None
 
 
 def _attend(

@@ -1,6 +1,6 @@
 """A plan for each group of heads, where one layout does not suit them all.
 
-Letters: B batch, H heads, S tokens.
+Letters: B batch, H heads, S tokens, R rows, the heads of one sample or of all samples in turn.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from vidattn.plan import Plan
 class HeadPlan:
     """Plans of one grid, and which of them each head follows.
 
-    A plan with lists per head holds one for each of the heads that follow it, in their order.
+    A plan with lists per head holds one for each of the heads that follow it, in their order. Where
+    samples differ too, ``plan_of_head`` has a row for each, and no plan has more than one list.
 
     Args:
         plans: for one grid.
-        plan_of_head: (H,) int64, index into ``plans``; every plan has a head.
+        plan_of_head: (H,) or (B, H) int64, index into ``plans``; every plan has a head.
 
     Raises:
         ValueError: no plans, plans of several grids, or heads that do not match them.
@@ -37,8 +38,13 @@ class HeadPlan:
         if len({plan.grid for plan in self.plans}) != 1:
             grids = [str(plan.grid) for plan in self.plans]
             raise ValueError(f"the plans of the heads must be for one grid, got {grids}")
-        counts = torch.bincount(self.plan_of_head, minlength=len(self.plans)).tolist()
+        counts = torch.bincount(self.plan_of_head.flatten(), minlength=len(self.plans)).tolist()
         wanted = [plan.lists.heads for plan in self.plans]
+        if self.by_sample and any(plan.lists.batch * plan.lists.heads > 1 for plan in self.plans):
+            raise ValueError(
+                "where samples have plans of their own, a plan must have one list for all samples "
+                "and heads that follow it"
+            )
         if len(counts) != len(wanted) or not all(
             count and want in (1, count) for count, want in zip(counts, wanted)
         ):
@@ -53,9 +59,14 @@ class HeadPlan:
         return self.plans[0].grid
 
     @property
+    def by_sample(self) -> bool:
+        """Whether every sample has plans of its own."""
+        return self.plan_of_head.dim() == 2
+
+    @property
     def num_heads(self) -> int:
         """H."""
-        return self.plan_of_head.numel()
+        return self.plan_of_head.shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -64,8 +75,9 @@ class HeadPlan:
 
     @cached_property
     def heads(self) -> tuple[Tensor, ...]:
-        """For each plan the (h,) int64 heads that follow it."""
-        return tuple((self.plan_of_head == i).nonzero().flatten() for i in range(len(self.plans)))
+        """For each plan the (h,) int64 heads that follow it, as rows b * H + h by sample."""
+        of_row = self.plan_of_head.flatten()
+        return tuple((of_row == i).nonzero().flatten() for i in range(len(self.plans)))
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
@@ -89,26 +101,26 @@ class HeadPlan:
 
     def _mean(self, what: str) -> float:
         total = sum(getattr(plan, what) * len(heads) for plan, heads in zip(self.plans, self.heads))
-        return total / self.num_heads
+        return total / self.plan_of_head.numel()
 
     def mask(self) -> Tensor:
         """(B|1, H, S, S) bool in sequence order, query by key; for tests and pictures."""
         masks = [plan.mask() for plan in self.plans]
         batch = max(mask.shape[0] for mask in masks)
-        whole = masks[0].new_empty(batch, self.num_heads, *masks[0].shape[2:])
+        whole = masks[0].new_empty(batch, self.plan_of_head.numel(), *masks[0].shape[2:])
         for mask, heads in zip(masks, self.heads):
             whole[:, heads] = mask
-        return whole
+        return whole.view(-1, self.num_heads, *whole.shape[2:])
 
     def of_head(self, head: int) -> tuple[Plan, int]:
-        """The plan that a head follows, and its number among the heads that do.
+        """The plan that a head of the first sample follows, and its number among those that do.
 
         Raises:
             ValueError: no such head.
         """
         if not 0 <= head < self.num_heads:
             raise ValueError(f"head must be from 0 to {self.num_heads - 1}, got {head}")
-        index = int(self.plan_of_head[head])
+        index = int(self.plan_of_head.flatten()[head])
         return self.plans[index], int((self.heads[index] < head).sum())
 
     def summary(self) -> dict[str, float | int]:

@@ -13,6 +13,7 @@ LAYOUTS = {
     "frame": lambda grid: frame_layout(grid, 16),
     "tile": lambda grid: tile_layout(grid, (2, 2, 4)),
     "dilated": lambda grid: tile_layout(grid, (2, 2, 4), (2, 3, 5)),
+    "chunked": lambda grid: tile_layout(grid, (2, 2, 4), chunk=(3, 1, 5)),
 }
 
 
@@ -37,6 +38,17 @@ def test_tiles_hold_neighbors():
     for block in layout.order.view(-1, layout.block):
         cell = coords[block[block >= 0].long()] // torch.tensor([2, 2, 4])
         assert (cell == cell[0]).all()
+
+
+def test_tiles_stay_in_their_chunk():
+    grid = Grid(4, 5, 7, text=3)
+    layout = tile_layout(grid, (2, 2, 2), chunk=(4, 3, 2))
+    coords, chunks = grid.coords(), set()
+    for block in layout.order.view(-1, layout.block)[: layout.num_video_blocks]:
+        if (cells := coords[block[block >= 0].long()] // torch.tensor([4, 3, 2])).numel():
+            assert (cells == cells[0]).all()
+            chunks.add(tuple(cells[0].tolist()))
+    assert len(chunks) == 2 * 4
 
 
 def test_frame_blocks_hold_one_frame():

@@ -121,30 +121,38 @@ def raster_layout(grid: Grid, block: int, axes: Size = (0, 1, 2)) -> Layout:
             changes most.
     """
     video = (torch.arange(grid.num_video_tokens) + grid.video_start).view(grid.size)
-    return _with_text(grid, _pad(video.permute(axes).flatten(), block), block)
+    return with_text(grid, _pad(video.permute(axes).flatten(), block), block)
 
 
 def frame_layout(grid: Grid, block: int) -> Layout:
     """Video tokens in sequence order, ``block`` at a time, no block crossing into a next frame."""
     frames = (torch.arange(grid.num_video_tokens) + grid.video_start).view(grid.t, -1)
-    return _with_text(grid, _pad(frames, block).flatten(), block)
+    return with_text(grid, _pad(frames, block).flatten(), block)
 
 
-def tile_layout(grid: Grid, tile: Size, dilation: Size = (1, 1, 1)) -> Layout:
+def tile_layout(
+    grid: Grid, tile: Size, dilation: Size = (1, 1, 1), chunk: Size | None = None
+) -> Layout:
     """One 3-D tile of the video to a block; tiles cut by the edge keep empty slots.
 
     With a dilation, each axis is first sorted by dilation group (position modulo dilation), so a
-    tile holds positions that are neighbors in the sense of the dilated window.
+    tile holds positions that are neighbors in the sense of the dilated window. With a chunk, each
+    axis is first cut into chunks of so many positions, and no tile crosses from one into the next.
     """
-    counts = [-(-extent // edge) for extent, edge in zip(grid.size, tile)]
-    ids = torch.full([count * edge for count, edge in zip(counts, tile)], -1)
+    chunk = grid.size if chunk is None else chunk
+    rooms = [-(-length // edge) * edge for length, edge in zip(chunk, tile)]
+    num_chunks = [-(-extent // length) for extent, length in zip(grid.size, chunk)]
+    counts = [n * room // edge for n, room, edge in zip(num_chunks, rooms, tile)]
+    ids = torch.full([n * room for n, room in zip(num_chunks, rooms)], -1)
     tokens = torch.arange(grid.num_video_tokens).view(grid.size) + grid.video_start
     for axis, (extent, step) in enumerate(zip(grid.size, dilation)):
         tokens = tokens.index_select(axis, dilation_order(extent, step))
-    ids[: grid.t, : grid.h, : grid.w] = tokens
+    places = [torch.arange(extent) for extent in grid.size]
+    t, h, w = (x // length * room + x % length for x, length, room in zip(places, chunk, rooms))
+    ids[t[:, None, None], h[:, None], w] = tokens
     split = [length for pair in zip(counts, tile) for length in pair]
     video = ids.view(split).permute(0, 2, 4, 1, 3, 5).flatten()
-    return _with_text(grid, video, math.prod(tile))
+    return with_text(grid, video, math.prod(tile))
 
 
 def dilation_order(extent: int, dilation: int) -> Tensor:
@@ -181,7 +189,12 @@ def _pad(ids: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(ids, (0, -ids.shape[-1] % block), value=-1)
 
 
-def _with_text(grid: Grid, video: Tensor, block: int) -> Layout:
-    text = torch.arange(grid.text) + grid.text_start
+def with_text(grid: Grid, video: Tensor, block: int) -> Layout:
+    """The layout of (N,) tokens of the video, -1 for an empty slot, with those of the text behind.
+
+    Args:
+        block: slots to a block; it divides N.
+    """
+    text = torch.arange(grid.text, device=video.device) + grid.text_start
     order = torch.cat([video, _pad(text, block)]).int()
     return Layout(order, block, video.numel() // block)

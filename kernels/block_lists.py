@@ -211,6 +211,26 @@ class BlockLists:
                     "make them from one grid"
                 )
 
+    def masked(self, mask_id: Tensor, masks: Tensor) -> BlockLists:
+        """The same lists with some blocks, all of them whole so far, decided by masks.
+
+        Args:
+            mask_id: (E,) int64, -1 for a block that stays whole.
+            masks: (M, n, n) bool, query by key, False in empty slots.
+        """
+        rows, partial = self.row_of_entry, mask_id >= 0
+        order = (rows * 2 + partial).argsort(stable=True)
+        num_partial = torch.bincount(rows[partial], minlength=self.num_rows)
+        return BlockLists(
+            self.batch,
+            self.heads,
+            self.row_start,
+            (self.counts - num_partial).int(),
+            self.key_block[order],
+            mask_id=mask_id[order].int(),
+            masks=masks,
+        )
+
     def transposed(self) -> BlockLists:
         """The lists of the key blocks: which query blocks read each, made once.
 

@@ -88,6 +88,39 @@ def pooled_scores(
     return scores.softmax(-1)
 
 
+def best_scores(
+    queries: Tensor,
+    k: Tensor,
+    order: Tensor,
+    block: int,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """The best score of each query with the keys of every block.
+
+    Args:
+        queries: (B, H, nq, D).
+        k: (B, K, S, D), H a multiple of K.
+        order, block, scale, key_mask: as in ``pooled_scores``.
+
+    Returns:
+        (B, H, nq, nb) of the dtype of ``queries``, -inf for a block without keys.
+    """
+    B, H, nq, D = queries.shape
+    slots = Slots(order, block, key_mask)
+    keys = slots.fill(k).view(B, k.shape[1], order.numel(), D)
+    best = queries.new_empty(B, H, nq, slots.num_blocks)
+    # one head at a time: there are as many scores as queries times keys
+    for head in range(H):
+        key = keys[:, head * k.shape[1] // H].to(queries.dtype)
+        scores = scale * queries[:, head] @ key.mT
+        if slots.readable is not None:
+            scores.masked_fill_(~slots.readable[:, None], -torch.inf)
+        best[:, head] = scores.unflatten(-1, (-1, block)).amax(-1)
+    return best
+
+
 def select_count(scores: Tensor, count: int) -> Tensor:
     """The ``count`` best entries of every row as bool of the shape of ``scores``.
 
@@ -143,3 +176,21 @@ def select_share(scores: Tensor, tokens: Tensor, share: float) -> Tensor:
     keep = middle <= share * tokens.sum(-1, keepdim=True)
     keep[..., 0] = True
     return torch.zeros_like(keep).scatter_(-1, index, keep)
+
+
+def select_until(scores: Tensor, worth: Tensor, need: Tensor, always: Tensor) -> Tensor:
+    """Some entries of every row, and the best others that together reach a need, as bool.
+
+    The entry that reaches the need is among them; without a need only the first are.
+
+    Args:
+        scores: (..., nb), -inf for an entry that is never taken.
+        worth: (..., nb) what an entry adds, broadcast to ``scores``.
+        need: (..., 1) what is to be reached beside the entries of ``always``.
+        always: (..., nb) bool, broadcast to ``scores``.
+    """
+    ranked, index = scores.masked_fill(always, -torch.inf).sort(dim=-1, descending=True)
+    ranked_worth = worth.double().expand_as(scores).gather(-1, index)
+    before = ranked_worth.cumsum(-1) - ranked_worth
+    keep = (before < need) & (ranked > -torch.inf)
+    return torch.zeros_like(keep).scatter_(-1, index, keep) | always

@@ -1,5 +1,6 @@
 """Exact block mass, pooled scores, and the choice of blocks, against loops."""
 
+import itertools
 import math
 
 import pytest
@@ -9,12 +10,14 @@ from tests.kernels import attention_cases as cases
 from vidattn.grid import Grid, tile_layout
 from vidattn.kernels import block_mass as masses
 from vidattn.kernels.pooled_scores import (
+    best_scores,
     block_deviations,
     block_means,
     pooled_scores,
     select_count,
     select_mass,
     select_share,
+    select_until,
 )
 
 GRID = Grid(3, 5, 7, text=5)
@@ -153,3 +156,34 @@ def test_nothing_depends_on_what_only_the_device_knows():
     chosen = (select_count(scores, 2), select_mass(scores, 0.5), select_share(scores, tokens, 0.5))
     assert all(x.shape == scores.shape for x in chosen)
     assert block_deviations(q, order, LAYOUT.block).is_meta
+
+
+@pytest.mark.parametrize("need", [0.0, 3.0, 11.5, 1e9])
+def test_select_until_takes_the_best_until_a_need_is_met(need):
+    scores, worth = torch.randn(2, 3, 9), torch.randint(1, 5, (9,))
+    scores[0, 0, 4] = -torch.inf
+    always = torch.zeros(9, dtype=torch.bool)
+    always[[2, 5]] = True
+    chosen = select_until(scores, worth, torch.tensor([need]), always)
+    for row, picked in zip(scores.view(-1, 9).tolist(), chosen.view(-1, 9)):
+        expected, held = {2, 5}, 0.0
+        for j in sorted(set(range(9)) - {2, 5}, key=lambda j: -row[j]):
+            if held >= need or row[j] == -torch.inf:
+                break
+            expected.add(j)
+            held += worth[j].item()
+        assert set(picked.nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("key_heads", [2, 1])
+def test_best_scores_are_those_of_single_keys(key_heads):
+    q, k, key_mask = inputs()
+    k = k[:, :key_heads]
+    key_mask[0, tokens_of(2)] = False
+    queries = q[:, :, :5].double()
+    order, block = LAYOUT.order, LAYOUT.block
+    best = best_scores(queries, k, order, block, scale=0.3, key_mask=key_mask)
+    for b, h, j in itertools.product(range(2), range(4), range(LAYOUT.num_blocks)):
+        keys = k[b, h * key_heads // 4, [t for t in tokens_of(j) if key_mask[b, t]]].double()
+        expected = (0.3 * queries[b, h] @ keys.mT).amax(-1) if len(keys) else -torch.inf
+        torch.testing.assert_close(best[b, h, :, j], torch.as_tensor(expected).expand(5).double())

@@ -117,6 +117,14 @@ def test_content_of_heads_has_their_keys():
     torch.testing.assert_close(some.is_coherent, content.is_coherent[:, heads])
 
 
+def test_rows_are_heads_of_samples_with_their_keys_and_mask():
+    content, _ = contents(GRID)
+    rows = list(content.rows())
+    assert len(rows) == 8 and not rows[7].key_mask.all() and rows[3].key_mask.all()
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(row.shares[0, 0], content.shares[i // 4, i % 4])
+
+
 @dataclass(frozen=True)
 class Remembering(ContentMethod):
     """Reads all, and counts its searches.

@@ -7,7 +7,9 @@ blocks, nb all blocks.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import ClassVar
@@ -56,6 +58,14 @@ class Content:
         """The content of some query heads, (h,) int64, each with its own keys."""
         group = self.q.shape[1] // self.k.shape[1]
         return dataclasses.replace(self, q=self.q[:, heads], k=self.k[:, heads // group])
+
+    def rows(self) -> Iterator[Content]:
+        """The content of one head of one sample after the other, samples first."""
+        group = self.q.shape[1] // self.k.shape[1]
+        for b, h in itertools.product(*map(range, self.q.shape[:2])):
+            q, k = self.q[b : b + 1, h : h + 1], self.k[b : b + 1, h // group : h // group + 1]
+            mask = None if self.key_mask is None else self.key_mask[b : b + 1]
+            yield dataclasses.replace(self, q=q, k=k, key_mask=mask)
 
     @property
     def num_blocks(self) -> int:
@@ -193,10 +203,13 @@ class ContentMethod(Method):
     def search(self, content: Content) -> Plan | HeadPlan:
         """The plan of one call; ``content.plan`` makes it from the blocks to read."""
 
+    def tile_of(self, grid: Grid) -> Size:
+        """Tokens of one block along (t, h, w)."""
+        return fit_tile(grid.size, (4, 4, 4)) if self.tile is None else as_size("tile", self.tile)
+
     def layout(self, grid: Grid, device: torch.device) -> Layout:
         """The blocks that ``search`` is given."""
-        tile = fit_tile(grid.size, (4, 4, 4)) if self.tile is None else as_size("tile", self.tile)
-        return tiles(grid, tile, device)
+        return tiles(grid, self.tile_of(grid), device)
 
     def plan(
         self,
@@ -238,9 +251,9 @@ class ContentMethod(Method):
 
 
 @lru_cache(maxsize=32)
-def tiles(grid: Grid, tile: Size, device: torch.device) -> Layout:
+def tiles(grid: Grid, tile: Size, device: torch.device, chunk: Size | None = None) -> Layout:
     """``tile_layout`` on a device, made once."""
-    return tile_layout(grid, tile).to(device)
+    return tile_layout(grid, tile, chunk=chunk).to(device)
 
 
 def check_share(name: str, value: float | None) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # the three folders beside it and scripts/.
 LAYERS = (
     {"grid", "registry", "resources", "kernels"},
-    {"plan", "gpus", "video_models", "config"},
+    {"plan", "tiles", "gpus", "video_models", "config"},
     {"head_plan"},
     {"method", "reorder"},
     {"content", "calibration"},

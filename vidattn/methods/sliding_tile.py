@@ -1,0 +1,98 @@
+"""Sliding tile attention: whole tiles read whole tiles around them.
+
+Source: Zhang et al., "Fast Video Generation with Sliding Tile Attention", arXiv:2502.04507. It is
+neighborhood attention whose window slides by a tile instead of a token, so that no block needs a
+predicate: tile i of an axis with n tiles reads the w tiles from min(max(i - w // 2, 0), n - w) on.
+The paper has tiles of 6 x 8 x 8 tokens and, on 30 x 48 x 80 tokens, windows of 3 x 3 x 3 tiles
+(density 0.09). Here a grid may cut its last tiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidattn.content import check_share
+from vidattn.grid import Grid, Size
+from vidattn.method import Method, as_size
+from vidattn.plan import Plan, Window
+from vidattn.tiles import fit_reach, tile_counts
+
+TILE = (6, 8, 8)
+# tokens of a block at most: a larger tile is read in pieces
+LARGEST_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class SlidingTile(Method):
+    """A window of whole tiles, which slides inward at the edges of the video.
+
+    Args:
+        window: tiles that a tile reads along (t, h, w), or one number for all three.
+        density: kept share of the video pairs, between 0 and 1; sets ``window`` to come as close
+            to it as whole tiles allow.
+        tile: tokens of a tile along (t, h, w); (6, 8, 8) when not given, halved along an axis of
+            fewer than four such tiles.
+
+    Raises:
+        ValueError: a value out of range; from ``plan``, a density below that of one tile.
+    """
+
+    window: int | Size = 3
+    density: float | None = None
+    tile: Size | None = None
+
+    def __post_init__(self):
+        as_size("window", self.window)
+        check_share("density", self.density)
+        if self.tile is not None:
+            as_size("tile", self.tile)
+
+    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
+        """Whole tiles, by their distance; ``q`` and ``k`` are not read."""
+        tile = as_size("tile", self.tile or _halved(grid.size))
+        window = as_size("window", self.window)
+        if self.density is not None:
+            reach = fit_reach(
+                self.density,
+                tile_counts(grid.size, tile),
+                lambda reach: math.prod(map(_share, grid.size, reach, tile)),
+                f" with tiles of {tile}; set a smaller tile",
+            )
+            window = tuple(far + 1 for far in reach)
+        windows = tuple(map(axis_window, grid.size, window, tile))
+        return Plan.from_windows(grid, windows, tile=_piece(tile), dilation=(1, 1, 1))
+
+
+def axis_window(extent: int, window: int, edge: int) -> Window:
+    """First and last place that the query at each place of an axis reads."""
+    num_tiles = -(-extent // edge)
+    window = min(window, num_tiles)
+    tile = torch.arange(extent) // edge
+    start = (tile - window // 2).clamp(min=0, max=num_tiles - window)
+    return start * edge, ((start + window) * edge).clamp(max=extent) - 1
+
+
+def _share(extent: int, reach: int, edge: int) -> float:
+    """Kept share of the pairs of one axis with a window of a tile and ``reach`` more."""
+    first, last = axis_window(extent, reach + 1, edge)
+    return (last - first + 1).sum().item() / extent**2
+
+
+def _halved(size: Size) -> Size:
+    tile = list(TILE)
+    for axis, extent in enumerate(size):
+        while tile[axis] > 1 and 3 * tile[axis] >= extent:
+            tile[axis] //= 2
+    return tuple(tile)
+
+
+def _piece(tile: Size) -> Size:
+    """The largest box that fits a block and cuts a tile into equal pieces, as cubic as can be."""
+    edges = ([edge for edge in range(1, n + 1) if n % edge == 0] for n in tile)
+    boxes = (box for box in itertools.product(*edges) if math.prod(box) <= LARGEST_BLOCK)
+    return max(boxes, key=lambda box: (math.prod(box), min(box)))

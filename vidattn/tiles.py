@@ -1,0 +1,99 @@
+"""Patterns of whole tiles: which tile reads which, by their places in the grid of tiles.
+
+Letters: nt, nh, nw tiles along each axis, nv = nt * nh * nw.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vidattn.grid import Size
+
+
+def tile_counts(size: Size, tile: Size) -> Size:
+    """(nt, nh, nw), the cut tiles at the edges counted."""
+    nt, nh, nw = (-(-extent // edge) for extent, edge in zip(size, tile))
+    return nt, nh, nw
+
+
+def distances(counts: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """The distance of two tiles along each axis, three tensors that broadcast.
+
+    Together they are (nt, nh, nw, nt, nh, nw) int64, query tile by key tile.
+    """
+    tables = []
+    for axis, count in enumerate(counts):
+        place = torch.arange(count)
+        shape = [1] * 6
+        shape[axis] = shape[axis + 3] = count
+        tables.append((place[:, None] - place).abs().view(shape))
+    return tuple(tables)
+
+
+def within(counts: Size, reach: Size) -> Tensor:
+    """(nv, nv) bool, tiles at most ``reach`` tiles apart on every axis."""
+    t, h, w = (gap <= far for gap, far in zip(distances(counts), reach))
+    return by_tile(counts, t & h & w)
+
+
+def by_tile(counts: Size, pairs: Tensor) -> Tensor:
+    """(nv, nv) from a table that broadcasts to (nt, nh, nw, nt, nh, nw)."""
+    num_tiles = counts[0] * counts[1] * counts[2]
+    return pairs.expand(*counts, *counts).reshape(num_tiles, num_tiles)
+
+
+def reaches(counts: Size) -> list[Size]:
+    """Boxes from one tile to the whole grid, one axis growing at a time, each inside the next.
+
+    Their shape stays as close to that of the grid as whole tiles allow.
+    """
+    last = [count - 1 for count in counts]
+    # at which share of the whole way each axis takes its next step
+    steps = sorted(((i + 0.5) / n, axis) for axis, n in enumerate(last) for i in range(n))
+    boxes = [(0, 0, 0)]
+    for _, axis in steps:
+        t, h, w = (far + (i == axis) for i, far in enumerate(boxes[-1]))
+        boxes.append((t, h, w))
+    return boxes
+
+
+def axis_share(extent: int, edge: int, keep: Callable[[Tensor], Tensor]) -> float:
+    """Kept share of the pairs of tokens of one axis, in tiles of ``edge`` tokens.
+
+    Args:
+        keep: whether tiles at a distance, an int64 tensor, read each other, as bool.
+    """
+    place = torch.arange(-(-extent // edge))
+    tokens = (extent - place * edge).clamp(max=edge)
+    kept = keep((place[:, None] - place).abs()) * tokens * tokens[:, None]
+    return kept.sum().item() / extent**2
+
+
+def fit_reach(wanted: float, counts: Size, density: Callable[[Size], float], advice: str) -> Size:
+    """The box of tiles whose density is nearest to the wanted one, shaped like the grid.
+
+    Args:
+        density: of a pattern with a box of this reach; it grows with the box.
+        advice: what to do about a density that is out of reach.
+
+    Raises:
+        ValueError: one tile alone is clearly denser than wanted.
+    """
+    boxes = reaches(counts)
+    place = bisect_left(boxes, wanted, hi=len(boxes) - 1, key=density)
+    # boxes of the list grow in coarse steps: those beside them fill the gaps
+    steps = itertools.product((-1, 0, 1), repeat=3)
+    beside = {tuple(map(sum, zip(boxes[place], step))) for step in steps}
+    inside = [x for x in beside if all(0 <= far < n for far, n in zip(x, counts))]
+    found = {x: density(x) for x in sorted(inside)}
+    best = min(found, key=lambda x: abs(found[x] - wanted))
+    if found[best] > max(wanted + 0.005, wanted * 1.05) and best == boxes[0]:
+        raise ValueError(
+            f"density {wanted} is out of reach: the least is {found[best]:.3f}{advice}"
+        )
+    return best

@@ -1,0 +1,84 @@
+"""Anchor attention: blocks are read whose best score comes close to the best one nearby.
+
+Source: Zhang et al., "AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity",
+arXiv:2505.23520. For every block of queries the largest score with a few blocks that hold most of
+the attention anyway, the anchor, tells how large a score has to be to matter: keys within ``theta``
+of it are read. The paper's anchor is the first block of a causal sequence and a local window; here
+it is the window around a tile and the same window in the first frame. The score of a key is that
+with the mean query of a block, in the anchor too, so that like is compared with like. The paper
+gathers single keys; here a block is read whole when its best key is within ``theta``: an engine
+visits it in any case, and reading more of it costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidattn.content import Content, ContentMethod, check_share
+from vidattn.grid import Size
+from vidattn.kernels.pooled_scores import best_scores, select_until
+from vidattn.method import as_size
+from vidattn.plan import Plan
+from vidattn.tiles import by_tile, distances, tile_counts
+
+
+@dataclass(frozen=True)
+class Anchor(ContentMethod):
+    """The own tile, and those with a key about as good as the best one there.
+
+    Args:
+        theta: how far below the anchor's best score the best score of a block may be; 12 of the
+            natural logarithm is e ** 12 times less attention.
+        density: kept share of the video pairs, above 0 and at most 1; sets ``theta`` for every
+            head. The anchors, which are always kept, may exceed it.
+        near: tiles up to this distance on every axis, a (t, h, w) tuple or one number, are anchors.
+        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
+        every: denoising steps that one plan serves.
+        rectify: add an estimate of what is not read to the output.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    theta: float = 12.0
+    density: float | None = None
+    near: int | Size = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.theta >= 0:
+            raise ValueError(f"theta must be a difference of scores, at least 0, got {self.theta}")
+        check_share("density", self.density)
+        as_size("near", self.near, least=0)
+
+    def search(self, content: Content) -> Plan:
+        """The anchors, and the blocks whose best score is close to theirs."""
+        counts = tile_counts(content.grid.size, self.tile_of(content.grid))
+        anchors = _anchors(counts, as_size("near", self.near, least=0)).to(content.q.device)
+        best = best_scores(
+            content.queries,
+            content.k,
+            content.layout.order,
+            content.layout.block,
+            scale=content.scale,
+            key_mask=content.key_mask,
+        )[..., : content.num_blocks]
+        top = best.masked_fill(~anchors, -torch.inf).amax(-1, keepdim=True)
+        if self.density is None:
+            return content.plan(anchors | (best >= top - self.theta))
+        # for every head, the blocks that the smallest theta takes
+        rank = (best - top).nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(-2)
+        pairs = (content.tokens[:, None] * content.tokens).flatten().double()
+        need = self.density * pairs.sum() - pairs[anchors.flatten()].sum()
+        blocks = select_until(rank, pairs, need, anchors.flatten())
+        return content.plan(blocks.view(best.shape))
+
+
+def _anchors(counts: Size, near: Size) -> Tensor:
+    """(nv, nv) bool, tiles within reach, and those of the first frame within reach of its place."""
+    t, h, w = (gap <= far for gap, far in zip(distances(counts), near))
+    first = (torch.arange(counts[0]) == 0).view(1, 1, 1, -1, 1, 1)
+    return by_tile(counts, (t | first) & h & w)

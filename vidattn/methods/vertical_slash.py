@@ -1,0 +1,197 @@
+"""Vertical-slash attention: a few keys that everybody reads, and tiles at a few distances.
+
+Source: Jiang et al., "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic
+Sparse Attention", arXiv:2407.02490, which estimates from the exact attention of the last queries
+which columns (vertical lines) and which diagonals (slash lines) of the map hold most of it. A video
+has no last queries, so some spread over all of it are taken. A vertical line is one key; it is
+moved, by head, into blocks that every query reads. A slash line is a distance (dt, dh, dw) between
+tiles. MInference sets the number of either kind by a search beforehand; here the lines of a head
+compete for one density by the attention they hold for the pairs they cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidattn.content import Content, ContentMethod, check_share
+from vidattn.grid import Size, with_text
+from vidattn.head_plan import HeadPlan
+from vidattn.kernels.pooled_scores import select_until
+from vidattn.plan import Plan
+from vidattn.tiles import tile_counts
+
+
+@dataclass(frozen=True)
+class VerticalSlash(ContentMethod):
+    """Keys that every query reads, and tiles at distances that hold much attention.
+
+    Heads with vertical lines have orders of their own and run on their own.
+
+    Args:
+        density: kept share of the video pairs, above 0 and at most 1; a tile reads itself in any
+            case.
+        vertical: share of the density that vertical lines may take at most, 0 for none.
+        samples: queries whose attention is looked at.
+        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
+        every: denoising steps that one plan serves.
+        rectify: add an estimate of what is not read to the output.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    density: float = 0.25
+    vertical: float = 0.25
+    samples: int = 128
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_share("density", self.density)
+        if not 0 <= self.vertical <= 1:
+            raise ValueError(f"vertical must be a share between 0 and 1, got {self.vertical!r}")
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise ValueError(f"samples must be an integer of at least 1, got {self.samples!r}")
+
+    def search(self, content: Content) -> Plan | HeadPlan:
+        """The lines that hold the most attention for the pairs they cost."""
+        N, block = content.grid.num_video_tokens, content.layout.block
+        offset = offsets(tile_counts(content.grid.size, self.tile_of(content.grid)))
+        offset = offset.to(content.q.device)
+        samples = sample(N, self.samples).to(content.q.device)
+        attention = attention_of(content, samples)
+        budget = self.density * N**2
+        columns = attention.sum(-2)
+        count = _num_columns(content, offset, samples, attention, budget)
+        # a line down costs its column, and its row since its query reads all
+        count = count.clamp(max=int(self.vertical * budget / (2 * N))) // block * block
+        ranked = columns.argsort(-1, descending=True)
+        rank = torch.arange(N, device=count.device)
+        is_column = torch.zeros_like(ranked, dtype=torch.bool)
+        is_column.scatter_(-1, ranked, rank < count[..., None])
+        attention = attention.masked_fill(is_column[..., None, :], 0)
+        lines = Diagonals.of(content, offset, samples, attention, ~is_column)
+        kept = lines.select(budget - ((2 * N - count) * count).double())
+        if not bool(count.any()):
+            return content.plan(kept[..., offset])
+        heads = zip(
+            content.rows(), kept.flatten(0, 1), ranked.flatten(0, 1), count.flatten().tolist()
+        )
+        plans = [_with_columns(row, x[offset], tokens[:n]) for row, x, tokens, n in heads]
+        number = torch.arange(len(plans), device=count.device)
+        return HeadPlan(tuple(plans), number.view(count.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonals:
+    """What the distances between tiles hold, and cost, in every head."""
+
+    mass: Tensor  # (B, H, O) attention of the sampled queries
+    cost: Tensor  # (B|1, H|1, O) pairs of tokens
+    own: Tensor  # (O,) bool, the distance of a tile to itself
+
+    @classmethod
+    def of(
+        cls, content: Content, offset: Tensor, samples: Tensor, attention: Tensor, counts: Tensor
+    ) -> Diagonals:
+        """From what sampled queries attend to.
+
+        Args:
+            offset: (nv, nv) number of the distance from a query tile to a key tile.
+            samples: (R,) tokens of the video.
+            attention: (B, H, R, N).
+            counts: (B|1, H|1, N) bool, the tokens of the video that have a price.
+        """
+        block = block_of_token(content)
+        tokens = _sums(counts.to(torch.float64), block, content.num_blocks)
+        pairs = (tokens[..., :, None] * tokens[..., None, :]).flatten(-2)
+        per_block = _sums(attention, block, content.num_blocks)
+        num_offsets = int(offset.max()) + 1
+        mass = _sums(per_block.flatten(-2), offset[block[samples]].flatten(), num_offsets)
+        own = torch.zeros(num_offsets, dtype=torch.bool, device=offset.device)
+        own[offset[0, 0]] = True
+        return cls(mass, _sums(pairs, offset.flatten(), num_offsets), own)
+
+    @property
+    def rate(self) -> Tensor:
+        """(B, H, O) attention for each pair; 0 where there is none."""
+        return self.mass / self.cost.clamp_min(1)
+
+    def select(self, budget: Tensor) -> Tensor:
+        """(B, H, O) bool, the best distances within (B, H) numbers of pairs."""
+        need = budget[..., None] - self.cost[..., self.own]
+        return select_until(self.rate, self.cost, need, self.own)
+
+
+def _num_columns(
+    content: Content, offset: Tensor, samples: Tensor, attention: Tensor, budget: float
+) -> Tensor:
+    """(B, H) int64, vertical lines among the best lines of either kind within a number of pairs."""
+    N = content.grid.num_video_tokens
+    every = torch.ones(1, 1, N, dtype=torch.bool, device=samples.device)
+    lines = Diagonals.of(content, offset, samples, attention, every)
+    columns = attention.sum(-2)
+    rates = torch.cat([columns / (2 * N), lines.rate.to(columns.dtype)], -1)
+    costs = torch.cat([lines.cost.new_full((1, 1, N), 2 * N), lines.cost], -1)
+    always = torch.cat([torch.zeros(N, dtype=torch.bool, device=lines.own.device), lines.own])
+    need = budget - lines.cost[..., lines.own]
+    return select_until(rates, costs, need, always)[..., :N].sum(-1)
+
+
+def _with_columns(row: Content, blocks: Tensor, columns: Tensor) -> Plan:
+    """The plan of one head in which every query reads some keys, and their queries all keys.
+
+    Args:
+        blocks: (nv, nv) bool, which tile reads which.
+        columns: (c,) tokens of the video, c a multiple of the block.
+    """
+    layout, nv = row.layout, row.num_blocks
+    order = layout.order[: nv * layout.block].clone()
+    start = row.grid.video_start
+    order[layout.slot_of_token[start + columns]] = -1
+    order = torch.cat([order, (start + columns).to(order.dtype)])
+    beside = len(columns) // layout.block
+    blocks = torch.nn.functional.pad(blocks, (0, beside, 0, beside), value=True)
+    return row.on(with_text(row.grid, order, layout.block)).plan(blocks[None, None])
+
+
+def sample(num_tokens: int, count: int) -> Tensor:
+    """Up to ``count`` places among ``num_tokens``, spread evenly at every scale."""
+    steps = torch.arange(count, dtype=torch.float64) * (5**0.5 - 1) / 2
+    return (steps % 1 * num_tokens).long().unique()
+
+
+def attention_of(content: Content, samples: Tensor) -> Tensor:
+    """(B, H, R, N) share of attention that R queries of the video give each of its N keys."""
+    q, k, start = content.q, content.k, content.grid.video_start
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q[:, :, start + samples].to(dtype).reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+    scores = content.scale * grouped @ k.to(dtype).mT
+    if content.key_mask is not None:
+        scores.masked_fill_(~content.key_mask[:, None, None], -torch.inf)
+    shares = scores.softmax(-1).view(*q.shape[:2], len(samples), -1)
+    return shares[..., start : start + content.grid.num_video_tokens]
+
+
+def offsets(counts: Size) -> Tensor:
+    """(nv, nv) int64 number of the distance (dt, dh, dw) from a query tile to a key tile."""
+    places = torch.cartesian_prod(*map(torch.arange, counts)).view(-1, 3)
+    number = torch.zeros(len(places), len(places), dtype=torch.long)
+    for axis, count in enumerate(counts):
+        along = places[:, axis] - places[:, axis, None]
+        number = number * (2 * count - 1) + along + count - 1
+    return number
+
+
+def block_of_token(content: Content) -> Tensor:
+    """(N,) int64, the block of each token of the video."""
+    start = content.grid.video_start
+    slots = content.layout.slot_of_token[start : start + content.grid.num_video_tokens]
+    return slots // content.layout.block
+
+
+def _sums(x: Tensor, index: Tensor, size: int) -> Tensor:
+    """(..., size) sums of the entries of the last axis by their number in ``index``."""
+    return x.new_zeros(*x.shape[:-1], size).index_add_(-1, index, x)

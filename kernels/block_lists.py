@@ -111,16 +111,25 @@ class BlockLists:
 
     def of_heads(self, heads: Tensor) -> BlockLists:
         """The lists of some of the heads, numbered anew in the order of (h,) ``heads``."""
-        num_blocks = self.num_rows // (self.batch * self.heads)
         rows = torch.arange(self.num_rows, device=heads.device)
-        rows = rows.view(self.batch, self.heads, num_blocks)[:, heads].flatten()
+        return self._of_rows(rows.view(self.batch, self.heads, -1)[:, heads])
+
+    def of_sample(self, sample: int) -> BlockLists:
+        """The lists of one of the samples."""
+        rows = torch.arange(self.num_rows, device=self.row_start.device)
+        return self._of_rows(rows.view(self.batch, self.heads, -1)[sample, None])
+
+    def _of_rows(self, rows: Tensor) -> BlockLists:
+        """The lists of some rows, (batch, heads, nb)."""
+        batch, heads, _ = rows.shape
+        rows = rows.flatten()
         start, counts = self.row_start[rows], self.row_start.diff()[rows]
         row_start = F.pad(counts.cumsum(0), (1, 0))
         shift = (start - row_start[:-1]).repeat_interleave(counts)
-        entries = torch.arange(shift.numel(), device=heads.device) + shift
+        entries = torch.arange(shift.numel(), device=rows.device) + shift
         return BlockLists(
-            batch=self.batch,
-            heads=heads.numel(),
+            batch=batch,
+            heads=heads,
             row_start=row_start,
             num_full=self.num_full[rows],
             key_block=self.key_block[entries],

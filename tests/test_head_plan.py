@@ -1,5 +1,7 @@
 """Groups of heads with plans of their own, and what stands in for what is not read."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -75,6 +77,21 @@ def test_every_sample_follows_its_plans(key_heads):
     assert made.of_head(1) == (made.plans[1], 0)
     video = slice(0, GRID.num_video_tokens)
     assert made.density == pytest.approx(mask[..., video, video].double().mean().item())
+
+
+def test_plans_of_samples_are_selected_and_joined():
+    made = sample_plan()
+    assert torch.equal(made.of_heads([0, 2]).mask(), made.mask()[:, [0, 2]])
+    blocks = cases.random_blocks(GRID, batch=2, heads=2)
+    gain = torch.rand(2, 2, blocks.layout.num_blocks)
+    groups = (blocks, made, head_plan(), dataclasses.replace(blocks, gain=gain))
+    heads = ([1, 9], [0, 3, 4], [2, 5, 6, 7, 10, 11], [8, 12])
+    whole = join(groups, heads)
+    for part, mine in zip(groups, heads):
+        assert torch.equal(whole.mask()[:, mine], part.mask().expand(2, -1, -1, -1))
+    for sample, head in ((0, 8), (1, 12)):
+        part = whole.plans[int(whole.plan_of_head[sample, head])]
+        assert torch.equal(part.gain[0, 0], gain[sample, [8, 12].index(head)])
 
 
 def test_figures_are_means_over_heads():

@@ -143,6 +143,10 @@ class HeadPlan:
 
     def of_heads(self, heads: Sequence[int]) -> HeadPlan:
         """The plans of some heads, in ascending order, numbered anew."""
+        if self.by_sample:
+            table = self.plan_of_head[:, list(heads)]
+            used, number = torch.unique(table, return_inverse=True)
+            return HeadPlan(tuple(self.plans[i] for i in used.tolist()), number)
         parts, numbers = [], []
         for plan, mine in zip(self.plans, self.heads):
             rank = {head: i for i, head in enumerate(mine.tolist())}
@@ -182,6 +186,9 @@ def join(plans: Sequence[Plan | HeadPlan], heads: Sequence[Sequence[int]]) -> He
     Raises:
         ValueError: plans of several grids, or heads that do not match them.
     """
+    by_sample = [x for x in plans if isinstance(x, HeadPlan) and x.by_sample]
+    if by_sample:
+        return _join_by_sample(plans, heads, len(by_sample[0].plan_of_head))
     flat: list[tuple[Plan, Sequence[int]]] = []
     for plan, mine in zip(plans, heads):
         if isinstance(plan, HeadPlan):
@@ -193,3 +200,31 @@ def join(plans: Sequence[Plan | HeadPlan], heads: Sequence[Sequence[int]]) -> He
     for i, (_, mine) in enumerate(flat):
         plan_of_head[list(mine)] = i
     return HeadPlan(tuple(plan for plan, _ in flat), plan_of_head.to(plans[0].device))
+
+
+def _join_by_sample(
+    plans: Sequence[Plan | HeadPlan], heads: Sequence[Sequence[int]], num_samples: int
+) -> HeadPlan:
+    """One plan for all heads of all samples, which go by plans of their own."""
+    parts: list[Plan] = []
+    table = torch.empty(num_samples, sum(map(len, heads)), dtype=torch.long)
+    for plan, mine in zip(plans, heads):
+        for sample in range(num_samples):
+            for i, head in enumerate(mine):
+                table[sample, head] = len(parts)
+                parts.append(_of_one(plan, sample, i))
+    return HeadPlan(tuple(parts), table.to(plans[0].device))
+
+
+def _of_one(plan: Plan | HeadPlan, sample: int, head: int) -> Plan:
+    """The plan that one head of one sample follows, with one list."""
+    if isinstance(plan, HeadPlan):
+        if plan.by_sample:
+            return plan.plans[int(plan.plan_of_head[sample, head])]
+        plan, head = plan.of_head(head)
+    plan = select_heads(plan, [head])
+    lists = plan.lists if plan.lists.batch == 1 else plan.lists.of_sample(sample)
+    gain, rest = (
+        x if x is None or len(x) == 1 else x[sample, None] for x in (plan.gain, plan.rest)
+    )
+    return replace(plan, lists=lists, gain=gain, rest=rest)

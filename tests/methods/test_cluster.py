@@ -129,7 +129,8 @@ def test_it_is_run_right(rectify):
     grid = Grid(3, 5, 7, text=3)
     q, k, v = coherent(grid, heads=2)
     inputs = [x.double() for x in (q, k, v, torch.randn_like(v))] + [torch.randn(v.shape[:3])]
-    plan = create_method("cluster", density=0.3, rectify=rectify, **SMALL).plan(grid, q, k)
+    method = create_method("cluster", density=0.3, rectify=rectify, **SMALL)
+    plan = method.plan(grid, *inputs[:2])
     for ours, right in zip(results(inputs, plan, "torch"), results(inputs, plan, "reference")):
         assert relative_rms(ours, right) < 1e-7
 

@@ -13,7 +13,7 @@ from vidattn.methods import create_method
 from vidattn.methods.vertical_slash import sample
 
 GRIDS = [g for g in AWKWARD if g.num_video_tokens < 150]
-TILE, BLOCK = (1, 2, 2), 4
+TILE, BLOCK = (1, 1, 2), 2
 
 
 def diagonals(attention, samples, cells, priced):
@@ -49,22 +49,33 @@ def oracle(method, grid: Grid, weights) -> torch.Tensor:
     cells = [tuple(x // n for x, n in zip(place, TILE)) for place in places]
     samples = sample(N, method.samples).tolist()
     attention = weights[start : start + N, start : start + N][samples].tolist()
-    columns = [sum(row[j] for row in attention) for j in range(N)]
     budget = method.density * N**2
 
     def rates(priced):
         mass, cost = diagonals(attention, samples, cells, priced)
-        return [(mass.get(gap, 0.0) / max(cost[gap], 1), cost[gap], gap) for gap in cost]
+        doubt = BLOCK * N / len(samples)
+        return [(mass.get(gap, 0.0) / (cost[gap] + doubt), cost[gap], gap) for gap in cost]
 
-    lines = [(columns[j] / (2 * N), 2 * N, j) for j in range(N)] + rates(set(range(N)))
+    def gap(i, j):
+        return tuple(b - a for a, b in zip(cells[i], cells[j]))
+
+    slashes = rates(set(range(N)))
+    there = take(slashes, budget, {own})
+    left_out = [
+        [0.0 if gap(i, j) in there else x for j, x in enumerate(row)]
+        for i, row in zip(samples, attention)
+    ]
+    halves = [[sum(row[j] for row in left_out[i::2]) for j in range(N)] for i in (0, 1)]
+    columns = [2 * min(pair) for pair in zip(*halves)]
+    lines = [(x / (2 * N), 2 * N, j) for j, x in enumerate(columns) if x] + slashes
     count = sum(isinstance(name, int) for name in take(lines, budget, {own}))
     count = min(count, int(method.vertical * budget / (2 * N))) // BLOCK * BLOCK
     vertical = set(sorted(range(N), key=lambda j: -columns[j])[:count])
     left = budget - (2 * N - count) * count
     kept = take(rates(set(range(N)) - vertical), left, {own})
     mask = torch.ones(grid.num_tokens, grid.num_tokens, dtype=torch.bool)
-    for (i, q), (j, k) in itertools.product(enumerate(cells), repeat=2):
-        seen = i in vertical or j in vertical or tuple(b - a for a, b in zip(q, k)) in kept
+    for i, j in itertools.product(range(N), repeat=2):
+        seen = i in vertical or j in vertical or gap(i, j) in kept
         mask[start + i, start + j] = seen
     return mask, count
 
@@ -72,7 +83,7 @@ def oracle(method, grid: Grid, weights) -> torch.Tensor:
 def striking(grid: Grid, heads: int):
     """q and k (2, heads, S, 8) with some keys that everybody looks at in the first head."""
     q, k, v = (x.double() for x in coherent(grid, heads=heads, dim=8))
-    loud = torch.randperm(grid.num_video_tokens)[:6] + grid.video_start
+    loud = torch.randperm(grid.num_video_tokens)[:8] + grid.video_start
     q[:, 0] += 2
     k[:, 0, loud] += 2
     return q, k, v
@@ -81,7 +92,7 @@ def striking(grid: Grid, heads: int):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("options", [{"vertical": 0.5}, {"density": 0.6}], ids=str)
 def test_lines_follow_the_definition(grid, options):
-    method = create_method("vertical_slash", tile=TILE, samples=13, **options)
+    method = create_method("vertical_slash", tile=TILE, samples=60, **options)
     q, k, _ = striking(grid, 2)
     mask = method.plan(grid, q, k, scale=0.4).mask()
     weights = dense_weights(q, k, 0.4)
@@ -90,7 +101,7 @@ def test_lines_follow_the_definition(grid, options):
         expected, count = oracle(method, grid, weights[b, h])
         counts.append(count)
         assert torch.equal(mask.expand(2, 2, -1, -1)[b, h], expected)
-    if grid.num_video_tokens > 100:
+    if grid.num_video_tokens > 100 and "vertical" in options:
         assert max(counts) > 0
 
 
@@ -118,8 +129,8 @@ def test_density_is_met_and_full_budget_is_dense():
         plan = create_method("vertical_slash", density=density, tile=TILE).plan(grid, q, k)
         assert plan.density == pytest.approx(density, rel=0.03)
     for vertical in (0.0, 0.5):
-        plan = create_method("vertical_slash", density=1.0, vertical=vertical, tile=TILE)
-        assert plan.plan(grid, q, k).is_dense
+        method = create_method("vertical_slash", density=1.0, vertical=vertical, tile=TILE)
+        assert method.plan(grid, q, k).mask().all()
 
 
 def test_a_sample_is_planned_alone():

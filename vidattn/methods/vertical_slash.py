@@ -63,8 +63,11 @@ class VerticalSlash(ContentMethod):
         samples = sample(N, self.samples).to(content.q.device)
         attention = attention_of(content, samples)
         budget = self.density * N**2
-        columns = attention.sum(-2)
-        count = _num_columns(content, offset, samples, attention, budget)
+        every = torch.ones(1, 1, N, dtype=torch.bool, device=samples.device)
+        lines = Diagonals.of(content, offset, samples, attention, every)
+        # keys that are worth a line though the best diagonals are there
+        columns = columns_of(attention.masked_fill(lines.covered(budget), 0))
+        count = _num_columns(columns, lines, budget)
         # a line down costs its column, and its row since its query reads all
         count = count.clamp(max=int(self.vertical * budget / (2 * N))) // block * block
         ranked = columns.argsort(-1, descending=True)
@@ -73,7 +76,7 @@ class VerticalSlash(ContentMethod):
         is_column.scatter_(-1, ranked, rank < count[..., None])
         attention = attention.masked_fill(is_column[..., None, :], 0)
         lines = Diagonals.of(content, offset, samples, attention, ~is_column)
-        kept = lines.select(budget - ((2 * N - count) * count).double())
+        kept = lines.select(budget - ((2 * N - count) * count)[..., None].double())
         if not bool(count.any()):
             return content.plan(kept[..., offset])
         heads = zip(
@@ -91,6 +94,8 @@ class Diagonals:
     mass: Tensor  # (B, H, O) attention of the sampled queries
     cost: Tensor  # (B|1, H|1, O) pairs of tokens
     own: Tensor  # (O,) bool, the distance of a tile to itself
+    of_pair: Tensor  # (R, N), from a sampled query to a key
+    doubt: float  # pairs of tokens that one sampled query stands for at one distance
 
     @classmethod
     def of(
@@ -112,27 +117,35 @@ class Diagonals:
         mass = _sums(per_block.flatten(-2), offset[block[samples]].flatten(), num_offsets)
         own = torch.zeros(num_offsets, dtype=torch.bool, device=offset.device)
         own[offset[0, 0]] = True
-        return cls(mass, _sums(pairs, offset.flatten(), num_offsets), own)
+        cost = _sums(pairs, offset.flatten(), num_offsets)
+        doubt = content.layout.block * len(block) / len(samples)
+        return cls(mass, cost, own, offset[block[samples]][:, block], doubt)
 
     @property
     def rate(self) -> Tensor:
-        """(B, H, O) attention for each pair; 0 where there is none."""
-        return self.mass / self.cost.clamp_min(1)
+        """(B, H, O) attention for each pair, as if one more query had found none.
 
-    def select(self, budget: Tensor) -> Tensor:
-        """(B, H, O) bool, the best distances within (B, H) numbers of pairs."""
-        need = budget[..., None] - self.cost[..., self.own]
-        return select_until(self.rate, self.cost, need, self.own)
+        Distances of few pairs are seen by few samples, or by one that was lucky.
+        """
+        return self.mass / (self.cost + self.doubt)
+
+    def select(self, budget: Tensor | float) -> Tensor:
+        """(B, H, O) bool, the best distances within a number of pairs, or (B, H, 1) of them."""
+        return select_until(self.rate, self.cost, budget - self.cost[..., self.own], self.own)
+
+    def covered(self, budget: float) -> Tensor:
+        """(B, H, R, N) bool, the keys that the best distances give to sampled queries."""
+        return self.select(budget)[..., self.of_pair]
 
 
-def _num_columns(
-    content: Content, offset: Tensor, samples: Tensor, attention: Tensor, budget: float
-) -> Tensor:
-    """(B, H) int64, vertical lines among the best lines of either kind within a number of pairs."""
-    N = content.grid.num_video_tokens
-    every = torch.ones(1, 1, N, dtype=torch.bool, device=samples.device)
-    lines = Diagonals.of(content, offset, samples, attention, every)
-    columns = attention.sum(-2)
+def _num_columns(columns: Tensor, lines: Diagonals, budget: float) -> Tensor:
+    """(B, H) int64, vertical lines among the best lines of either kind within a number of pairs.
+
+    Args:
+        columns: (B, H, N) attention that vertical lines would add.
+    """
+    N = columns.shape[-1]
+    columns = columns.masked_fill(columns == 0, -torch.inf)
     rates = torch.cat([columns / (2 * N), lines.rate.to(columns.dtype)], -1)
     costs = torch.cat([lines.cost.new_full((1, 1, N), 2 * N), lines.cost], -1)
     always = torch.cat([torch.zeros(N, dtype=torch.bool, device=lines.own.device), lines.own])
@@ -173,6 +186,15 @@ def attention_of(content: Content, samples: Tensor) -> Tensor:
         scores.masked_fill_(~content.key_mask[:, None, None], -torch.inf)
     shares = scores.softmax(-1).view(*q.shape[:2], len(samples), -1)
     return shares[..., start : start + content.grid.num_video_tokens]
+
+
+def columns_of(attention: Tensor) -> Tensor:
+    """(..., N) what each key gets from sampled queries (..., R, N), and surely from others too.
+
+    It is twice what the half of the samples that looks at it less gives: a key that few of them
+    happen to need is no line.
+    """
+    return 2 * torch.minimum(attention[..., ::2, :].sum(-2), attention[..., 1::2, :].sum(-2))
 
 
 def offsets(counts: Size) -> Tensor:

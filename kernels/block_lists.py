@@ -109,27 +109,19 @@ class BlockLists:
         """R."""
         return self.num_full.numel()
 
-    def of_heads(self, heads: Tensor) -> BlockLists:
-        """The lists of some of the heads, numbered anew in the order of (h,) ``heads``."""
+    def of_heads(self, heads: Tensor, sample: int | None = None) -> BlockLists:
+        """The lists of (h,) ``heads``, numbered anew in their order; of one sample, or of all."""
         rows = torch.arange(self.num_rows, device=heads.device)
-        return self._of_rows(rows.view(self.batch, self.heads, -1)[:, heads])
-
-    def of_sample(self, sample: int) -> BlockLists:
-        """The lists of one of the samples."""
-        rows = torch.arange(self.num_rows, device=self.row_start.device)
-        return self._of_rows(rows.view(self.batch, self.heads, -1)[sample, None])
-
-    def _of_rows(self, rows: Tensor) -> BlockLists:
-        """The lists of some rows, (batch, heads, nb)."""
-        batch, heads, _ = rows.shape
-        rows = rows.flatten()
+        rows = rows.view(self.batch, self.heads, -1)[:, heads]
+        rows = rows if sample is None else rows[sample, None]
+        batch, rows = len(rows), rows.flatten()
         start, counts = self.row_start[rows], self.row_start.diff()[rows]
         row_start = F.pad(counts.cumsum(0), (1, 0))
         shift = (start - row_start[:-1]).repeat_interleave(counts)
-        entries = torch.arange(shift.numel(), device=rows.device) + shift
+        entries = torch.arange(shift.numel(), device=heads.device) + shift
         return BlockLists(
             batch=batch,
-            heads=heads,
+            heads=heads.numel(),
             row_start=row_start,
             num_full=self.num_full[rows],
             key_block=self.key_block[entries],
@@ -219,26 +211,6 @@ class BlockLists:
                     f"the plan {what} {low} to {high}; {first} to {count - 1} fit its {owner}: "
                     "make them from one grid"
                 )
-
-    def masked(self, mask_id: Tensor, masks: Tensor) -> BlockLists:
-        """The same lists with some blocks, all of them whole so far, decided by masks.
-
-        Args:
-            mask_id: (E,) int64, -1 for a block that stays whole.
-            masks: (M, n, n) bool, query by key, False in empty slots.
-        """
-        rows, partial = self.row_of_entry, mask_id >= 0
-        order = (rows * 2 + partial).argsort(stable=True)
-        num_partial = torch.bincount(rows[partial], minlength=self.num_rows)
-        return BlockLists(
-            self.batch,
-            self.heads,
-            self.row_start,
-            (self.counts - num_partial).int(),
-            self.key_block[order],
-            mask_id=mask_id[order].int(),
-            masks=masks,
-        )
 
     def transposed(self) -> BlockLists:
         """The lists of the key blocks: which query blocks read each, made once.

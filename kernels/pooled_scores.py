@@ -107,18 +107,19 @@ def best_scores(
     Returns:
         (B, H, nq, nb) of the dtype of ``queries``, -inf for a block without keys.
     """
-    B, H, nq, D = queries.shape
-    slots = Slots(order, block, key_mask)
-    keys = slots.fill(k).view(B, k.shape[1], order.numel(), D)
-    best = queries.new_empty(B, H, nq, slots.num_blocks)
+    token = order.long().clamp_min(0)
+    readable = (order >= 0)[None]
+    if key_mask is not None:
+        readable = readable & key_mask[:, token]
+    group = queries.shape[1] // k.shape[1]
+    best = []
     # one head at a time: there are as many scores as queries times keys
-    for head in range(H):
-        key = keys[:, head * k.shape[1] // H].to(queries.dtype)
-        scores = scale * queries[:, head] @ key.mT
-        if slots.readable is not None:
-            scores.masked_fill_(~slots.readable[:, None], -torch.inf)
-        best[:, head] = scores.unflatten(-1, (-1, block)).amax(-1)
-    return best
+    for head in range(queries.shape[1]):
+        keys = k[:, head // group, token].to(queries.dtype)
+        scores = scale * queries[:, head] @ keys.mT
+        scores = scores.masked_fill(~readable[:, None], -torch.inf)
+        best.append(scores.unflatten(-1, (-1, block)).amax(-1))
+    return torch.stack(best, 1)
 
 
 def select_count(scores: Tensor, count: int) -> Tensor:

@@ -223,7 +223,9 @@ def _of_one(plan: Plan | HeadPlan, sample: int, head: int) -> Plan:
             return plan.plans[int(plan.plan_of_head[sample, head])]
         plan, head = plan.of_head(head)
     plan = select_heads(plan, [head])
-    lists = plan.lists if plan.lists.batch == 1 else plan.lists.of_sample(sample)
+    lists = plan.lists
+    if lists.batch > 1:
+        lists = lists.of_heads(torch.zeros(1, dtype=torch.long, device=plan.device), sample)
     gain, rest = (
         x if x is None or len(x) == 1 else x[sample, None] for x in (plan.gain, plan.rest)
     )

@@ -39,16 +39,3 @@ def test_transposed_lists_hold_the_same_blocks(kind):
     assert turned.counts.sum() == lists.counts.sum()
     assert (turned.num_full <= turned.counts).all()
     assert lists.transposed() is turned
-
-
-def test_masks_decide_some_of_the_whole_blocks():
-    grid = Grid(3, 5, 7, text=5)
-    layout = tile_layout(grid, (1, 4, 4))
-    nv = layout.num_video_blocks
-    plan = Plan.from_blocks(grid, layout, torch.rand(2, 3, nv, nv) < 0.6)
-    masks = torch.rand(4, 16, 16) < 0.5
-    chosen = torch.randint(-3, 4, plan.lists.key_block.shape).clamp_min(-1)
-    lists = plan.lists.masked(chosen, masks)
-    given = {key: int(mask) for key, mask in zip(entries(plan.lists, False), chosen)}
-    assert entries(lists, False) == {key: (mask >= 0, mask) for key, mask in given.items()}
-    assert lists.masks is masks and torch.equal(lists.row_start, plan.lists.row_start)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vidattn.content import Content, ContentMethod, check_share, tiles
 from vidattn.grid import Grid, Layout, Size, fit_tile
+from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.pooled_scores import select_count, select_until
 from vidattn.method import as_size
 from vidattn.plan import Plan
@@ -206,7 +207,7 @@ def _by_query(content: Content, kept: Tensor, chunk: Tensor) -> Plan:
     number = number[..., chunk]
     number = torch.where(number < 0, -1, number + gap)
     plan = content.plan(some[..., chunk])
-    return replace(plan, lists=plan.lists.masked(_of_entries(plan, number), masks))
+    return replace(plan, lists=_masked(plan.lists, _of_entries(plan, number), masks))
 
 
 def _of_entries(plan: Plan, number: Tensor) -> Tensor:
@@ -214,3 +215,23 @@ def _of_entries(plan: Plan, number: Tensor) -> Tensor:
     beside = plan.layout.num_blocks - plan.layout.num_video_blocks
     number = torch.nn.functional.pad(number, (0, beside, 0, beside), value=-1)
     return number.flatten(0, 2)[plan.lists.row_of_entry, plan.lists.key_block.long()]
+
+
+def _masked(lists: BlockLists, mask_id: Tensor, masks: Tensor) -> BlockLists:
+    """Lists of whole blocks with some of them decided by masks.
+
+    Args:
+        mask_id: (E,) int64, -1 for a block that stays whole.
+        masks: (M, n, n) bool, query by key, False in empty slots.
+    """
+    rows, partial = lists.row_of_entry, mask_id >= 0
+    order = (rows * 2 + partial).argsort(stable=True)
+    num_partial = torch.bincount(rows[partial], minlength=lists.num_rows)
+    return replace(
+        lists,
+        num_full=(lists.counts - num_partial).int(),
+        key_block=lists.key_block[order],
+        mask_id=mask_id[order].int(),
+        masks=masks,
+        cache={},
+    )

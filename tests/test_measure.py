@@ -10,6 +10,7 @@ from vidattn.grid import Grid, Layout, raster_layout
 from vidattn.measure import (
     attention_flops,
     hardware,
+    ms_ssim,
     psnr,
     recall,
     speedup_bound,
@@ -58,7 +59,7 @@ def test_bytes_do_not_wrap():
     assert psnr(low, high.float() / 255) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim])
+@pytest.mark.parametrize("measure", [psnr, ssim, ms_ssim])
 def test_more_noise_is_less_alike(measure, video):
     values = [measure(noisy(video, sigma), video) for sigma in (0.0, 0.02, 0.05, 0.1, 0.3, 0.9)]
     assert values == sorted(values, reverse=True) and values[-1] < values[0] / 2
@@ -72,7 +73,7 @@ def test_ssim_of_equal_and_flat_videos(video):
     assert ssim(dark, light) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim])
+@pytest.mark.parametrize("measure", [psnr, ssim, ms_ssim])
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -87,9 +88,27 @@ def test_what_is_no_pair_of_videos_is_refused(measure, spoil, words, video):
         measure(spoil(video), video)
 
 
-def test_ssim_needs_frames_as_large_as_its_window(video):
+@pytest.mark.parametrize("measure", [ssim, ms_ssim])
+def test_ssim_needs_frames_as_large_as_its_window(measure, video):
     with pytest.raises(ValueError, match="11 x 11"):
-        ssim(video[..., :10], video[..., :10])
+        measure(video[..., :10], video[..., :10])
+
+
+@pytest.mark.parametrize(("px", "num_scales"), [(11, 1), (22, 2), (44, 3), (99, 4), (176, 5)])
+def test_ms_ssim_uses_the_scales_that_a_frame_has_room_for(px, num_scales):
+    """Of flat frames only the luminance counts, at the coarsest scale, with its weight."""
+    dark, light = torch.full((1, 1, px, px), 0.2), torch.full((1, 1, px, px), 0.7)
+    weights = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:num_scales]
+    c = 0.01**2
+    luminance = (2 * 0.2 * 0.7 + c) / (0.2**2 + 0.7**2 + c)
+    expected = luminance ** (weights[-1] / weights.sum()).item()
+    assert ms_ssim(dark, light) == pytest.approx(expected, rel=1e-3)
+    assert ms_ssim(dark, dark) == pytest.approx(1)
+
+
+def test_ms_ssim_of_black_and_white_is_0():
+    black, white = torch.zeros(2, 3, 24, 31), torch.ones(2, 3, 24, 31)
+    assert ms_ssim(black, white) < 0.01 and ms_ssim(white, white) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", list_methods())

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidattn.fidelity import visible_keys
 from vidattn.head_plan import HeadPlan
-from vidattn.kernels.block_lists import partial_mask
 from vidattn.measure import speedup_bound
 from vidattn.plan import Plan
 
@@ -81,20 +81,10 @@ def keys_of(plan: Plan, query: int, head: int = 0) -> Tensor:
     Raises:
         ValueError: a query or head that is not there.
     """
-    grid, layout, lists = plan.grid, plan.layout, plan.lists
-    if not 0 <= query < grid.num_tokens:
-        raise ValueError(f"query must be a token from 0 to {grid.num_tokens - 1}, got {query}")
-    row = _first_row(plan, head) + int(layout.slot_of_token[query]) // layout.block
-    entries = torch.arange(int(lists.row_start[row]), int(lists.row_start[row + 1]))
-    blocks = torch.zeros(layout.num_blocks, layout.block, dtype=torch.bool)
-    blocks[lists.key_block[entries].long()] = True
-    partial = entries[int(lists.num_full[row]) :]
-    if partial.numel():
-        block = torch.tensor([row % layout.num_blocks])
-        inside = int(layout.slot_of_token[query]) % layout.block
-        visible = partial_mask(lists, layout.block, block, partial[None])[0, inside]
-        blocks[lists.key_block[partial].long()] = visible
-    return blocks.flatten()[layout.slot_of_token]
+    if not 0 <= query < plan.grid.num_tokens:
+        raise ValueError(f"query must be a token from 0 to {plan.grid.num_tokens - 1}, got {query}")
+    head = _first_row(plan, head) // plan.layout.num_blocks
+    return visible_keys(plan, torch.tensor([query]))[0, head, 0]
 
 
 def block_map(plan: Plan, cells: int = MAP_CELLS, head: int = 0) -> tuple[Tensor, Tensor]:

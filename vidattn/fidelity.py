@@ -1,0 +1,132 @@
+"""What a plan loses on given queries, keys and values: attention mass, and the output.
+
+Letters: B batch, H query heads, K key heads, S tokens, D head dim, R sampled queries, n slots to a
+block, nb blocks, E listed blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidattn.head_plan import HeadPlan
+from vidattn.kernels.pooled_scores import block_means
+from vidattn.plan import Plan
+
+# scores in flight
+BUDGET = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Fidelity:
+    """How close sparse attention comes to dense attention.
+
+    Args:
+        recall: (B, H) share of dense attention's mass on the pairs that are read.
+        output_error: (B, H) root mean square of sparse minus dense output, relative to that of the
+            dense output.
+    """
+
+    recall: Tensor
+    output_error: Tensor
+
+
+def fidelity(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan | HeadPlan,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    queries: Tensor | None = None,
+) -> Fidelity:
+    """Compare what a plan computes with dense attention, query by query and in float32.
+
+    The compensation and the sharpness of a plan are in it; what a quantized engine adds is not. It
+    costs what dense attention of the queries does: a sample of them makes it cheap at any length.
+
+    Args:
+        q: (B, H, S, D) in sequence order.
+        k: (B, K, S, D), H a multiple of K.
+        v: likewise.
+        scale: factor of the scores; D ** -0.5 by default.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+        queries: (R,) int64 tokens to look at; all of them by default.
+    """
+    queries = torch.arange(q.shape[2], device=q.device) if queries is None else queries
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    plans, heads = [plan], [torch.arange(q.shape[1])]
+    if isinstance(plan, HeadPlan):
+        plans, heads = plan.plans, plan.heads
+    recall, error = q.new_empty(2, *q.shape[:2], dtype=torch.float32)
+    for part, which in zip(plans, heads):
+        k_of, v_of = (x[:, which // group].float() for x in (k, v))
+        found = _fidelity(q[:, which].float(), k_of, v_of, part, scale, key_mask, queries)
+        recall[:, which], error[:, which] = found
+    return Fidelity(recall, error)
+
+
+def _fidelity(q, k, v, plan: Plan, scale: float, key_mask, queries: Tensor) -> tuple:
+    """Recall and output error, (B, H) each, of one plan for all these heads."""
+    layout, shift = plan.layout, None
+    if plan.rest is not None:
+        shift = plan.rest @ block_means(v, layout.order, layout.block, key_mask)[0]
+    mass, error, size = q.new_zeros(3, *q.shape[:2])
+    step = max(1, BUDGET // (q.shape[0] * q.shape[1] * q.shape[2]))
+    for some in queries.split(step):
+        scores = scale * q[:, :, some] @ k.mT
+        if key_mask is not None:
+            scores.masked_fill_(~key_mask[:, None, None], -torch.inf)
+        weights = scores.softmax(-1)
+        visible, dense = visible_keys(plan, some), weights @ v
+        mass += (weights * visible).sum((2, 3))
+        if plan.sharpness != 1:
+            weights = scores.mul_(plan.sharpness).softmax(-1)
+        weights *= visible
+        kept = weights.sum(-1, keepdim=True)
+        out = weights @ v / kept.clamp_min(torch.finfo(kept.dtype).tiny)
+        block = layout.slot_of_token[some] // layout.block
+        if plan.gain is not None:
+            out *= plan.gain[..., block, None]
+        if shift is not None:
+            out += shift[..., block, :]
+        error += (out - dense).square().sum((2, 3))
+        size += dense.square().sum((2, 3))
+    return mass / len(queries), (error / size).sqrt()
+
+
+def visible_keys(plan: Plan, queries: Tensor) -> Tensor:
+    """Rows of the mask of a plan, without the rest of it.
+
+    Args:
+        queries: (R,) int64 tokens.
+
+    Returns:
+        (B|1, H|1, R, S) bool, whether a query reads a key, in sequence order.
+    """
+    lists, n, nb = plan.lists, plan.layout.block, plan.layout.num_blocks
+    slot = plan.layout.slot_of_token[queries]
+    first = torch.arange(0, lists.num_rows, nb, device=slot.device)
+    row = (first[:, None] + slot // n).flatten()  # one for each sample, head and query
+    start, count = lists.row_start[row], lists.row_start[row + 1] - lists.row_start[row]
+    of = torch.arange(len(row), device=slot.device).repeat_interleave(count)
+    nth = torch.arange(len(of), device=slot.device) - (count.cumsum(0) - count)[of]
+    entry = start[of] + nth
+    visible = torch.zeros(len(row), nb, n, dtype=torch.bool, device=slot.device)
+    visible[of, lists.key_block[entry].long()] = True
+    partial = nth >= lists.num_full[row][of]
+    if partial.any():
+        of, entry = of[partial], entry[partial]
+        query, key = slot.repeat(len(first))[of], lists.key_block[entry].long()
+        if lists.box is None:
+            seen = lists.masks[lists.mask_id[entry].long(), query % n]
+        else:
+            inside = torch.arange(n, device=slot.device)
+            seen = lists.box.visible(query[:, None], key[:, None] * n + inside)
+        visible[of, key] = seen
+    rows = visible.flatten(1)[:, plan.layout.slot_of_token]
+    return rows.view(lists.batch, lists.heads, len(queries), -1)

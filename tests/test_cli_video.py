@@ -181,6 +181,44 @@ def test_a_schedule_is_made_and_compared(original, capfd, tmp_path):
     assert report["method"] == f"schedule:{schedule}" and "neighborhood:window=3 on head 1" in err
 
 
+def test_compare_runs_every_method_and_leaves_out_what_cannot(
+    original, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("vidattn.commands.choice.list_methods", lambda: ["dense", "radial", "topk"])
+    code, out, err = run(
+        capfd, "compare", "a red boot", "--model", original, "--output", tmp_path,
+        "--method", "all:density=0.02", "--metrics", "ssim,psnr,ms-ssim", *SMALL,
+        "--frames", "5", "--steps", "2",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["methods"]) == ["dense", "topk:density=0.02"]
+    assert "left out: radial:density=0.02: radial cannot go down" in out
+    row = report["methods"]["topk:density=0.02"]
+    assert row["ms_ssim"] < 1 and "lpips" not in row
+    head = (tmp_path / "report.md").read_text().splitlines()[0]
+    assert head.endswith("| SSIM | PSNR | MS-SSIM |")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--metrics", "psnr,lpisp"), "unknown measure 'lpisp': did you mean 'lpips'?"),
+        (("--metrics", "fvd"), "--metrics fvd needs at least 2 clips"),
+        (("--metrics", "warp"), "--metrics warp needs frames of at least 128 pixels"),
+        (("--metrics", "lpips"), "fetch_metric_weights.py lpips"),
+        (("--method", "all:near=1"), "all takes a density and no other option, got 'all:near=1'"),
+    ],
+)
+def test_what_compare_cannot_measure_is_said_before_it_runs(
+    original, flags, words, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    argv = ("a", "--model", original, "--output", tmp_path / "x", *SMALL, *flags)
+    code, _, err = run(capfd, "compare", *argv)
+    assert code == 2 and words in err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -7,10 +7,11 @@ import dataclasses
 import inspect
 import re
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vidattn.config import alternatives, describe_type, show_value
-from vidattn.methods import create_method, method_class
+from vidattn.methods import create_method, list_methods, method_class
 from vidattn.registry import unknown
 from vidattn.schedule_file import load_schedule
 
@@ -239,3 +240,24 @@ def choices_of(args: argparse.Namespace) -> list[Choice]:
         given = {option: show_value(value) for option, value in choice.options.items()}
         choices = [make_choice(choice.name, given | flags)]
     return list({choice.label: choice for choice in choices}.values())
+
+
+def expand_all(methods: Sequence[str]) -> list[str]:
+    """The methods with "all", or "all:density=...", replaced by every method but dense.
+
+    Raises:
+        ValueError: another option than a density.
+    """
+    expanded = []
+    for text in methods:
+        name, _, options = text.partition(":")
+        if name != "all":
+            expanded.append(text)
+            continue
+        option = options.partition("=")[0]
+        if options and option != "density":
+            raise ValueError(f"all takes a density and no other option, got {text!r}")
+        for name in list_methods():
+            if name != "dense":
+                expanded.append(f"{name}:{options}" if option in option_hints(name) else name)
+    return expanded

@@ -6,15 +6,22 @@ import argparse
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from vidattn.commands.choice import SCHEDULE_HELP, SYNTAX, Choice, ScheduleChoice, choices_of
+from vidattn.commands.choice import (
+    SCHEDULE_HELP,
+    SYNTAX,
+    Choice,
+    ScheduleChoice,
+    choices_of,
+    expand_all,
+)
 from vidattn.commands.clip import Clip, Guards, make_clip, warm_up
+from vidattn.commands.comparison import Row, print_table, seconds, to_markdown
+from vidattn.commands.likeness import MEASURES, Measure, choose_measures
 from vidattn.commands.model import load_pipeline
 from vidattn.commands.output import writable_folder, write_atomically, write_json
 from vidattn.commands.record import hardware_line, record
@@ -26,15 +33,13 @@ from vidattn.commands.request import (
     request_of,
     resolve,
 )
-from vidattn.measure import psnr, ssim
 from vidattn.video import beside, write_video
 
 EXAMPLES = """\
 examples:
   vidattn compare --method radial:density=0.3 --frames 65
-  vidattn compare --method radial:density=0.2 --method neighborhood:window=9,9,9 --repeats 3"""
-
-COLUMNS = ("density", "in all", "step", "speed-up", "whole run", "PSNR", "SSIM")
+  vidattn compare --method radial:density=0.2 --method neighborhood:window=9,9,9 --repeats 3
+  vidattn compare --method all:density=0.25 --steps 8 --metrics psnr,ssim,warp"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the same")
     parser.add_argument(
         "--method", action="append", default=[], metavar="METHOD",
-        help=f"{SYNTAX}; may be repeated, dense is always there",
+        help=f"{SYNTAX}; may be repeated, dense is always there; all, or all:density=0.25, stands "
+        "for every method, with that density where it has one",
     )  # fmt: skip
     parser.add_argument(
         "--schedule", action="append", default=[], metavar="NAME|FILE",
@@ -54,39 +60,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=positive_int, default=1, metavar="N",
         help="rounds of all methods in turn; times are medians over all (default 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--metrics", metavar="LIST",
+        help=f"{','.join(MEASURES)}, or all (default: the fast ones whose weights are there; "
+        "scripts/fetch_metric_weights.py fetches weights)",
+    )  # fmt: skip
     parser.add_argument("--gif", action="store_true", help="also write the side by side as a gif")
     add_request_arguments(parser)
     add_model_arguments(parser)
 
 
-@dataclass(frozen=True)
-class Row:
-    """The figures of one method over all prompts.
-
-    Args:
-        density: of its plans; density_in_all counts the layers and steps that stay dense too.
-        step_ms: median of a denoising step; total_ms is that of a whole run.
-        attention_share: self-attention's part of the time of the steps.
-    """
-
-    label: str
-    density: float
-    density_in_all: float
-    step_ms: float
-    total_ms: float
-    attention_share: float
-    psnr_db: float
-    ssim: float
-
-
 def run(args: argparse.Namespace) -> None:
     """Run every method, write the videos, print the table."""
+    may_fail = any(text.partition(":")[0] == "all" for text in args.method)
     choices = _choices(args)
     requests = [request_of(args, prompt) for prompt in [*args.prompts, *args.prompt] or [None]]
     folder = writable_folder(args.output)
     pipe = load_pipeline(args)
     requests = [resolve(pipe, request) for request in requests]
+    sides = [x for x in (requests[0].height, requests[0].width) if x is not None]
+    measures = choose_measures(
+        args.metrics, side_px=min(sides, default=1 << 30), num_clips=len(requests)
+    )
     guards = Guards(args.dense_layers, args.dense_steps)
+    console = Console(highlight=False)
+    choices = [x for x in choices if is_ready(pipe, requests[0], x, may_fail, console)]
 
     def keep(label: str, i: int, clip: Clip) -> None:
         number = f"-{i + 1}" if len(requests) > 1 else ""
@@ -94,15 +92,17 @@ def run(args: argparse.Namespace) -> None:
             write_video(partial, clip.frames, fps=args.fps)
 
     clips = make_clips(pipe, requests, choices, guards, repeats=args.repeats, keep=keep)
-    rows = [_row(choice, clips[choice.label], clips["dense"]) for choice in choices]
+    rows = [
+        _row(choice, clips[choice.label], clips["dense"], measures, len(requests))
+        for choice in choices
+    ]
     _write_beside(args, folder, clips, rows, len(requests))
     _write_report(folder, record(pipe, args, requests[0]), requests, clips, rows)
-    console = Console(highlight=False)
-    _print_table(console, rows)
+    print_table(console, rows, measures)
     setting = _setting(requests[0], [clips[row.label][0] for row in rows], rows[0])
     console.print(f"\n{setting}")
     with write_atomically(folder / "report.md") as partial:
-        partial.write_text(f"{_markdown(rows)}\n{setting}\n", encoding="utf-8")
+        partial.write_text(f"{to_markdown(rows, measures)}\n{setting}\n", encoding="utf-8")
     console.print(f"wrote {folder}", soft_wrap=True)
 
 
@@ -110,6 +110,7 @@ def _choices(args: argparse.Namespace) -> list[Choice | ScheduleChoice]:
     """Dense attention, then what is asked for."""
     if not args.schedule:
         args.method = args.method or ["radial:density=0.3"]
+    args.method = expand_all(args.method)
     methods = [
         choice for choice in (choices_of(args) if args.method else []) if choice.name != "dense"
     ]
@@ -117,6 +118,28 @@ def _choices(args: argparse.Namespace) -> list[Choice | ScheduleChoice]:
     if not methods + schedules:
         raise ValueError("nothing to compare dense with; add --method radial:density=0.3")
     return [Choice("dense"), *methods, *schedules]
+
+
+def is_ready(
+    pipe: object,
+    request: Request,
+    choice: Choice | ScheduleChoice,
+    may_fail: bool,
+    console: Console,
+) -> bool:
+    """Warm a method up, and say whether it can do what is asked.
+
+    Raises:
+        ValueError: it cannot, and it may not fail.
+    """
+    try:
+        warm_up(pipe, request, choice)
+    except ValueError as error:
+        if not may_fail:
+            raise
+        console.print(f"left out: {choice.label}: {error}", soft_wrap=True)
+        return False
+    return True
 
 
 def make_clips(
@@ -133,8 +156,6 @@ def make_clips(
     Args:
         keep: called with the label, the number of the prompt, and the clip, as soon as it is there.
     """
-    for choice in choices:
-        warm_up(pipe, requests[0], choice)
     clips: dict[str, list[Clip]] = {choice.label: [] for choice in choices}
     for repeat in range(repeats):
         for i, request in enumerate(requests):
@@ -146,24 +167,30 @@ def make_clips(
     return clips
 
 
-def _row(choice: Choice | ScheduleChoice, clips: Sequence[Clip], dense: Sequence[Clip]) -> Row:
+def _row(
+    choice: Choice | ScheduleChoice,
+    clips: Sequence[Clip],
+    dense: Sequence[Clip],
+    measures: Sequence[Measure],
+    num_prompts: int,
+) -> Row:
     steps_ms = [ms for clip in clips for ms in clip.steps_ms]
     # the share of a whole step, so that Amdahl's law applies to it
     share = sum(clip.report.attention_ms for clip in clips) / sum(steps_ms)
-    pairs = [(clip.frames, other.frames) for clip, other in zip(clips, dense)]
+    # later rounds make the same clips again
+    frames, others = ([clip.frames for clip in some[:num_prompts]] for some in (clips, dense))
     return Row(
         label=choice.label,
-        density=_plan_density(clips[0]),
+        density=plan_density(clips[0]),
         density_in_all=statistics.mean(clip.report.density for clip in clips),
         step_ms=statistics.median(steps_ms),
         total_ms=statistics.median(clip.total_ms for clip in clips),
         attention_share=share,
-        psnr_db=statistics.mean(psnr(a, b) for a, b in pairs),
-        ssim=statistics.mean(ssim(a, b) for a, b in pairs),
+        figures={measure.key: measure.compute(frames, others) for measure in measures},
     )
 
 
-def _plan_density(clip: Clip) -> float:
+def plan_density(clip: Clip) -> float:
     """Mean over the calls that ran sparse; 1 where none did."""
     calls = [(layer.num_sparse, layer.density) for layer in clip.report.layers if layer.num_sparse]
     return sum(n * d for n, d in calls) / sum(n for n, _ in calls) if calls else 1.0
@@ -186,16 +213,14 @@ def _slug(label: str) -> str:
 
 def _caption(row: Row, dense: Row) -> str:
     if row is dense:
-        return f"dense\n{_seconds(row.step_ms)} per step"
-    return (
-        f"{row.label}\n{dense.step_ms / row.step_ms:.2f}x, density {row.density:.2f}, "
-        f"{row.psnr_db:.1f} dB"
-    )
+        return f"dense\n{seconds(row.step_ms)} per step"
+    likeness = f", {row.figures['psnr_db']:.1f} dB" if "psnr_db" in row.figures else ""
+    return f"{row.label}\n{dense.step_ms / row.step_ms:.2f}x, density {row.density:.2f}{likeness}"
 
 
 def _write_report(folder: Path, header: dict, requests, clips, rows: Sequence[Row]) -> None:
     methods = {
-        row.label: vars(row)
+        row.label: row.to_dict()
         | {"speedup": rows[0].step_ms / row.step_ms}
         | {"clips": [_describe(clip) for clip in clips[row.label]]}
         for row in rows
@@ -209,29 +234,6 @@ def _describe(clip: Clip) -> dict[str, object]:
     return clip.timing() | {"report": clip.report.to_dict()}
 
 
-def _print_table(console: Console, rows: Sequence[Row]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", overflow="fold")
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(row.label.replace(":", "\n  "), *_cells(row, rows[0]))
-    console.print(table)
-
-
-def _markdown(rows: Sequence[Row]) -> str:
-    lines = [["method", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
-    lines += [[f"`{row.label}`", *_cells(row, rows[0])] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cells(row: Row, dense: Row) -> list[str]:
-    like = ["", ""] if row is dense else [f"{row.psnr_db:.2f} dB", f"{row.ssim:.4f}"]
-    times = [f"{dense.step_ms / row.step_ms:.2f}x", _seconds(row.total_ms)]
-    densities = [f"{row.density:.3f}", f"{row.density_in_all:.3f}"]
-    return [*densities, _seconds(row.step_ms), *times, *like]
-
-
 def _setting(request: Request, clips: Sequence[Clip], dense: Row) -> str:
     frames, _, height, width = clips[0].frames.shape
     grids = dict.fromkeys(_grid_words(grid) for clip in clips for grid in clip.report.grids)
@@ -239,7 +241,7 @@ def _setting(request: Request, clips: Sequence[Clip], dense: Row) -> str:
         f"{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
         f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step.\n"
         "density: of the plan, then with the dense layers and steps. step: median. "
-        "PSNR and SSIM: against dense, on the frames before they are encoded.\n"
+        "Likeness is to the dense clips, on the frames before they are encoded.\n"
         f"{hardware_line()}."
     )
 
@@ -249,7 +251,3 @@ def _grid_words(grid: str) -> str:
     t, h, w, text = (int(x) for x in re.findall(r"=(\d+)", grid))
     beside = f" + {text} text" if text else ""
     return f"{t * h * w:,} video tokens ({t}x{h}x{w}){beside}"
-
-
-def _seconds(ms: float) -> str:
-    return f"{ms / 1e3:.2f} s" if ms >= 1000 else f"{ms:.0f} ms"

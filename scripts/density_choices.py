@@ -1,0 +1,66 @@
+"""Every method at a few densities, plain and rectified: what the benchmarks of quality compare."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import product
+
+from vidattn.commands.choice import Choice, option_hints
+from vidattn.grid import Grid
+from vidattn.methods import list_methods
+
+# the one that matters most first: a run that is stopped has that
+DENSITIES = (0.25, 0.15, 0.4, 0.6)
+# options that a method needs to reach a low density on a short clip
+BESIDE = {"radial": {"near": 0}}
+
+
+def neighborhood_window(grid: Grid, density: float) -> dict[str, object]:
+    """A window that covers the same share of every axis."""
+    return {"window": tuple(max(1, round(n * density ** (1 / 3))) for n in grid.size)}
+
+
+def freeswim_window(grid: Grid, density: float) -> dict[str, object]:
+    """A window that covers the same share of height and width; unsharpened, to stay near dense."""
+    rows, columns = (max(1, round(n * density**0.5)) for n in (grid.h, grid.w))
+    return {"window": (rows, columns), "sharpen": False}
+
+
+# how a density is asked of methods that have no such option
+BY_DENSITY = {"freeswim": freeswim_window, "neighborhood": neighborhood_window}
+
+
+def add_density_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for ``choices_at``."""
+    parser.add_argument(
+        "--methods", type=lambda text: tuple(text.split(",")), default=(),
+        help="comma-separated; all by default",
+    )  # fmt: skip
+    parser.add_argument(
+        "--densities", type=lambda text: tuple(map(float, text.split(","))), default=DENSITIES,
+        help=f"comma-separated, default {','.join(map(str, DENSITIES))}",
+    )  # fmt: skip
+
+
+def choices_at(
+    densities: Sequence[float], grid: Grid, methods: Sequence[str] = ()
+) -> list[tuple[float, Choice]]:
+    """Methods with their options, and the density that was asked for.
+
+    A method that knows no density comes once.
+
+    Args:
+        methods: all but dense when none are given.
+    """
+    found: dict[str, tuple[float, Choice]] = {}
+    names = methods or [name for name in list_methods() if name != "dense"]
+    for density, name in product(densities, names):
+        hints, options = option_hints(name), dict(BESIDE.get(name, {}))
+        if "density" in hints:
+            options["density"] = density
+        elif name in BY_DENSITY:
+            options |= BY_DENSITY[name](grid, density)
+        for rectify in (False, True) if "rectify" in hints else (None,):
+            beside = {} if rectify is None else {"rectify": rectify}
+            choice = Choice(name, options | beside)
+            found.setdefault(choice.label, (density, choice))
+    return list(found.values())

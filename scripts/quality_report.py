@@ -1,0 +1,194 @@
+"""The table and the plot of scripts/bench_quality.py, from the figures of single clips."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from vidattn.commands.likeness import MEASURES
+from vidattn.draw import FAINT, INK
+from vidattn.perception.fvd import frechet_distance
+
+NUM_RESAMPLES = 2000
+TITLES = {measure.key: measure.title for measure in MEASURES.values()}
+FORMS = {measure.key: measure.form for measure in MEASURES.values()}
+# what a bootstrap interval is given for; FVD is one figure about all clips
+PER_CLIP = [key for key in TITLES if key != "fvd"]
+COLOURS = (
+    *("#1f5fa8", "#f2571f", "#2b9348", "#8e44ad", "#c9a227", "#d6336c", "#0c8599"),
+    *("#7f5539", "#5f3dc4", "#66a80f", "#e8590c", "#495057", "#74c0fc", "#ff8787"),
+)
+NOTES = """\
+density: kept pairs over all pairs of video tokens in the sparse calls; in all: with the dense
+layers and steps. recall: share of dense attention's mass on the pairs that are read; error: of an
+attention layer's output, relative root mean square, both on {num_layers} layers and three steps of
+one dense clip. The other figures compare each clip with the dense clip of the same prompt and seed,
+means over clips; in brackets the 95 % bootstrap interval, resampled by prompts. Methods stand
+in the order of PSNR.
+"""
+
+
+def summarize(lines: Iterable[dict], choices: Sequence[tuple[float, str]]) -> dict[str, object]:
+    """Means and intervals of every method, and what the others say they cannot do.
+
+    The methods of one density are compared over the prompts and seeds that all of them have.
+
+    Args:
+        lines: the results of ``bench_quality``, in any order.
+        choices: the density that was asked for, and the label, of each method.
+    """
+    labels = {label for _, label in choices}
+    lines = [line for line in lines if line["label"] in labels]
+    errors = {line["label"]: line["error"] for line in lines if "error" in line}
+    attention = {x["label"]: x["layers"] for x in lines if "layers" in x}
+    clips: dict[str, dict[tuple[int, int], dict]] = {label: {} for label in labels}
+    for line in lines:
+        if line["kind"] == "clip":
+            clips[line["label"]][line["prompt"], line["seed"]] = line
+    rows = []
+    for asked in sorted({asked for asked, _ in choices}):
+        some = [label for x, label in choices if x == asked and label not in errors]
+        pairs = sorted(set.intersection(*(set(clips[label]) for label in some))) if some else []
+        rows += [
+            _row(label, asked, [clips[label][x] for x in pairs], attention)
+            for label in some
+            if pairs
+        ]
+    return {"rows": rows, "errors": errors}
+
+
+def _row(label: str, asked: float, clips: Sequence[dict], attention: dict) -> dict:
+    prompts = np.array([clip["prompt"] for clip in clips])
+    row = {"label": label, "asked": asked} | {x: clips[0][x] for x in ("method", "rectify")}
+    row["clips"] = [[clip["prompt"], clip["seed"]] for clip in clips]
+    row |= {x: float(np.mean([clip[x] for clip in clips])) for x in ("density", "density_in_all")}
+    for key in PER_CLIP:
+        if all(key in clip for clip in clips):
+            values = np.array([clip[key] for clip in clips])
+            row[key] = {"mean": float(values.mean()), "interval": interval(values, prompts)}
+    if len(clips) > 1 and all("features" in clip for clip in clips):
+        sets = [torch.tensor([clip[x] for clip in clips]) for x in ("features", "dense_features")]
+        row["fvd"] = {"mean": frechet_distance(*sets), "interval": None}
+    if layers := attention.get(label):
+        row["layers"] = layers
+        for name in ("recall", "output_error"):
+            row[name] = float(np.mean([layer[name] for layer in layers]))
+    return row
+
+
+def interval(values: np.ndarray, prompts: np.ndarray) -> list[float] | None:
+    """The 95 % bootstrap interval of a mean; None with one prompt.
+
+    Prompts are drawn with replacement, each with all its seeds: clips of one prompt are alike.
+
+    Args:
+        values: (N,) one for each clip.
+        prompts: (N,) the prompt of each.
+    """
+    names = np.unique(prompts)
+    if len(names) < 2:
+        return None
+    sums = np.array([[values[prompts == x].sum(), (prompts == x).sum()] for x in names])
+    draws = np.random.default_rng(0).integers(len(names), size=(NUM_RESAMPLES, len(names)))
+    totals = sums[draws].sum(1)
+    return np.percentile(totals[:, 0] / totals[:, 1], [2.5, 97.5]).tolist()
+
+
+def to_markdown(report: dict) -> str:
+    """One table for each density that was asked for."""
+    machine, setting, rows = report["hardware"], report["setting"], report["rows"]
+    num_prompts, num_seeds = report["asked"]
+    layers = max((len(row["layers"]) for row in rows if "layers" in row), default=0)
+    text = (
+        f"# Quality against density\n\n"
+        f"The bundled model (weights {setting['model']}), {setting['frames']} frames of "
+        f"{setting['side']}x{setting['side']}, {setting['steps']} steps, guidance "
+        f"{setting['guidance']:g}; the first {setting['dense_layers']} layers and "
+        f"{setting['dense_steps']:g} of the steps are dense. {machine['cpu']}, torch "
+        f"{machine['torch']}.\n`{report['command']}`\n\n"
+        f"{NOTES.format(num_layers=layers)}"
+    )
+    for asked in sorted({row["asked"] for row in rows}):
+        some = [row for row in rows if row["asked"] == asked]
+        clips = some[0]["clips"]
+        prompts, seeds = (len({clip[i] for clip in clips}) for i in (0, 1))
+        text += (
+            f"\n## Density {asked:g}\n\n{len(clips)} clips of each method, of {prompts} of "
+            f"{num_prompts} held-out prompts and {seeds} of {num_seeds} seeds.\n\n{_table(some)}"
+        )
+    if report["errors"]:
+        lines = [f"- `{label}`: {error}\n" for label, error in report["errors"].items()]
+        text += f"\n## Not possible on this grid\n\n{''.join(lines)}"
+    return text
+
+
+def _table(rows: Sequence[dict]) -> str:
+    keys = [key for key in TITLES if all(key in row for row in rows)]
+    beside = [name for name in ("recall", "output_error") if all(name in row for row in rows)]
+    titles = ["method", "density", "in all"]
+    titles += [{"recall": "recall", "output_error": "error"}[name] for name in beside]
+    titles += [TITLES[key] for key in keys]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    for row in sorted(rows, key=lambda row: -row["psnr_db"]["mean"]):
+        cells = [f"{row[name]:.3f}" for name in ("density", "density_in_all", *beside)]
+        lines.append([f"`{row['label']}`", *cells, *[_cell(key, row[key]) for key in keys]])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(key: str, figure: dict) -> str:
+    mean, limits = FORMS[key].format(figure["mean"]), figure["interval"]
+    if limits is None:
+        return mean
+    low, high = (FORMS[key].format(x).removesuffix(" dB") for x in limits)
+    return f"{mean} ({low} to {high})"
+
+
+def draw(report: dict) -> Figure:
+    """PSNR and SSIM over density, a line for every method, dashed where it is rectified."""
+    figure = Figure(figsize=(12.5, 5.6), facecolor="white", dpi=130)
+    axes = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.055, right=0.83, top=0.88, bottom=0.11, wspace=0.17)
+    methods = sorted({row["method"] for row in report["rows"]})
+    for panel, key, title in zip(axes, ("psnr_db", "ssim"), ("PSNR, dB", "SSIM")):
+        for i, method in enumerate(methods):
+            for rectify in (False, True):
+                rows = [
+                    row
+                    for row in report["rows"]
+                    if (row["method"], row["rectify"]) == (method, rectify)
+                ]
+                if rows:
+                    _line(panel, rows, key, COLOURS[i % len(COLOURS)], rectify)
+        panel.set_title(title, loc="left", color=INK, size=11, weight="bold")
+        panel.set_xlabel("density: share of the pairs of video tokens read", color=FAINT, size=9)
+        panel.tick_params(colors=FAINT, labelsize=8.5)
+        panel.grid(color="#e9edf2", linewidth=0.8)
+        panel.set_axisbelow(True)
+        for spine in panel.spines.values():
+            spine.set_visible(False)
+    handles, words = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, words, loc="center left", bbox_to_anchor=(0.84, 0.5), frameon=False,
+        fontsize=8.5, labelcolor=INK,
+    )  # fmt: skip
+    counts = {len(row["clips"]) for row in report["rows"]} or {0}
+    count = "-".join(map(str, sorted({min(counts), max(counts)})))
+    figure.text(
+        0.055, 0.95, f"Likeness to the dense clip, {count} clips of "
+        f"{report['setting']['frames']} frames to a point, 95 % intervals", color=FAINT, size=9,
+    )  # fmt: skip
+    return figure
+
+
+def _line(panel, rows: Sequence[dict], key: str, colour: str, rectify: bool) -> None:
+    rows = sorted(rows, key=lambda row: row["density"])
+    x, y = [row["density"] for row in rows], [row[key]["mean"] for row in rows]
+    limits = [row[key]["interval"] or [row[key]["mean"]] * 2 for row in rows]
+    spread = np.abs(np.array(limits).T - np.array(y))
+    panel.errorbar(
+        x, y, yerr=spread, color=colour, ecolor=f"{colour}55", linewidth=1.4, markersize=4.5,
+        linestyle="--" if rectify else "-", marker="s" if rectify else "o",
+        markerfacecolor="white" if rectify else colour,
+        label=rows[0]["method"] + (", rectified" if rectify else ""),
+    )  # fmt: skip

@@ -139,7 +139,7 @@ def _window_calls(case: Case, given: list[Tensor]) -> dict[str, Callable]:
         )
     }
     if importlib.util.find_spec("natten") is not None:
-        import natten
+        natten = importlib.import_module("natten")
 
         attention = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[len(size)]
         # heads stand last there

@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-# (pattern, replacement), each applied to a whole name in this order; {next} is the stage after \\1
+# (pattern, replacement), each applied to a whole name in this order; {next} is one more
 AUTHORS = (
     (r"^patch_embed\.", "stem."),
     (r"^(?:levels|layers)\.(\d+)\.downsample\.", "stages.{next}.downsample."),

@@ -41,6 +41,8 @@ FACTS = {
     "biformer_base": (56_804_968, 9.8),
     "biformer_stl": (28_372_552, 4.6),
 }
+# building them takes long
+LARGE = [name for name in FACTS if "base" in name or "large" in name]
 # published with two digits
 ROUNDED = [name for name in FACTS if name.startswith("biformer")]
 
@@ -78,7 +80,9 @@ def test_every_model_is_here():
     assert {name for module in modules for name in timm.list_models(module=module)} == set(FACTS)
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in LARGE)) for x in FACTS]
+)
 def test_size_of(name):
     num_parameters, giga = FACTS[name]
     model = timm.create_model(name, device="meta").eval()

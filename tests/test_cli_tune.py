@@ -42,7 +42,7 @@ def test_a_budget_is_met_and_the_schedule_runs(model, prompts, capfd, tmp_path):
     assert schedule.guard == DenseGuard(1, 1)
     assert schedule.model == Model("WanTransformer3DModel", 3, 2)
     assert {layer for rule in schedule.rules for layer in rule.layers} <= {1, 2}
-    assert path.read_text().startswith("# vidattn tune --model") and "means over 2 prompts" in out
+    assert path.read_text().startswith("# vidattn tune --model") and "on 2 prompts" in out
     code, _, err = run(
         capfd, "generate", "a boot", "--model", model, "--schedule", path,
         "--output", tmp_path / "x.mp4", *SMALL,

@@ -125,7 +125,7 @@ def _plain_rule(rule: Rule) -> dict[str, object]:
         words["transformer"] = rule.transformer
     for name in ("layers", "heads"):
         if (numbers := getattr(rule, name)) is not None:
-            words[name] = show_numbers(numbers)
+            words[name] = numbers[0] if len(numbers) == 1 else show_numbers(numbers)
     if rule.steps is not None:
         words["steps"] = list(rule.steps)
     words["method"] = name_of(rule.method)

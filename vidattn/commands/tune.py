@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         f"density {losses.mean(losses.densities, choice):.4f} where attention is sparse, "
         f"{losses.mean(losses.recalls, choice):.4f} of dense attention read,\n"
         f"squared error {losses.errors.gather(0, choice[None]).sum(2).mean():.2e} of the output of "
-        f"a layer, means over {len(requests)} prompts"
+        f"a layer, on {len(requests)} prompt{'s' if len(requests) > 1 else ''}"
     )
     with write_atomically(path) as partial:
         comment = f"vidattn {' '.join(args.argv)}\n{figures}"

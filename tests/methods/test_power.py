@@ -48,7 +48,7 @@ def test_few_layers_reach_everything(axes, hops):
 @pytest.mark.parametrize("grid", PUBLISHED, ids=str)
 def test_density_is_met(grid):
     for axes in (1, 2):
-        plan = create_method("power", density=0.2, axes=axes, tile=(3, 8, 8)).plan(grid)
+        plan = create_method("power", density=0.2, axes=axes, tile=(2, 6, 8)).plan(grid)
         assert plan.density == pytest.approx(0.2, rel=0.12)
 
 

@@ -143,4 +143,4 @@ def test_another_archive_is_refused(tmp_path):
         packages.unpack(package, tmp_path / "a")
     with pytest.raises(ValueError, match="could not download .* by hand"):
         # no client fetches a name that no registry allows
-        packages.fetch(packages.Package("pip", "-", "a.whl", "0"), tmp_path / "b")
+        packages.fetch(packages.Package("pip", "!!", "a.whl", "0"), tmp_path / "b")

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 
 import vidattn.backbones  # noqa: F401
 
@@ -95,7 +96,7 @@ def test_scripted_and_saved(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_position_biases_do_not_decay(name):
     model = create(name)
-    groups = timm.optim.create_optimizer_v2(model, weight_decay=0.1).param_groups
+    groups = create_optimizer_v2(model, weight_decay=0.1).param_groups
     decayed = {id(x) for group in groups if group["weight_decay"] for x in group["params"]}
     tables = [x for key, x in model.named_parameters() if key.endswith("rpb")]
     assert not any(id(x) in decayed for x in tables)

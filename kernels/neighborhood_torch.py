@@ -25,6 +25,9 @@ from vidattn.kernels.workspace import Workspace
 
 # bytes of scores, queries, keys and values in flight
 BUDGET = 4 << 20
+# Numbers in the queries from which workers win over the threads of each product: to start workers
+# takes as long as many a call.
+SHARED_FROM = 1 << 23
 LN2, LOG2E = math.log(2), math.log2(math.e)
 # Scores up to this, base 2, need no maximum subtracted: 2 ** 100 times a million keys is finite,
 # and 2 ** -100 still has all its digits.
@@ -149,7 +152,8 @@ class _Call:
         if bias is not None:
             hidden = bias.new_full((bias.shape[0], 1), HIDDEN, dtype=self.dtype)
             self.table = torch.cat([bias.to(self.dtype) * LOG2E, hidden], 1)
-        self.shares = _share_out(q.shape[0], q.shape[1], num_workers(q.device))
+        limit = num_workers(q.device) if q.numel() >= SHARED_FROM else 1
+        self.shares = _share_out(q.shape[0], q.shape[1], limit)
 
     def highest_score(self) -> float:
         """What no score, base 2, is beyond."""

@@ -192,9 +192,9 @@ def test_any_amount_of_memory_gives_the_same(monkeypatch, budget, tiles_of):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_any_number_of_workers(monkeypatch, num_workers):
-    monkeypatch.setattr(
-        "vidattn.kernels.neighborhood_torch.num_workers", lambda device: num_workers
-    )
+    kernel = "vidattn.kernels.neighborhood_torch"
+    monkeypatch.setattr(f"{kernel}.SHARED_FROM", 0)
+    monkeypatch.setattr(f"{kernel}.num_workers", lambda device: num_workers)
     assert_right(inputs((6, 7), batch=3, window=3), {"window": 3})
 
 

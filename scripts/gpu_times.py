@@ -44,8 +44,9 @@ class Case:
         return f"{self.model}, {self.method}:{options}".rstrip(":")
 
 
-# Wan 2.1 14B and HunyuanVideo at 720p, and what the paper of generalized neighborhood attention
-# (Hassani et al., 2504.16922) times: Cosmos, HunyuanVideo and FLUX at 4K
+# Wan 2.1 14B and HunyuanVideo at 720p, and windows of the kind that the paper of generalized
+# neighborhood attention (Hassani et al., 2504.16922) times for Cosmos, HunyuanVideo and FLUX at 4K;
+# its exact sizes have not been compared
 WAN = ("wan2.1-14b", Grid(21, 45, 80), 40)
 HUNYUAN = ("hunyuan-video", Grid(33, 45, 80), 24)
 WINDOWS = (

@@ -1,4 +1,4 @@
-"""Archives of PyPI, npm and Debian packages: fetched, checked by SHA-256, unpacked, never run."""
+"""Archives of PyPI, npm and Debian packages: fetched, checked by SHA-256, unpacked."""
 
 import hashlib
 import subprocess

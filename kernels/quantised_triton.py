@@ -15,12 +15,10 @@ from vidattn.kernels.block_segments import Segments, segments
 from vidattn.kernels.library import flatten, gather
 from vidattn.kernels.quantise import LEVELS, PRECISIONS, SMALLEST_TILE, channel_peaks
 from vidattn.kernels.quantised import SCHEMA, fake
-from vidattn.kernels.triton_configs import padded_head_dim, tile
+from vidattn.kernels.triton_configs import quantising_tile, tile
 
 DTYPES = (torch.float16, torch.bfloat16)
 WEIGHTS = {None: False, LEVELS: True}
-# slots that one tile of the quantising kernels holds
-SLOTS = 32
 
 
 def runs(precision: str) -> bool:
@@ -110,11 +108,6 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, precision):
     return out, lse.add_(along, alpha=scale)
 
 
-def integer_head_dim(head_dim: int) -> int:
-    """The power of two, at least what the integer units multiply, that holds a head dim."""
-    return max(SMALLEST_TILE, padded_head_dim(head_dim))
-
-
 def _in_blocks(
     x: Tensor, rows: Segments, mean: Tensor, along: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -123,8 +116,8 @@ def _in_blocks(
 
     *heads, num_tokens, head_dim = x.shape
     num_slots, num_blocks = rows.order.numel(), rows.order.numel() // rows.block
-    padded = integer_head_dim(head_dim)
-    codes = torch.empty(*heads, num_slots, padded, dtype=torch.int8, device=x.device)
+    shipped = quantising_tile(head_dim)
+    codes = torch.empty(*heads, num_slots, shipped.columns, dtype=torch.int8, device=x.device)
     scales = torch.empty(*heads, num_blocks, dtype=torch.float32, device=x.device)
     plain.launch(
         quantise_blocks_kernel,
@@ -141,9 +134,11 @@ def _in_blocks(
         num_tokens=num_tokens,
         num_blocks=num_blocks,
         D=head_dim,
-        BD=padded,
+        BD=shipped.columns,
         BLOCK=rows.block,
-        R=SLOTS,
+        R=shipped.rows,
+        num_warps=shipped.warps,
+        num_stages=shipped.stages,
     )
     return codes, scales
 
@@ -153,12 +148,12 @@ def _in_channels(x: Tensor, rows: Segments) -> tuple[Tensor, Tensor]:
     from vidattn.kernels.triton_quantise import quantise_channels_kernel
 
     *heads, _, head_dim = x.shape
-    num_slots, padded = rows.order.numel(), integer_head_dim(head_dim)
-    codes = torch.empty(*heads, padded, num_slots, dtype=torch.int8, device=x.device)
+    num_slots, shipped = rows.order.numel(), quantising_tile(head_dim)
+    codes = torch.empty(*heads, shipped.columns, num_slots, dtype=torch.int8, device=x.device)
     peaks = channel_peaks(x)
     plain.launch(
         quantise_channels_kernel,
-        num_slots // SLOTS * heads[0] * heads[1],
+        num_slots // shipped.rows * heads[0] * heads[1],
         x=x,
         factors=LEVELS / peaks,
         codes=codes,
@@ -167,8 +162,10 @@ def _in_channels(x: Tensor, rows: Segments) -> tuple[Tensor, Tensor]:
         num_heads=heads[1],
         num_slots=num_slots,
         D=head_dim,
-        BD=padded,
-        R=SLOTS,
+        BD=shipped.columns,
+        R=shipped.rows,
+        num_warps=shipped.warps,
+        num_stages=shipped.stages,
     )
     return codes, peaks / LEVELS
 

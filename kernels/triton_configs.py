@@ -17,6 +17,8 @@ KERNELS = (
     "int8_qk",
     "int8",
 )
+# they make the integers that int8_qk and int8 multiply
+QUANTISING = ("quantise_queries", "quantise_keys", "quantise_values")
 # compute capability the rows of the table are for
 ARCHITECTURES = (80, 89, 90, 100, 120)
 HEAD_DIMS = (32, 64, 128, 256)
@@ -77,7 +79,13 @@ _HALF = {
     ("block_mass", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
     **{
         ("int8_qk", n): {_OLD: Tile(128, 64, 8, 3), (90, 100): Tile(128, 128, 8, 3)}
-        for n in (32, 64, 128)
+        for n in (64, 128)
+    },
+    # a third stage spills on sm_100
+    ("int8_qk", 32): {
+        _OLD: Tile(128, 64, 8, 3),
+        (90,): Tile(128, 128, 8, 3),
+        (100,): Tile(128, 128, 8, 2),
     },
     ("int8_qk", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
     # as many keys everywhere as share a scale of their weights, on whatever GPU
@@ -100,6 +108,14 @@ _SINGLE = {
     128: Tile(32, 32, 8, 2),
     256: Tile(16, 16, 8, 2),
 }
+
+
+def quantising_tile(head_dim: int) -> Tile:
+    """Slots by numbers of each in one step of a kernel of ``QUANTISING``, on any GPU.
+
+    The slots are those of the smallest block. There are no products to load ahead of: one stage.
+    """
+    return Tile(32, max(HEAD_DIMS[0], padded_head_dim(head_dim)), warps=4, stages=1)
 
 
 def architecture(capability: tuple[int, int]) -> int:

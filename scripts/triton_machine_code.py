@@ -25,11 +25,19 @@ from vidattn.kernels import (
     triton_block_mass,
     triton_forward,
     triton_key_gradient,
+    triton_quantise,
     triton_quantised,
     triton_query_gradient,
     triton_tiles,
 )
-from vidattn.kernels.triton_configs import SHARED_BYTES, Tile, padded_head_dim, tile
+from vidattn.kernels.triton_configs import (
+    QUANTISING,
+    SHARED_BYTES,
+    Tile,
+    padded_head_dim,
+    quantising_tile,
+    tile,
+)
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 REGISTERS = 65536
@@ -48,6 +56,9 @@ FUNCTIONS = {
     "block_mass": triton_block_mass.block_mass_kernel,
     "int8_qk": triton_quantised.quantised_kernel,
     "int8": triton_quantised.quantised_kernel,
+    "quantise_queries": triton_quantise.quantise_blocks_kernel,
+    "quantise_keys": triton_quantise.quantise_blocks_kernel,
+    "quantise_values": triton_quantise.quantise_channels_kernel,
 }
 # arguments that are tensors but not of the dtype of q
 POINTERS = {
@@ -57,6 +68,8 @@ POINTERS = {
         ("lse", "slot_lse", "delta", "mass", "key_bias", "d_bias", "gain", "shift"), "*fp32"
     ),
     **dict.fromkeys(("query_scales", "key_scales", "value_scales"), "*fp32"),
+    **dict.fromkeys(("mean", "along", "scales", "factors"), "*fp32"),
+    "codes": "*i8",
     "row_start": "*i64",
     "masks": "*u8",
     "readable": "*u8",
@@ -81,6 +94,8 @@ class Case:
     @property
     def tile(self) -> Tile:
         """What it is launched with."""
+        if self.kernel in QUANTISING:
+            return quantising_tile(self.head_dim)
         size, extras = ITEMSIZE[self.dtype], self.rule == "TABLE" or self.has_bias
         return tile(self.kernel, self.arch, size, self.head_dim, self.block, has_extras=extras)
 
@@ -132,6 +147,9 @@ def complaints(case: Case, found: Resources) -> list[str]:
         wrong.append(f"{found.shared_bytes} bytes of shared memory, {SHARED_BYTES[case.arch]} fit")
     if found.registers * found.tile.warps * 32 > REGISTERS:
         wrong.append(f"{found.registers} registers for {found.tile.warps} warps")
+    if case.kernel in QUANTISING:
+        # no products, and so no copies made ahead of them
+        return wrong
     if ITEMSIZE[case.dtype] == 2:
         wrong += _tensor_complaints(case, found)
     if not any(found.opcodes.get(name) for name in ("LDGSTS", "UTMALDG")):
@@ -166,6 +184,7 @@ def _compile(case: Case, shipped: Tile) -> Any:
         "BLOCK": case.block,
         "BM": shipped.rows,
         "BN": shipped.columns,
+        "R": shipped.rows,
         "RULE": getattr(triton_tiles, case.rule).value,
         "STAGES": shipped.stages,
         "ROUNDED": case.kernel == "int8",
@@ -173,6 +192,8 @@ def _compile(case: Case, shipped: Tile) -> Any:
     }
     if case.kernel == "int8_qk":
         constants["value_scales"] = None
+    if case.kernel != "quantise_queries":
+        constants["along"] = None
     if case.rule != "TABLE":
         constants |= dict.fromkeys(TABLE_ARGUMENTS)
     if case.rule != "BOX":
@@ -191,10 +212,14 @@ def _compile(case: Case, shipped: Tile) -> Any:
         per_row = name.startswith(("stride_row", "stride_bias", "stride_readable"))
         if signature[name][0] == "*" or (name.startswith("stride") and not per_row):
             attributes[i,] = [["tt.divisibility", 16]]
+    options = {"num_warps": shipped.warps, "enable_fp_fusion": True}
+    if case.kernel in QUANTISING:
+        # the others name the stages of each loop
+        options["num_stages"] = shipped.stages
     return triton.compile(
         ASTSource(function, signature, fixed, attributes),
         target=GPUTarget("cuda", case.arch, 32),
-        options={"num_warps": shipped.warps, "enable_fp_fusion": True},
+        options=options,
     )
 
 

@@ -12,13 +12,14 @@ import argparse
 import hashlib
 import json
 from dataclasses import asdict, fields
+from itertools import product
 from pathlib import Path
 
 import triton
 from triton_machine_code import FUNCTIONS, INTEGERS, Case, Resources, complaints, measure
 
 from vidattn.kernels import triton_tiles
-from vidattn.kernels.triton_configs import ARCHITECTURES, HEAD_DIMS, KERNELS, Tile
+from vidattn.kernels.triton_configs import ARCHITECTURES, HEAD_DIMS, KERNELS, QUANTISING, Tile
 
 # the version of Triton that compiled a kernel, and what it needs
 Row = tuple[str, Resources]
@@ -44,7 +45,9 @@ def shipped_cases() -> list[Case]:
     bias = [Case(*one, 128, has_bias=True) for one in newest if one[0] in plain]
     floats = [kernel for kernel in KERNELS if kernel not in INTEGERS]
     single = [Case(kernel, 80, head_dim, "fp32") for head_dim in HEAD_DIMS for kernel in floats]
-    return half[: len(half) // 4] + bias + masks + small + half[len(half) // 4 :] + single
+    integers = [Case(*one, n) for n in HEAD_DIMS for one in product(QUANTISING, ARCHITECTURES)]
+    first, rest = half[: len(half) // 4], half[len(half) // 4 :]
+    return first + bias + masks + small + rest + single + integers
 
 
 def _markdown(rows: dict[Case, Row]) -> str:
@@ -66,7 +69,7 @@ def _markdown(rows: dict[Case, Row]) -> str:
             case.rule.lower() + (" with bias" if case.has_bias else ""),
             *(f"{shipped.rows}x{shipped.columns}", shipped.warps, shipped.stages),
             *(found.registers, found.spilled_bytes, f"{found.shared_bytes / 1024:.0f}"),
-            *(", ".join(tensor) or "none", " / ".join(map(str, found.slots)), version),
+            *(", ".join(tensor) or "none", " / ".join(map(str, found.slots)) or "-", version),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

@@ -44,15 +44,18 @@ class Case:
         return f"{self.model}, {self.method}:{options}".rstrip(":")
 
 
-# Wan 2.1 14B and HunyuanVideo at 720p, and windows of the kind that the paper of generalized
-# neighborhood attention (Hassani et al., 2504.16922) times for Cosmos, HunyuanVideo and FLUX at 4K;
-# its exact sizes have not been compared
+# Wan 2.1 14B and HunyuanVideo at 720p
 WAN = ("wan2.1-14b", Grid(21, 45, 80), 40)
 HUNYUAN = ("hunyuan-video", Grid(33, 45, 80), 24)
+# The windows of generalized neighborhood attention (Hassani et al., 2504.16922) for HunyuanVideo
+# and FLUX.1-dev at 4K, with the strides that make them block-sparse, as docs/profiler.md of NATTEN
+# 0.21.7 gives them; and the local windows of the sparse Cosmos-Predict2 14B at 720p and 16 frames a
+# second, all frames by 12x24 and by 20x40, from cosmos_predict2/configs/base/config_natten.py
 WINDOWS = (
-    ("gna cosmos", Grid(16, 44, 80), 32, (16, 32, 48), (1, 16, 16)),
     ("gna hunyuan-video", Grid(30, 48, 80), 24, (18, 24, 24), (16, 8, 8)),
     ("gna flux", Grid(1, 256, 256), 24, (1, 80, 80), (1, 16, 16)),
+    ("cosmos-predict2-14b", Grid(24, 44, 80), 40, (24, 12, 24), (1, 4, 8)),
+    ("cosmos-predict2-14b", Grid(24, 44, 80), 40, (24, 20, 40), (1, 4, 8)),
 )
 
 

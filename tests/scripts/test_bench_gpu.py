@@ -87,6 +87,9 @@ def test_the_sizes_asked_for_are_timed():
     sizes = {(case.grid.num_tokens, case.heads) for case in cases if case.method == "radial"}
     assert sizes == {(75_600, 40), (118_800, 24)}
     assert len({case.name for case in cases}) == len(cases)
+    kept = [math.prod(case.options["window"]) / case.grid.num_tokens for case in cases[-4:]]
+    # as many per cent less as where they were published
+    assert [round(100 * (1 - share)) for share in kept] == [91, 90, 92, 77]
     assert len(gpu_times.cases("cuda", quick=True)) == 1
 
 

@@ -10,9 +10,10 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from vidattn.backbones.attention_block import AttentionBlock
 from vidattn.backbones.dinat import URL
 from vidattn.backbones.dinat_s import patchify
-from vidattn.backbones.neighborhood_block import NeighborhoodAttention2d, NeighborhoodBlock
+from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
 from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
 
@@ -59,7 +60,7 @@ class IsotropicTransformer(Pyramid):
     ):
         dd = {"device": device, "dtype": dtype}
 
-        def block(index: int, rate: float) -> NeighborhoodBlock:
+        def block(index: int, rate: float) -> AttentionBlock:
             attn = NeighborhoodAttention2d(
                 embed_dim,
                 num_heads,
@@ -69,7 +70,7 @@ class IsotropicTransformer(Pyramid):
                 proj_drop=proj_drop_rate,
                 **dd,
             )
-            return NeighborhoodBlock(
+            return AttentionBlock(
                 attn, mlp_ratio=mlp_ratio, drop=proj_drop_rate, drop_path=rate, **dd
             )
 

@@ -14,7 +14,8 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from vidattn.backbones.neighborhood_block import NeighborhoodAttention2d, NeighborhoodBlock
+from vidattn.backbones.attention_block import AttentionBlock
+from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
 from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
 
@@ -101,7 +102,7 @@ class NeighborhoodTransformer(Pyramid):
         widths = [embed_dim * 2**i for i in range(len(depths))]
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(stage: int, index: int) -> NeighborhoodBlock:
+        def block(stage: int, index: int) -> AttentionBlock:
             dilation = dilations[stage] if index % 2 else 1
             attn = NeighborhoodAttention2d(
                 widths[stage],
@@ -111,7 +112,7 @@ class NeighborhoodTransformer(Pyramid):
                 proj_drop=proj_drop_rate,
                 **dd,
             )
-            return NeighborhoodBlock(
+            return AttentionBlock(
                 attn,
                 mlp_ratio=mlp_ratio,
                 drop=proj_drop_rate,

@@ -21,7 +21,7 @@ from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vidattn.backbones.neighborhood_block import NeighborhoodAttention2d
+from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.measure import hardware
 
 SWIN = "swin_tiny_patch4_window7_224"

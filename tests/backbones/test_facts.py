@@ -10,7 +10,7 @@ from torch import nn
 import vidattn.backbones
 from vidattn.backbones.biformer import FullAttention
 from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
-from vidattn.backbones.neighborhood_block import NeighborhoodAttention2d
+from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 
 # parameters, and 10 ** 9 multiply-adds as their authors count them
 FACTS = {

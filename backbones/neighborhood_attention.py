@@ -1,4 +1,4 @@
-"""The block of NAT and DiNAT: neighborhood attention, then a multilayer perceptron.
+"""The attention of NAT and DiNAT.
 
 Hassani et al., "Neighborhood Attention Transformer", arXiv:2204.07143; Hassani and Shi, "Dilated
 Neighborhood Attention Transformer", arXiv:2209.15001.
@@ -9,7 +9,7 @@ Letters: B batch, H, W size of a feature map, C channels, n heads, D head dim.
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
@@ -95,43 +95,3 @@ def attend(qkv: Tensor, rpb: Tensor, window: int, dilation: int) -> Tensor:
         qkv.shape[-1] ** -0.5,
     )[0]
     return out.squeeze(2).permute(0, 2, 3, 1, 4).flatten(3)
-
-
-class NeighborhoodBlock(nn.Module):
-    """Neighborhood attention and a perceptron, each behind a norm and beside a shortcut.
-
-    Args:
-        attn: it says how many channels there are.
-        mlp_ratio: hidden channels of the perceptron over its width.
-        drop: dropout rate of the perceptron.
-        drop_path: rate at which a branch is left out.
-        layer_scale: factor of each branch to begin with; none for None.
-    """
-
-    def __init__(
-        self,
-        attn: NeighborhoodAttention2d,
-        *,
-        mlp_ratio: float,
-        drop: float = 0.0,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        dim = attn.proj.out_features
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
-        scales = layer_scale is not None
-        self.ls1 = LayerScale(dim, layer_scale, **dd) if scales else nn.Identity()
-        self.ls2 = LayerScale(dim, layer_scale, **dd) if scales else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C), like ``x``."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))

@@ -194,8 +194,8 @@ class Pyramid(nn.Module):
     def _in_format(self, x: Tensor, output_fmt: str) -> Tensor:
         if output_fmt == self.output_fmt:
             return x
-        order = (0, 3, 1, 2) if output_fmt == "NCHW" else (0, 2, 3, 1)
-        return x.permute(order).contiguous()
+        x = x.movedim(-1, 1) if output_fmt == "NCHW" else x.movedim(1, -1)
+        return x.contiguous()
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -15,8 +15,16 @@ MODELS = {
     "dinat_iso_small": {"embed_dim": 8, "num_heads": 2, "depth": 3},
     "biformer_tiny": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
     "biformer_stl": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
+    "video_swin_tiny": SMALL | {"window": (2, 3, 3)},
+    "swift": SMALL | {"window": (2, 2, 2, 2), "patch": (2, 2, 2, 1), "scan_size": (8, 12, 4, 3)},
 }
 IMAGES = (2, 3, 64, 96)
+OTHER_INPUT = {"video_swin_tiny": (2, 3, 2, 32, 48), "swift": (2, 1, 8, 12, 4, 3)}
+SPACE = {"video_swin_tiny": (3, 4), "swift": (2, 3, 4)}
+
+
+def inputs_of(name):
+    return torch.randn(OTHER_INPUT.get(name, IMAGES))
 
 
 def create(name, **options):
@@ -25,7 +33,7 @@ def create(name, **options):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_reaches_every_parameter(name):
-    model, images = create(name), torch.randn(IMAGES)
+    model, images = create(name), inputs_of(name)
     model(images).square().sum().backward()
     without = [key for key, x in model.named_parameters() if x.grad is None or not x.grad.any()]
     # the bias of keys, or of a layer before a norm of batches, changes no output
@@ -34,7 +42,7 @@ def test_training_reaches_every_parameter(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointing_changes_no_gradient(name, monkeypatch):
-    model, images = create(name).eval(), torch.randn(IMAGES)
+    model, images = create(name).eval(), inputs_of(name)
     answers = torch.autograd.grad(model(images).sum(), list(model.parameters()))
     model.set_grad_checkpointing()
     assert all(stage.grad_checkpointing for stage in model.stages)
@@ -45,15 +53,16 @@ def test_checkpointing_changes_no_gradient(name, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_feature_maps(name):
-    model, images = create(name).eval(), torch.randn(IMAGES)
+    model, images = create(name).eval(), inputs_of(name)
     last, maps = model.forward_intermediates(images)
     torch.testing.assert_close(last, model.forward_features(images))
     torch.testing.assert_close(model.forward_head(last), model(images))
     for x, info in zip(maps, model.feature_info, strict=True):
-        size = tuple(-(-edge // info["reduction"]) for edge in IMAGES[2:])
-        assert x.shape == (2, info["num_chs"], *size)
+        assert x.dim() == images.dim() and x.shape[:2] == (2, info["num_chs"])
+        for axis in SPACE.get(name, (2, 3)):
+            assert x.shape[axis] == -(-images.shape[axis] // info["reduction"])
     (normed,) = model.forward_intermediates(images, 1, norm=True, intermediates_only=True)
-    channels_first = last if model.output_fmt == "NCHW" else last.permute(0, 3, 1, 2)
+    channels_first = last if model.output_fmt == "NCHW" else last.movedim(-1, 1)
     torch.testing.assert_close(normed, channels_first)
     with pytest.raises(ValueError, match="output_fmt must be one of"):
         model.forward_intermediates(images, output_fmt="NLC")
@@ -62,13 +71,13 @@ def test_feature_maps(name):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_pruned_models_keep_their_feature_maps(name):
-    model, images = create(name).eval(), torch.randn(IMAGES)
+    model, images = create(name).eval(), inputs_of(name)
     maps = model.forward_intermediates(images, intermediates_only=True, output_fmt="NHWC")
     assert model.prune_intermediate_layers([1]) == [1]
     assert len(model.stages) == 2 and model.num_features == model.feature_info[1]["num_chs"]
     features = model.forward_features(images)
     if model.output_fmt == "NCHW":
-        features = features.permute(0, 2, 3, 1)
+        features = features.movedim(1, -1)
     torch.testing.assert_close(features, maps[1])
 
 
@@ -82,13 +91,13 @@ def test_weights_are_drawn_anew_on_another_device(name):
         x.data.fill_(float("nan") if x.is_floating_point() else 0)
     model.init_weights()
     assert all(x.isfinite().all() for x in [*model.parameters(), *model.buffers()])
-    assert model.eval()(torch.randn(IMAGES)).isfinite().all()
+    assert model.eval()(inputs_of(name)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_scripted_and_saved(name, tmp_path):
-    model, images = create(name).eval(), torch.randn(IMAGES)
+    model, images = create(name).eval(), inputs_of(name)
     torch.jit.save(torch.jit.script(model), tmp_path / "model.pt")
     torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(images), model(images))
 
@@ -98,7 +107,7 @@ def test_position_biases_do_not_decay(name):
     model = create(name)
     groups = create_optimizer_v2(model, weight_decay=0.1).param_groups
     decayed = {id(x) for group in groups if group["weight_decay"] for x in group["params"]}
-    tables = [x for key, x in model.named_parameters() if key.endswith("rpb")]
+    tables = [x for key, x in model.named_parameters() if key.endswith(("rpb", "_embed"))]
     assert not any(id(x) in decayed for x in tables)
     assert bool(tables) != name.startswith("biformer")
 

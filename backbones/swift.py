@@ -1,0 +1,225 @@
+"""SwiFT: a pyramid of shifted windows in the three axes of a brain and in time.
+
+Kim et al., "SwiFT: Swin 4D fMRI Transformer", arXiv:2307.05916, NeurIPS 2023. Sizes and names are
+those of the released code, as its script for the paper's main task runs it.
+
+Letters: B batch, C channels, X, Y, Z, T size of a scan or its map.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+)
+from torch import Tensor, nn
+
+from vidattn.backbones.attention_block import AttentionBlock
+from vidattn.backbones.pyramid import Stage, pretrained_cfg
+from vidattn.backbones.volume_pyramid import VolumePyramid
+from vidattn.backbones.window_attention import PatchMerging, WindowAttention, pad_axes
+
+
+class ScanPatches(nn.Module):
+    """A cell for every patch of a scan, padded to whole patches."""
+
+    def __init__(self, in_chans: int, dim: int, patch: Sequence[int], device=None, dtype=None):
+        super().__init__()
+        self.patch = list(patch)
+        self.fc = nn.Linear(in_chans * math.prod(patch), dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, X, Y, Z, T, C) patches of scans (B, in_chans, width, depth, height, frames)."""
+        x = pad_axes(x, 2, self.patch).movedim(1, -1)
+        for axis in (4, 3, 2, 1):
+            x = x.unflatten(axis, (-1, self.patch[axis - 1]))
+        return self.fc(x.permute(0, 1, 3, 5, 7, 2, 4, 6, 8, 9).flatten(5))
+
+
+class Positions(nn.Module):
+    """Adds what was learned for every place of a map, and for every frame.
+
+    Args:
+        dim: channels.
+        size: X, Y, Z and T of a map; a map may have fewer frames.
+    """
+
+    def __init__(self, dim: int, size: Sequence[int], device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.pos_embed = nn.Parameter(torch.empty(*size[:3], 1, dim, **dd))
+        self.time_embed = nn.Parameter(torch.empty(size[3], dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw what training starts from."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.time_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, X, Y, Z, T, C), like ``x``."""
+        return add_positions(x, self.pos_embed, self.time_embed)
+
+
+@register_notrace_function
+def add_positions(x: Tensor, places: Tensor, frames: Tensor) -> Tensor:
+    """Add (X, Y, Z, 1, C) and the first T of (frames, C) to a map (B, X, Y, Z, T, C)."""
+    if x.shape[1:4] != places.shape[:3] or x.shape[4] > frames.shape[0]:
+        raise ValueError(
+            f"got a map of {list(x.shape[1:4])} cells and {x.shape[4]} frames, but positions are "
+            f"embedded for {list(places.shape[:3])} cells and up to {frames.shape[0]} frames: "
+            "create the model with the scan_size of these scans"
+        )
+    return x + places + frames[: x.shape[4]]
+
+
+class SwiFT(VolumePyramid):
+    """SwiFT; takes scans of one size, and of any length up to that it is made for.
+
+    The blocks of the last stage read the whole brain, in windows of time that are not shifted. As
+    in the released code, the last map has no norm.
+
+    Args:
+        in_chans: channels of a scan.
+        num_classes: 0 for no classifier.
+        global_pool: pooling of the head, as timm names it; "" for none.
+        scan_size: voxels along each axis, and frames.
+        patch: voxels along each axis of a patch, and frames.
+        embed_dim: channels of the first stage; each stage doubles them.
+        depths: blocks of each stage.
+        num_heads: of each stage.
+        window: cells along each axis, and frames, that a cell reads; every other block shifts
+            them by half.
+        mlp_ratio: hidden channels of the perceptrons over their width.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 1,
+        num_classes: int = 2,
+        global_pool: str = "avg",
+        scan_size: Sequence[int] = (96, 96, 96, 20),
+        patch: Sequence[int] = (6, 6, 6, 1),
+        embed_dim: int = 36,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window: Sequence[int] = (4, 4, 4, 4),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if len(depths) != len(num_heads):
+            raise ValueError(
+                f"depths and num_heads must have one number for each stage, got {depths} and "
+                f"{num_heads}"
+            )
+        dd = {"device": device, "dtype": dtype}
+        widths = [embed_dim * 2**i for i in range(len(depths))]
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        size = [-(-voxels // side) for voxels, side in zip(scan_size, patch)]
+
+        def block(stage: int, index: int) -> AttentionBlock:
+            is_last = stage == len(depths) - 1
+            sides = [*size[:3], window[3]] if is_last else window
+            shift = [0 if is_last or index % 2 == 0 else side // 2 for side in sides]
+            attn = WindowAttention(
+                widths[stage], num_heads[stage], sides, shift, has_bias=False, **dd
+            )
+            rate = rates[stage][index]
+            return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
+
+        stages = []
+        for i, depth in enumerate(depths):
+            if i:
+                size = [*(-(-cells // 2) for cells in size[:3]), size[3]]
+            down = PatchMerging(widths[i - 1], widths[i], (3, 2, 1), **dd) if i else nn.Identity()
+            down = nn.Sequential(down, Positions(widths[i], size, **dd))
+            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
+        super().__init__(
+            ScanPatches(in_chans, embed_dim, patch, **dd),
+            stages,
+            nn.Identity(),
+            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            in_chans=in_chans,
+            taps=[(width, patch[0] * 2**i) for i, width in enumerate(widths)],
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The position embeddings."""
+        return {"*.pos_embed", "*.time_embed"}
+
+
+# (pattern, replacement) from the names of the authors, each applied in this order; {next} is one
+# more
+NAMES = (
+    (r"^(?:model\.)?patch_embed\.", "stem."),
+    (r"^(?:model\.)?pos_embeds\.(\d+)\.", r"stages.\1.downsample.1."),
+    (r"^(?:model\.)?layers\.(\d+)\.downsample\.", "stages.{next}.downsample.0."),
+    (r"^(?:model\.)?layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.mlp\.linear([12])\.", r".mlp.fc\1."),
+    (r"^output_head\.head\.", "head.fc."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of ``model`` from one of the authors, or in its own layout."""
+    renamed = {}
+    for name, tensor in state_dict.get("state_dict", state_dict).items():
+        # of no use to them either
+        if re.fullmatch(r"(model\.)?norm\.(weight|bias)", name):
+            continue
+        for pattern, replacement in NAMES:
+            if "{next}" in replacement and (found := re.match(pattern, name)):
+                # the layer between two stages belonged to the first of them
+                replacement = replacement.format(next=int(found[1]) + 1)
+            name = re.sub(pattern, replacement, name)
+        # theirs have the channels first, and axes of one cell
+        if name.endswith(".pos_embed") and tensor.dim() == 6:
+            tensor = tensor[0].movedim(0, -1)
+        elif name.endswith(".time_embed") and tensor.dim() == 6:
+            tensor = tensor[0, :, 0, 0, 0].mT
+        renamed[name] = tensor
+    return renamed
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "swift": pretrained_cfg(
+            "stem.fc",
+            # timm knows two axes
+            input_size=(1, 96, 96),
+            pool_size=(2, 2),
+            num_classes=2,
+            # scans are normalized one by one
+            mean=(0.0,),
+            std=(1.0,),
+        )
+    }
+)
+
+
+@register_model
+def swift(pretrained: bool = False, **options) -> SwiFT:
+    """4.3 M parameters, the one size of the paper."""
+    stages = range(len(options.get("depths", (2, 2, 6, 2))))
+    return build_model_with_cfg(
+        SwiFT,
+        "swift",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
+        **options,
+    )

@@ -17,6 +17,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from vidattn.backbones.head_routing import balance_losses
+
+# weight of what keeps all heads of MoH-ViT in use, as in the paper
+BALANCE = 0.01
+
 
 @dataclass(frozen=True)
 class Trainee:
@@ -162,7 +167,11 @@ def take_step(trainee: Trainee, batches: Iterator, unreadable: set[int]) -> Tens
         if trainee.mixup:
             images, labels = trainee.mixup(images, labels)
         with accelerator.accumulate(model):
-            loss = F.cross_entropy(model(images).float(), labels, label_smoothing=smoothing)
+            with balance_losses(model) as balances:
+                scores = model(images).float()
+            loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
+            if balances:
+                loss = loss + BALANCE * torch.stack(balances).float().mean()
             accelerator.backward(loss)
             if settings.optimizer.clip and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), settings.optimizer.clip)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import vidattn.backbones
+from vidattn.backbones.aggregated_attention import AggregatedAttention, CosineAttention
 from vidattn.backbones.biformer import FullAttention
 from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
@@ -42,6 +43,9 @@ FACTS = {
     "biformer_small": (25_536_232, 4.5),
     "biformer_base": (56_804_968, 9.8),
     "biformer_stl": (28_372_552, 4.6),
+    "moh_vit_tiny": (28_351_552, 5.7),
+    "moh_vit_small_75": (49_910_548, 10.3),
+    "moh_vit_small_80": (49_910_548, 10.3),
     # torchvision has the same parameters
     "video_swin_tiny": (28_158_070, 88),
     "video_swin_small": (49_816_678, 166),
@@ -54,7 +58,7 @@ VOLUMES = {"video": (3, 32, 224, 224)}
 # building them takes long
 LARGE = [name for name in FACTS if "base" in name or "large" in name or name == "video_swin_small"]
 # published with two or three digits
-ROUNDED = {name: 0.1 for name in FACTS if name.startswith("biformer")}
+ROUNDED = {name: 0.1 for name in FACTS if not name.startswith(("nat", "dinat", "vitrpb"))}
 ROUNDED |= {name: 0.5 for name in FACTS if name.startswith("video_swin")}
 
 
@@ -79,7 +83,10 @@ def multiply_adds(model, size):
             total += 2 * output.numel() * keys + regions**2 * output.shape[-1]
         elif isinstance(module, WindowAttention):
             total += 2 * output.numel() * math.prod(module.window)
-        elif isinstance(module, FullAttention):
+        elif isinstance(module, AggregatedAttention):
+            cells = output[..., 0].numel()
+            total += output.numel() * (3 * module.window**2 + 2 * cells // module.stride**2)
+        elif isinstance(module, FullAttention | CosineAttention):
             total += 2 * output.numel() * output[..., 0].numel()
 
     for module in model.modules():

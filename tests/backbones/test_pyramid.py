@@ -15,9 +15,19 @@ MODELS = {
     "dinat_iso_small": {"embed_dim": 8, "num_heads": 2, "depth": 3},
     "biformer_tiny": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
     "biformer_stl": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
+    "moh_vit_tiny": {
+        "embed_dim": 8,
+        "depths": (2, 1, 1, 1),
+        "num_heads": (2, 4, 4, 4),
+        "num_shared": (2, 2, 1, 0),
+        "num_routed": (0, 1, 2, 3),
+        "mlp_ratios": (2, 2, 2, 2),
+    },
     "video_swin_tiny": SMALL | {"window": (2, 3, 3)},
     "swift": SMALL | {"window": (2, 2, 2, 2), "patch": (2, 2, 2, 1), "scan_size": (8, 12, 4, 3)},
 }
+# without a table of biases
+NO_TABLES = ("biformer_tiny", "biformer_stl")
 IMAGES = (2, 3, 64, 96)
 OTHER_INPUT = {"video_swin_tiny": (2, 3, 2, 32, 48), "swift": (2, 1, 8, 12, 4, 3)}
 SPACE = {"video_swin_tiny": (3, 4), "swift": (2, 3, 4)}
@@ -109,7 +119,7 @@ def test_position_biases_do_not_decay(name):
     decayed = {id(x) for group in groups if group["weight_decay"] for x in group["params"]}
     tables = [x for key, x in model.named_parameters() if key.endswith(("rpb", "_embed"))]
     assert not any(id(x) in decayed for x in tables)
-    assert bool(tables) != name.startswith("biformer")
+    assert bool(tables) != (name in NO_TABLES)
 
 
 @pytest.mark.parametrize(

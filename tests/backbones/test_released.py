@@ -7,6 +7,7 @@ from transformers import DinatConfig
 from transformers.models.dinat import modeling_dinat
 
 import vidattn.backbones  # noqa: F401
+from tests.backbones.loading import CLASSES, assert_same, load
 from tests.backbones.slow_models import (
     biformer_shapes,
     draw,
@@ -15,7 +16,7 @@ from tests.backbones.slow_models import (
     slow_neighborhood,
 )
 
-DIM, HEADS, CLASSES = 8, (1, 2, 4), 5
+DIM, HEADS = 8, (1, 2, 4)
 DEPTHS, DILATIONS = (2, 2, 1), (2, 3, 1)
 # name, layout and what differs from the tiny size
 NEIGHBORHOOD = {
@@ -23,22 +24,6 @@ NEIGHBORHOOD = {
     "dinat_mini": ("nat", {}, {"dilations": DILATIONS}),
     "dinat_s_tiny": ("dinat_s", {}, {"dilations": DILATIONS}),
 }
-
-
-def load(name, state, folder, **options):
-    """A model with the weights of a file, in float64."""
-    torch.save(state, folder / "weights.pth")
-    overlay = {"file": str(folder / "weights.pth"), "num_classes": CLASSES}
-    options = {"num_classes": CLASSES} | options
-    return (
-        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-        .double()
-        .eval()
-    )
-
-
-def assert_same(model, images, answer):
-    torch.testing.assert_close(model(images.double()), answer, atol=1e-9, rtol=1e-9)
 
 
 def neighborhood(name):

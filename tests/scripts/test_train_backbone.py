@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
+
+from vidattn.backbones.head_routing import balance_losses
 
 sys.path.insert(0, str(Path(__file__).parent))
 cases = importlib.import_module("backbone_cases")
@@ -307,3 +310,23 @@ def test_published_rates_scale_with_the_images_of_a_step():
     model = torch.nn.Linear(2, 2)
     given = cases.make_settings("a.npz", "out", optimizer={"lr": 1e-3, "base_batch": 512})
     assert trainees.make_optimizer(model, given, 128).param_groups[0]["lr"] == 1e-3 / 4
+
+
+def test_steps_keep_all_heads_in_use(monkeypatch):
+    options = {"embed_dim": 8, "depths": (1, 1), "num_heads": (2, 4), "num_shared": (2, 1)}
+    options |= {"num_routed": (0, 2), "strides": (2, 1), "mlp_ratios": (2, 2), "drop_path_rate": 0}
+    given = cases.make_settings(
+        "a.npz",
+        "out",
+        model={"name": "moh_vit_tiny", "options": options},
+        augment={"mixup": 0.0},
+        run={"accumulate": 1, "ema": 0.0},
+    )
+    batch = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 0]), torch.full((4,), -1)
+    found = []
+    for weight in (0.0, 10.0):
+        monkeypatch.setattr(trainees, "BALANCE", weight)
+        trainee = trainees.make_trainee(given, Accelerator(cpu=True), cases.CLASSES, 8)
+        with balance_losses(trainee.model) as balances:
+            found.append(trainees.take_step(trainee, iter([batch]), set()))
+    torch.testing.assert_close(found[1], found[0] + 10 * balances[0].detach())

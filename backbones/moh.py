@@ -1,0 +1,173 @@
+"""MoH-ViT: TransNeXt in which every token weighs the heads of attention, and leaves some out.
+
+Jin et al., "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv:2410.11842; Shi,
+"TransNeXt: Robust Foveal Visual Perception for Vision Transformers", arXiv:2311.17132.
+
+The paper has no smaller model than MoH-ViT-S. ``moh_vit_tiny`` is TransNeXt-Tiny with the heads of
+MoH-ViT-S-75.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from vidattn.backbones.aggregated_attention import AggregatedAttention, CosineAttention
+from vidattn.backbones.convolved_block import ConvolvedBlock, GatedConvolution
+from vidattn.backbones.head_routing import HeadRouter
+from vidattn.backbones.overlapping_patches import OverlappingPyramid, rename
+from vidattn.backbones.pyramid import pretrained_cfg
+
+# cells to a side of the first stage at 224 pixels
+SIDE = 56
+
+
+class MoHViT(OverlappingPyramid):
+    """MoH-ViT; takes images of any size.
+
+    In training, ``vidattn.backbones.head_routing.balance_losses`` gives what to add to the loss.
+
+    Args:
+        in_chans: channels of an image.
+        num_classes: 0 for no classifier.
+        global_pool: pooling of the head, as timm names it; "" for none.
+        embed_dim: channels of the first stage; each stage doubles them.
+        depths: blocks of each stage.
+        num_heads: of each stage.
+        num_shared: heads that every token takes, for each stage.
+        num_routed: heads that a token takes of the others, for each stage.
+        strides: cells to a side of what attention pools, for each stage; 1 for full attention.
+        mlp_ratios: hidden channels over width, were there no gates, for each stage.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 72,
+        depths: Sequence[int] = (5, 5, 22, 5),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        num_shared: Sequence[int] = (3, 6, 3, 4),
+        num_routed: Sequence[int] = (0, 0, 6, 12),
+        strides: Sequence[int] = (8, 4, 2, 1),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        per_stage = (depths, num_heads, num_shared, num_routed, strides, mlp_ratios)
+        if len({len(each) for each in per_stage}) > 1:
+            raise ValueError(
+                "depths, num_heads, num_shared, num_routed, strides and mlp_ratios must have one "
+                f"number for each stage, got {per_stage}"
+            )
+        dd = {"device": device, "dtype": dtype}
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+
+        def block(stage: int, rate: float) -> ConvolvedBlock:
+            dim, heads = embed_dim * 2**stage, num_heads[stage]
+            if dim % heads:
+                raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {heads}")
+            numbers = {"num_shared": num_shared[stage], "num_routed": num_routed[stage]}
+            router = HeadRouter(dim, heads, **numbers, **dd)
+            options = {"num_heads": heads, "side": SIDE // 2**stage, **dd}
+            if strides[stage] == 1:
+                attn = CosineAttention(dim, router, **options)
+            else:
+                attn = AggregatedAttention(dim, router, stride=strides[stage], **options)
+            # with gates, two thirds of the hidden channels have the size of a perceptron
+            mlp = GatedConvolution(dim, int(2 * int(dim * mlp_ratios[stage]) / 3), **dd)
+            return ConvolvedBlock(attn, mlp, dim, rate, **dd)
+
+        super().__init__(
+            [[block(i, rate) for rate in each] for i, each in enumerate(rates)],
+            embed_dim,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """What scores are scaled, moved and biased with."""
+        return {"*.rpb", "*.temperature", "*.queries.embedding", "*.position_bias.*"}
+
+
+# parts of names in released files, and here
+NAMES = (
+    (".dwconv.dwconv.", ".dwconv."),
+    (".attn.cpb_", ".attn.position_bias."),
+    (".attn.temperature", ".attn.queries.temperature"),
+    (".attn.query_embedding", ".attn.queries.embedding"),
+    (".attn.relative_pos_bias_local", ".attn.rpb"),
+    (".attn.learnable_tokens", ".attn.tokens"),
+    (".attn.learnable_bias", ".attn.token_bias"),
+    (".attn.wg_0.", ".attn.router.kinds."),
+    (".attn.wg_1.", ".attn.router.shared."),
+    (".attn.wg.", ".attn.router.routed."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of ``model`` from one of the authors, or in its own layout."""
+    state_dict = state_dict.get("model", state_dict)
+    if any(name.startswith("stages.") for name in state_dict):
+        return state_dict
+    renamed = {}
+    for name, tensor in state_dict.items():
+        name = rename(name, len(model.feature_info))
+        for old, new in NAMES:
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed
+
+
+def _create(name: str, pretrained: bool, **options) -> MoHViT:
+    stages = range(len(options["depths"]))
+    return build_model_with_cfg(
+        MoHViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
+        **options,
+    )
+
+
+SMALL = {"depths": (5, 5, 22, 5), "drop_path_rate": 0.45}
+default_cfgs = generate_default_cfgs(
+    {
+        name: pretrained_cfg("stem.proj", license="apache-2.0")
+        for name in ("moh_vit_tiny", "moh_vit_small_75", "moh_vit_small_80")
+    }
+)
+
+
+@register_model
+def moh_vit_tiny(pretrained: bool = False, **options) -> MoHViT:
+    """28 M parameters, 5.7 G multiply-adds."""
+    defaults = {"depths": (2, 2, 15, 2), "drop_path_rate": 0.3}
+    return _create("moh_vit_tiny", pretrained, **defaults | options)
+
+
+@register_model
+def moh_vit_small_75(pretrained: bool = False, **options) -> MoHViT:
+    """50 M parameters, 10.3 G multiply-adds; a token takes 75 % of the heads."""
+    return _create("moh_vit_small_75", pretrained, **SMALL | options)
+
+
+@register_model
+def moh_vit_small_80(pretrained: bool = False, **options) -> MoHViT:
+    """50 M parameters, 10.3 G multiply-adds; a token takes 80 % of the heads."""
+    defaults = SMALL | {"num_shared": (3, 6, 3, 8)}
+    return _create("moh_vit_small_80", pretrained, **defaults | options)

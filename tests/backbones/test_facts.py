@@ -12,6 +12,7 @@ import vidattn.backbones
 from vidattn.backbones.aggregated_attention import AggregatedAttention, CosineAttention
 from vidattn.backbones.biformer import FullAttention
 from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
+from vidattn.backbones.factorized_attention import CoarseGroup, FineGroup
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.backbones.window_attention import WindowAttention
 
@@ -46,6 +47,9 @@ FACTS = {
     "moh_vit_tiny": (28_351_552, 5.7),
     "moh_vit_small_75": (49_910_548, 10.3),
     "moh_vit_small_80": (49_910_548, 10.3),
+    "favit_b0": (3_427_704, 0.6),
+    "favit_b1": (12_958_568, 2.4),
+    "favit_b2": (24_919_896, 4.5),
     # torchvision has the same parameters
     "video_swin_tiny": (28_158_070, 88),
     "video_swin_small": (49_816_678, 166),
@@ -86,6 +90,10 @@ def multiply_adds(model, size):
         elif isinstance(module, AggregatedAttention):
             cells = output[..., 0].numel()
             total += output.numel() * (3 * module.window**2 + 2 * cells // module.stride**2)
+        elif isinstance(module, CoarseGroup):
+            total += 2 * output.numel() * output[..., 0].numel() // module.stride**2
+        elif isinstance(module, FineGroup):
+            total += 2 * output.numel() * module.window**2
         elif isinstance(module, FullAttention | CosineAttention):
             total += 2 * output.numel() * output[..., 0].numel()
 

@@ -13,6 +13,7 @@ from vidattn.backbones.aggregated_attention import AggregatedAttention, CosineAt
 from vidattn.backbones.biformer import FullAttention
 from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
 from vidattn.backbones.factorized_attention import CoarseGroup, FineGroup
+from vidattn.backbones.inline import InLineAttention
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.backbones.window_attention import WindowAttention
 
@@ -44,6 +45,7 @@ FACTS = {
     "biformer_small": (25_536_232, 4.5),
     "biformer_base": (56_804_968, 9.8),
     "biformer_stl": (28_372_552, 4.6),
+    "inline_swin_tiny": (29_223_544, 4.5),
     "moh_vit_tiny": (28_351_552, 5.7),
     "moh_vit_small_75": (49_910_548, 10.3),
     "moh_vit_small_80": (49_910_548, 10.3),
@@ -74,7 +76,7 @@ def multiply_adds(model, size):
         nonlocal total
         if isinstance(module, nn.Linear):
             total += output.numel() * module.in_features
-        elif isinstance(module, nn.Conv2d | nn.Conv3d):
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             total += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.LayerNorm):
             total += 5 * output.numel()
@@ -87,6 +89,8 @@ def multiply_adds(model, size):
             total += 2 * output.numel() * keys + regions**2 * output.shape[-1]
         elif isinstance(module, WindowAttention):
             total += 2 * output.numel() * math.prod(module.window)
+        elif isinstance(module, InLineAttention):
+            total += output.numel() * 2 * (output.shape[-1] // module.num_heads)
         elif isinstance(module, AggregatedAttention):
             cells = output[..., 0].numel()
             total += output.numel() * (3 * module.window**2 + 2 * cells // module.stride**2)

@@ -15,6 +15,7 @@ MODELS = {
     "dinat_iso_small": {"embed_dim": 8, "num_heads": 2, "depth": 3},
     "biformer_tiny": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
     "biformer_stl": {"embed_dim": 32, "depths": (1, 1, 1, 1)},
+    "inline_swin_tiny": SMALL,
     "moh_vit_tiny": {
         "embed_dim": 8,
         "depths": (2, 1, 1, 1),

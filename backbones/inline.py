@@ -1,0 +1,182 @@
+"""InLine-Swin: the layout of Swin with injective linear attention in all stages but the last.
+
+Han et al., "Bridging the Divide: Reconsidering Softmax and Linear Attention", arXiv:2412.06590.
+
+Letters: B batch, n heads, H, W size of a feature map, N its cells, C channels, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from vidattn.backbones import neighborhood_checkpoint
+from vidattn.backbones.attention_block import AttentionBlock
+from vidattn.backbones.dinat_s import patchify
+from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.window_attention import WindowAttention
+
+
+class InLineAttention(nn.Module):
+    """Linear attention whose weights sum to 1 and differ between queries, over a whole map.
+
+    The weight of a key is the scaled product of query and key, less its mean over keys, plus one:
+    all over N (equation 5). The output is then the mean value, and the query times the covariance
+    of keys and values. To it comes a 3 x 3 convolution of the values with a kernel that a
+    perceptron draws from the mean of the input.
+
+    Args:
+        dim: channels.
+        num_heads: a divisor of ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.residual = nn.Sequential(
+            nn.Conv1d(dim, dim, 1, groups=num_heads, **dd),
+            nn.GELU(),
+            nn.Conv1d(dim, 9 * dim, 1, groups=num_heads, **dd),
+        )
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), like ``x``."""
+        qkv = self.qkv(x)
+        values = qkv.chunk(3, -1)[2].permute(0, 3, 1, 2)
+        kernels = self.residual(x.mean((1, 2)).unsqueeze(-1))
+        local = convolve(values, kernels).permute(0, 2, 3, 1)
+        # (B, n, N, D) each
+        tokens = qkv.unflatten(-1, (3, self.num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)
+        q, k, v = tokens[0], tokens[1], tokens[2]
+        # on both sides, so that no half-precision number grows or shrinks out of range
+        share = (self.scale / q.shape[2]) ** 0.5
+        covariance = ((k - k.mean(2, keepdim=True)) * share).transpose(2, 3) @ (v * share)
+        out = q @ covariance + v.mean(2, keepdim=True)
+        return self.proj(out.transpose(1, 2).reshape(x.shape) + local)
+
+
+def convolve(x: Tensor, kernels: Tensor) -> Tensor:
+    """(B, C, H, W), every map convolved with its kernel in ``kernels``, (B, 9 * C, 1)."""
+    B, C = x.shape[0], x.shape[1]
+    # all maps as channels of one image
+    kernels = kernels.reshape(B * C, 1, 3, 3)
+    out = conv2d(x.reshape(1, B * C, x.shape[2], x.shape[3]), kernels, padding=1, groups=B * C)
+    return out.view(x.shape)
+
+
+class InLineSwin(Pyramid):
+    """InLine-Swin; takes images of any size.
+
+    At the released sizes of 224 and 384 pixels, linear attention spans the whole map, as it does
+    here at every size; the windows of the last stage then are its whole map too.
+
+    Args:
+        in_chans: channels of an image.
+        num_classes: 0 for no classifier.
+        global_pool: pooling of the head, as timm names it; "" for none.
+        embed_dim: channels of the first stage; each stage doubles them.
+        depths: blocks of each stage.
+        num_heads: of each stage.
+        are_linear: whether the attention of a stage is linear; else it is that of Swin.
+        window: cells to a side of the windows of Swin, which every other block shifts.
+        mlp_ratio: hidden channels of the perceptrons over their width.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        are_linear: Sequence[bool] = (True, True, True, False),
+        window: int = 7,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if not len(depths) == len(num_heads) == len(are_linear):
+            raise ValueError(
+                "depths, num_heads and are_linear must have one entry for each stage, got "
+                f"{depths}, {num_heads} and {are_linear}"
+            )
+        dd = {"device": device, "dtype": dtype}
+        widths = [embed_dim * 2**i for i in range(len(depths))]
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+
+        def block(stage: int, index: int) -> AttentionBlock:
+            width, heads = widths[stage], num_heads[stage]
+            if are_linear[stage]:
+                attn = InLineAttention(width, heads, **dd)
+            else:
+                shift = window // 2 if index % 2 else 0
+                attn = WindowAttention(width, heads, (window,) * 2, (shift,) * 2, **dd)
+            rate = rates[stage][index]
+            return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
+
+        stages = []
+        for i, depth in enumerate(depths):
+            down = PatchMerging(widths[i - 1], **dd) if i else nn.Identity()
+            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
+        super().__init__(
+            patchify(4, in_chans, embed_dim, **dd),
+            stages,
+            nn.LayerNorm(widths[-1], **dd),
+            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            in_chans=in_chans,
+            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The position biases."""
+        return {"*.rpb"}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of ``model`` from one of the authors, or in its own layout."""
+    state_dict = state_dict.get("model", state_dict)
+    renamed = neighborhood_checkpoint.checkpoint_filter_fn(state_dict, model)
+    table = ".relative_position_bias_table"
+    return {name.replace(table, ".rpb"): tensor for name, tensor in renamed.items()}
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "inline_swin_tiny.in1k": pretrained_cfg(
+            "stem.proj", url="https://cloud.tsinghua.edu.cn/f/32810869fcc34410966b/?dl=1"
+        )
+    }
+)
+
+
+@register_model
+def inline_swin_tiny(pretrained: bool = False, **options) -> InLineSwin:
+    """29 M parameters, 4.5 G multiply-adds."""
+    options = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.2} | options
+    stages = range(len(options["depths"]))
+    return build_model_with_cfg(
+        InLineSwin,
+        "inline_swin_tiny",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
+        **options,
+    )

@@ -14,6 +14,7 @@ from vidattn.backbones.biformer import FullAttention
 from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
 from vidattn.backbones.factorized_attention import CoarseGroup, FineGroup
 from vidattn.backbones.inline import InLineAttention
+from vidattn.backbones.linear_attention import LinearAttention
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.backbones.window_attention import WindowAttention
 
@@ -49,6 +50,7 @@ FACTS = {
     "moh_vit_tiny": (28_351_552, 5.7),
     "moh_vit_small_75": (49_910_548, 10.3),
     "moh_vit_small_80": (49_910_548, 10.3),
+    "l2vit_tiny": (28_596_781, 4.7),
     "favit_b0": (3_427_704, 0.6),
     "favit_b1": (12_958_568, 2.4),
     "favit_b2": (24_919_896, 4.5),
@@ -89,7 +91,7 @@ def multiply_adds(model, size):
             total += 2 * output.numel() * keys + regions**2 * output.shape[-1]
         elif isinstance(module, WindowAttention):
             total += 2 * output.numel() * math.prod(module.window)
-        elif isinstance(module, InLineAttention):
+        elif isinstance(module, InLineAttention | LinearAttention):
             total += output.numel() * 2 * (output.shape[-1] // module.num_heads)
         elif isinstance(module, AggregatedAttention):
             cells = output[..., 0].numel()

@@ -1,0 +1,241 @@
+"""L2ViT: attention inside windows and linear attention to the whole map, block by block.
+
+Zheng, "The Linear Attention Resurrection in Vision Transformer", arXiv:2501.16182.
+
+Letters: B batch, C channels, H, W size of a feature map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from vidattn.backbones.linear_attention import LinearAttention, LocalConcentration
+from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.window_attention import WindowAttention
+
+
+class ConvolvedPosition(nn.Module):
+    """A depth-wise convolution beside a shortcut; it tells cells where they are."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), like ``x``."""
+        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class L2ViTBlock(nn.Module):
+    """Attention, what is local, and a perceptron, each beside a shortcut.
+
+    Linear attention is followed by local concentration, that of windows by a convolved position.
+
+    Args:
+        dim: channels.
+        num_heads: a divisor of ``dim``.
+        window: cells to a side of the windows of attention; None for linear attention.
+        mlp_ratio: hidden channels of the perceptron over ``dim``.
+        drop_path: rate at which a branch is left out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window: int | None,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.position = ConvolvedPosition(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        if window is None:
+            self.attn = LinearAttention(dim, num_heads, **dd)
+            self.local = LocalConcentration(dim, drop_path, **dd)
+        else:
+            sides = (window, window)
+            self.attn = WindowAttention(dim, num_heads, sides, (0, 0), has_bias=False, **dd)
+            self.local = ConvolvedPosition(dim, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), like ``x``."""
+        x = self.position(x)
+        x = self.local(x + self.drop_path(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ConvStem(nn.Module):
+    """Two convolutions with norms that leave a cell for every 4 x 4 pixels of a padded image."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+            nn.BatchNorm2d(dim // 2, **dd),
+            nn.ReLU(),
+            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, **dd),
+            nn.BatchNorm2d(dim, **dd),
+        )
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H / 4, W / 4, C) from images (B, in_chans, H, W)."""
+        x = pad(x, [0, -x.shape[3] % 4, 0, -x.shape[2] % 4])
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Downsample(nn.Module):
+    """A norm, and a convolution that leaves a cell for every 2 x 2 of a padded map."""
+
+    def __init__(self, dim: int, out_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.proj = nn.Conv2d(dim, out_dim, 2, stride=2, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H / 2, W / 2, out_dim) from (B, H, W, dim)."""
+        x = pad(self.norm(x), [0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2])
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class L2ViT(Pyramid):
+    """L2ViT; takes images of any size.
+
+    A map smaller than a window is a window of its own; the released code pads it to a whole one.
+
+    Args:
+        in_chans: channels of an image.
+        num_classes: 0 for no classifier.
+        global_pool: pooling of the head, as timm names it; "" for none.
+        embed_dim: channels of the first stage; each stage doubles them.
+        depths: blocks of each stage; every other one, from the second on, has linear attention.
+        num_heads: of each stage.
+        window: cells to a side of the windows of the other blocks.
+        mlp_ratio: hidden channels of the perceptrons over their width.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window: int = 7,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if len(depths) != len(num_heads):
+            raise ValueError(
+                "depths and num_heads must have one number for each stage, got "
+                f"{depths} and {num_heads}"
+            )
+        dd = {"device": device, "dtype": dtype}
+        widths = [embed_dim * 2**i for i in range(len(depths))]
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+
+        def block(stage: int, index: int) -> L2ViTBlock:
+            options = {"mlp_ratio": mlp_ratio, "drop_path": rates[stage][index], **dd}
+            local = None if index % 2 else window
+            return L2ViTBlock(widths[stage], num_heads[stage], window=local, **options)
+
+        stages = []
+        for i, depth in enumerate(depths):
+            down = Downsample(widths[i - 1], widths[i], **dd) if i else nn.Identity()
+            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
+        super().__init__(
+            ConvStem(in_chans, embed_dim, **dd),
+            stages,
+            nn.LayerNorm(widths[-1], **dd),
+            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            in_chans=in_chans,
+            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+        )
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draw the weights from which training starts.
+
+        Args:
+            needs_reset: whether the tensors hold nothing yet, as after ``to_empty``.
+        """
+        super().init_weights(needs_reset)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+
+# (pattern, replacement) from the names of the authors, each applied in this order
+NAMES = (
+    (r"^downsample_layers\.0\.(?:proj\.)?", "stem."),
+    (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.cpe\.0\.", ".position."),
+    (r"\.cpe\.1\.", ".local."),
+    (r"\.norm3\.", ".local.norm."),
+    (r"\.local_mp\.", ".local."),
+    (r"^head\.(?!fc\.)", "head.fc."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of ``model`` from one of the authors, or in its own layout."""
+    state_dict = state_dict.get("model", state_dict)
+    renamed = {}
+    for name, tensor in state_dict.items():
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+FILES = "https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0/"
+default_cfgs = generate_default_cfgs(
+    {
+        "l2vit_tiny.in1k": pretrained_cfg(
+            "stem.proj.0", url=f"{FILES}L2ViT-Tiny-checkpoint-best-ema.pth", license="mit"
+        )
+    }
+)
+
+
+@register_model
+def l2vit_tiny(pretrained: bool = False, **options) -> L2ViT:
+    """29 M parameters, 4.7 G multiply-adds.
+
+    The rate of dropped paths is that of a model of its size, ConvNeXt-T; its own is not published.
+    """
+    options = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.1} | options
+    stages = range(len(options["depths"]))
+    return build_model_with_cfg(
+        L2ViT,
+        "l2vit_tiny",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
+        **options,
+    )

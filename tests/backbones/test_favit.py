@@ -69,7 +69,7 @@ def slow_factorized(p, x, heads, stride, window):
 
 
 # whole windows and patches, ragged ones, and maps smaller than either
-@pytest.mark.parametrize("size", [(6, 6), (5, 11), (1, 2)])
+@pytest.mark.parametrize("size", [(6, 3), (5, 7), (1, 2)])
 @pytest.mark.parametrize("stride", [1, 2])
 @torch.no_grad()
 def test_factorized_attention(size, stride):
@@ -89,7 +89,7 @@ def test_model():
     state = model.state_dict()
     for x in state.values():
         x.normal_(std=0.5)
-    images = torch.randn(2, 3, 27, 36).double()
+    images = torch.randn(2, 3, 19, 28).double()
     x = conv(state, "stem.proj", images.permute(0, 2, 3, 1), stride=4, padding=3)
     x = norm(state, "stem.norm", x)
     for i, heads, stride in ((0, 1, 2), (1, 2, 1)):

@@ -86,8 +86,8 @@ def slow_inline(state, images):
     return linear(p, "head", norm(p, "norm", x).mean((1, 2)))
 
 
-# maps of 7 x 9, then 4 x 5 in windows of 3; of 5 x 8, then 3 x 4, where one axis is one window
-@pytest.mark.parametrize("size", [(28, 36), (20, 32)])
+# the windows are in maps of 4 x 5; of 2 x 3, where no axis is longer than one
+@pytest.mark.parametrize("size", [(28, 36), (12, 20)])
 @torch.no_grad()
 def test_released_weights(size, tmp_path):
     state, images = draw(shapes()), torch.randn(2, 3, *size)

@@ -54,6 +54,9 @@ FACTS = {
     "favit_b0": (3_427_704, 0.6),
     "favit_b1": (12_958_568, 2.4),
     "favit_b2": (24_919_896, 4.5),
+    # added up by hand: these sizes have no released code
+    "gated_swinrmt_retention_tiny": (13_328_680, None),
+    "gated_swinrmt_swat_tiny": (13_335_592, None),
     # torchvision has the same parameters
     "video_swin_tiny": (28_158_070, 88),
     "video_swin_small": (49_816_678, 166),

@@ -55,6 +55,7 @@ FACTS = {
     "favit_b1": (12_958_568, 2.4),
     "favit_b2": (24_919_896, 4.5),
     # added up by hand: these sizes have no released code
+    "vsa_swin_tiny": (28_755_952, None),
     "gated_swinrmt_retention_tiny": (13_328_680, None),
     "gated_swinrmt_swat_tiny": (13_335_592, None),
     # torchvision has the same parameters

@@ -26,6 +26,7 @@ MODELS = {
     },
     "l2vit_tiny": SMALL,
     "favit_b0": {"embed_dim": 16, "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)},
+    "vsa_swin_tiny": SMALL,
     "gated_swinrmt_retention_tiny": SMALL | {"num_heads": (2, 2, 4, 4)},
     "gated_swinrmt_swat_tiny": SMALL | {"num_heads": (2, 2, 4, 4)},
     "video_swin_tiny": SMALL | {"window": (2, 3, 3)},
@@ -39,6 +40,7 @@ NO_TABLES = (
     "favit_b0",
     "gated_swinrmt_retention_tiny",
     "gated_swinrmt_swat_tiny",
+    "vsa_swin_tiny",
 )
 IMAGES = (2, 3, 64, 96)
 OTHER_INPUT = {"video_swin_tiny": (2, 3, 2, 32, 48), "swift": (2, 1, 8, 12, 4, 3)}

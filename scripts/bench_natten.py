@@ -28,8 +28,8 @@ NOTES = """\
 CPU time of one call, forward, float32, one head of dimension 64; everything is called in turns, and
 the median taken of the rounds, {rounds} here. First calls, which trace, plan or compile, are left
 out. On a CPU NATTEN runs PyTorch's FlexAttention as it is, which scores every pair, and makes its
-mask anew at every call. Extra is the peak of resident memory during a call, beyond what was there before it.
-The outputs of NATTEN and of vidattn differ by {error:.1e} of their root mean square.
+mask anew at every call. Extra is the peak of resident memory during a call, beyond what was there
+before it. The outputs of NATTEN and of vidattn differ by {error:.1e} of their root mean square.
 """
 
 

@@ -78,7 +78,7 @@ class GatedWindowAttention(nn.Module):
         if kind == "swat" and num_heads % 2:
             raise ValueError(f"num_heads must be even for swat, got {num_heads}")
         self.num_heads, self.window, self.shift = num_heads, window, shift
-        self.decay_range, self.is_swat = decay_range, kind == "swat"
+        self.decay_range, self.is_swat = float(decay_range), kind == "swat"
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.gate = nn.Linear(dim, dim, **dd)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)

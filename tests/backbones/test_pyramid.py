@@ -8,6 +8,7 @@ from timm.optim import create_optimizer_v2
 import vidattn.backbones  # noqa: F401
 
 SMALL = {"embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 4, 4), "window": 3}
+SMALLER = {"embed_dim": 8, "depths": (2, 1, 1), "num_heads": (2, 2, 4)}
 MODELS = {
     "nat_mini": SMALL,
     "dinat_base": SMALL,
@@ -26,11 +27,11 @@ MODELS = {
     },
     "l2vit_tiny": SMALL,
     "favit_b0": {"embed_dim": 16, "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)},
-    "vsa_swin_tiny": SMALL,
-    "gated_swinrmt_retention_tiny": SMALL | {"num_heads": (2, 2, 4, 4)},
-    "gated_swinrmt_swat_tiny": SMALL | {"num_heads": (2, 2, 4, 4)},
-    "video_swin_tiny": SMALL | {"window": (2, 3, 3)},
-    "swift": SMALL | {"window": (2, 2, 2, 2), "patch": (2, 2, 2, 1), "scan_size": (8, 12, 4, 3)},
+    "vsa_swin_tiny": SMALLER | {"window": 3},
+    "gated_swinrmt_retention_tiny": SMALLER | {"window": 3, "decay_ranges": (4, 6, 6)},
+    "gated_swinrmt_swat_tiny": SMALLER | {"window": 3, "decay_ranges": (4, 6, 6)},
+    "video_swin_tiny": SMALLER | {"window": (2, 3, 3)},
+    "swift": SMALLER | {"window": (2, 2, 2, 2), "patch": (2, 2, 2, 1), "scan_size": (8, 12, 4, 3)},
 }
 # without a table of biases
 NO_TABLES = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vidattn.kernels.block_lists import HIDDEN
 from vidattn.kernels.slots import Slots
 
 # bytes of scores in flight
@@ -43,12 +44,48 @@ def block_mass(
     Returns:
         (B, H, nb, nb) float32, query block by key block.
     """
+    return _mass(q, k, lse, order, block, scale, key_mask)[0]
+
+
+def dense_mass(
+    q: Tensor,
+    k: Tensor,
+    order: Tensor,
+    block: int,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``block_mass`` of dense attention, and the log-sum-exp of it, in one pass.
+
+    Args:
+        q, k, order, block, scale, key_mask: as in ``block_mass``.
+
+    Returns:
+        (B, H, nb, nb) float32, query block by key block; (B, H, S) float32, or float64 for float64,
+        -inf for no keys.
+    """
+    return _mass(q, k, None, order, block, scale, key_mask)
+
+
+def _mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    order: Tensor,
+    block: int,
+    scale: float,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Masses by a log-sum-exp, or by that of dense attention where none is given."""
     B, H, S, D = q.shape
     slots = Slots(order, block, key_mask)
     nb, groups = slots.num_blocks, H // k.shape[1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     queries = slots.fill(q).view(B * H, nb, block, D)
     keys = slots.fill(k).view(B * k.shape[1], nb * block, D)
+    dense = lse is None
+    lse = q.new_empty(B, H, S) if dense else lse
     loss = slots.fill(lse[..., None].to(dtype)).view(B * H, nb, block, 1)
     live = (order >= 0).view(nb, block, 1)
     mass = q.new_empty(B * H, nb, nb, dtype=torch.float32)
@@ -59,12 +96,21 @@ def block_mass(
         for begin in range(0, nb, step):
             rows = slice(begin, begin + step)
             scores = (queries[head, rows].to(dtype) * scale).flatten(0, 1) @ key  # (G n, N)
-            scores = scores.view(-1, block, nb * block).sub_(loss[head, rows]).exp_()
+            scores = scores.view(-1, block, nb * block)
             if hidden is not None:
-                scores.masked_fill_(hidden, 0)
-            scores.masked_fill_(~live[rows], 0)
-            mass[head, rows] = scores.view(-1, block, nb, block).sum((1, 3), dtype=dtype)
-    return mass.view(B, H, nb, nb)
+                scores.masked_fill_(hidden, HIDDEN)
+            if dense:
+                loss[head, rows] = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(loss[head, rows]).exp_().view(-1, block, nb, block).sum(-1)
+            if dense:
+                total = weights.sum(-1, keepdim=True)
+                # a query without keys has no mass
+                weights /= total.masked_fill(loss[head, rows] <= HIDDEN, torch.inf)
+                loss[head, rows] += total.log()
+            mass[head, rows] = weights.masked_fill_(~live[rows], 0).sum(1)
+    lse = slots.read(loss.view(-1, block, 1), q)[..., 0]
+    lse = lse.masked_fill(lse <= HIDDEN, -torch.inf)
+    return mass.view(B, H, nb, nb), lse
 
 
 def _sample(slots: Slots, head: int, num_heads: int) -> int:

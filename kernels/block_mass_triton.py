@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.block_segments import even_block, pad_blocks
 from vidattn.kernels.block_sparse_triton import (
     LOG2E,
     architecture_of,
+    block_sparse_attention,
     by_slot,
     check,
     launch,
@@ -49,6 +51,46 @@ def block_mass(
     """
     check(q, scale)
     return _block_mass(q, k, lse, order, block, float(scale), key_mask)
+
+
+def dense_mass(
+    q: Tensor,
+    k: Tensor,
+    order: Tensor,
+    block: int,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The result of ``block_mass.dense_mass``, by two Triton kernels.
+
+    Args:
+        q: (B, H, S, D).
+        k: (B, K, S, D), H a multiple of K.
+        order: (N,) int32, token in each slot, -1 for an empty slot.
+        block: slots to a block.
+        scale: factor of the scores.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+
+    Returns:
+        (B, H, nb, nb) float32, query block by key block; (B, H, S) float32, -inf for no keys.
+
+    Raises:
+        ValueError: something the kernels cannot do.
+    """
+    blocks = torch.arange(order.numel() // block, device=order.device)
+    nb = blocks.numel()
+    lists = BlockLists(
+        batch=1,
+        heads=1,
+        row_start=torch.arange(nb + 1, device=order.device) * nb,
+        num_full=torch.full_like(blocks, nb).int(),
+        key_block=blocks.int().repeat(nb),
+    )
+    # only the log-sum-exp is wanted: the keys stand in for the values
+    options = {"scale": scale, "key_mask": key_mask}
+    _, lse = block_sparse_attention(q, k, k, order, block, lists, **options)
+    return block_mass(q, k, lse, order, block, **options), lse
 
 
 @torch.library.custom_op("vidattn::block_mass_triton", mutates_args=())

@@ -156,7 +156,7 @@ def select_mass(scores: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(keep).scatter_(-1, index, keep)
 
 
-def select_share(scores: Tensor, tokens: Tensor, share: float) -> Tensor:
+def select_share(scores: Tensor, tokens: Tensor, share: float | Tensor) -> Tensor:
     """The best entries of every row whose tokens come nearest to a share of all, as bool.
 
     Every row has at least one, and a full share takes all.
@@ -164,14 +164,14 @@ def select_share(scores: Tensor, tokens: Tensor, share: float) -> Tensor:
     Args:
         scores: (..., nb), -inf for an entry that is worth nothing.
         tokens: (..., nb) tokens of each entry, broadcast to ``scores``.
-        share: share of the tokens, above 0 and at most 1.
+        share: share of the tokens, above 0 and at most 1; a tensor broadcasts to ``scores``.
 
     Raises:
         ValueError: a share outside that range.
     """
-    if not 0 < share <= 1:
+    if not torch.is_tensor(share) and not 0 < share <= 1:
         raise ValueError(f"share is {share}; it must be above 0 and at most 1")
-    index = scores.argsort(dim=-1, descending=True)
+    index = scores.argsort(dim=-1, descending=True, stable=True)
     ranked = tokens.expand_as(scores).gather(-1, index)
     middle = ranked.cumsum(-1) - ranked / 2
     keep = middle <= share * tokens.sum(-1, keepdim=True)

@@ -2,7 +2,8 @@
 
 Radial and neighborhood plans for 118,800 and 1,000,000 tokens, each in a process of its own so that
 the memory is its own too; then the pairs that radial attention visits as a video gets longer, with
-the exponent of their growth. Writes planning.json and planning.md.
+the exponent of their growth; then what methods that read content spend on searching, as a share of
+dense attention over a generation. Writes planning.json and planning.md.
 """
 
 import argparse
@@ -12,13 +13,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from vidattn.commands.draw import smooth_content
+from vidattn.content import ContentMethod
 from vidattn.grid import Grid
 from vidattn.measure import hardware
+from vidattn.methods import create_method, list_methods, method_class
 from vidattn.methods import plan as plan_of
 
 # HunyuanVideo at 129x720x1280, and a round million
@@ -34,6 +40,8 @@ METHODS = {
 LIMITS = {118_800: (1.0, 64.0), 1_000_000: (10.0, 1024.0)}
 FRAMES = ((16, 16), (32, 32))
 LENGTHS = tuple(2**i for i in range(12, 18))
+# one head of a generation: tokens, steps, and the share of dense attention that searches may take
+SEARCHED, NUM_STEPS, HEAD_DIM, MOST = (16, 32, 64), 50, 64, 0.05
 NOTES = """\
 Time is the median of {rounds} plans, after one that is not counted, for each the lesser of wall
 clock and CPU time. Held is the memory of the plan; peak is what the process needed at most while
@@ -46,6 +54,15 @@ every doubling adds the same number of keys to a query: that is N log N. Few fra
 whole, so the exponent, fitted over the whole range, is larger the larger the frames.
 
 {growth}
+
+## Searching
+
+Methods that read content, with their defaults, on one head of {tokens:,} tokens and {dim}
+dimensions in float32, on one thread. A generation of {steps} steps, none of them dense, searches as
+often as the method says; overhead is the time of these searches over that of dense attention,
+{dense_s:.2f} s a step. A later search may take something over from the one before.
+
+{searches}
 """
 
 
@@ -54,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="plans that are timed")
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
+    parser.add_argument("--method", action="append", help="search with this method alone")
     parser.add_argument("--one", nargs=2, metavar=("PLAN", "GRID"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -67,6 +85,7 @@ def main() -> None:
         "plans": plans,
         "growth": [growth(frame) for frame in FRAMES],
         "n_log_n_exponent": exponent([(n, n * math.log2(n)) for n in LENGTHS]),
+        "searches": searches(args.method or content_methods(), args.rounds),
     }
     text = to_markdown(report)
     print(text)
@@ -77,6 +96,9 @@ def main() -> None:
     for row in plans:
         if not row["within_limits"]:
             sys.exit(f"{row['plan']} on {row['tokens']:,} tokens is over its limit")
+    for row in report["searches"]["rows"]:
+        if row["overhead"] > MOST:
+            sys.exit(f"{row['method']} searches for {row['overhead']:.1%} of dense attention")
 
 
 def in_own_process(label: str, grid: Sequence[int], rounds: int) -> dict:
@@ -145,6 +167,55 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     return statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points)))[0]
 
 
+def content_methods() -> list[str]:
+    """The methods that read content."""
+    return [name for name in list_methods() if method_class(name).reads_content]
+
+
+def searches(names: Sequence[str], rounds: int) -> dict:
+    """What searching takes, and what dense attention does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    grid = Grid(*SEARCHED)
+    q = smooth_content(grid, HEAD_DIM)
+    dense_s = thread_seconds(lambda: F.scaled_dot_product_attention(q, q, q), rounds)
+    rows = [search(name, grid, q, dense_s, rounds) for name in names]
+    torch.set_num_threads(threads)
+    return {"tokens": grid.num_tokens, "steps": NUM_STEPS, "dense_s": dense_s, "rows": rows}
+
+
+def search(name: str, grid: Grid, q: Tensor, dense_s: float, rounds: int) -> dict:
+    """The time of a first and a later search, and of all those of a generation."""
+    method, found = create_method(name), []
+    # its blocks are laid out once
+    method.layout(grid, q.device)
+    first_s = thread_seconds(lambda: found.append(method.plan(grid, q, q)), rounds)
+    later_s = thread_seconds(lambda: method.plan(grid, q, q, last=found[-1]), rounds)
+    count = len(search_steps(method, NUM_STEPS))
+    overhead = (first_s + (count - 1) * later_s) / (NUM_STEPS * dense_s)
+    row = {"method": name, "density": found[-1].density, "num_searches": count}
+    return row | {"first_s": first_s, "later_s": later_s, "overhead": overhead}
+
+
+def search_steps(method: ContentMethod, num_steps: int) -> list[int]:
+    """The steps at which a method plans anew."""
+    steps = [0]
+    for step in range(1, num_steps):
+        if not method.keeps(steps[-1], step, num_steps):
+            steps.append(step)
+    return steps
+
+
+def thread_seconds(function: Callable[[], object], rounds: int) -> float:
+    """Median time that this thread computes; other programs do not count."""
+    seconds = []
+    for _ in range(rounds):
+        begin = time.thread_time()
+        function()
+        seconds.append(time.thread_time() - begin)
+    return statistics.median(seconds)
+
+
 def to_markdown(report: dict) -> str:
     """The tables, with the machine above."""
     machine = report["hardware"]
@@ -160,7 +231,24 @@ def to_markdown(report: dict) -> str:
         lines.append([row["plan"], f"{row['tokens']:,}", *figures, *counts])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     grown = "\n\n".join(growth_table(x, report["n_log_n_exponent"]) for x in report["growth"])
-    return f"{head}\n{table}\n\n{NOTES.format(rounds=report['rounds'], growth=grown)}"
+    found = report["searches"]
+    facts = {"tokens": found["tokens"], "steps": found["steps"], "dense_s": found["dense_s"]}
+    facts |= {"rounds": report["rounds"], "dim": HEAD_DIM, "searches": search_table(found["rows"])}
+    return f"{head}\n{table}\n\n{NOTES.format(growth=grown, **facts)}"
+
+
+def search_table(rows: Sequence[dict]) -> str:
+    """The table of the methods that read content."""
+    lines = [
+        "| method | density | searches | first s | later s | overhead |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {row['density']:.4f} | {row['num_searches']} | "
+            f"{row['first_s']:.3f} | {row['later_s']:.3f} | {row['overhead']:.2%} |"
+        )
+    return "\n".join(lines)
 
 
 def growth_table(growth: dict, n_log_n: float) -> str:

@@ -3,17 +3,28 @@
 import torch
 from torch import Tensor
 
+from vidattn.content import Content
 from vidattn.grid import Grid, Layout
+from vidattn.head_plan import HeadPlan
+from vidattn.plan import Plan
 
 
-def coherent(grid: Grid, *, batch: int = 2, heads: int = 3, dim: int = 16, noise: float = 0.3):
+def coherent(
+    grid: Grid,
+    *,
+    batch: int = 2,
+    heads: int = 3,
+    dim: int = 16,
+    noise: float = 0.3,
+    waves: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (B, H, S, D) that vary smoothly over the video, so that near tokens are alike."""
     places = grid.coords().float() / torch.tensor(grid.size)
     tensors = []
     for gain in (3.0, 3.0, 1.0):
-        waves = torch.randn(batch, heads, 3, dim) * 2
+        bend = torch.randn(batch, heads, 3, dim) * waves
         phase = torch.rand(batch, heads, 1, dim) * 6.3
-        smooth = torch.cos(places @ waves + phase)
+        smooth = torch.cos(places @ bend + phase)
         tensors.append(gain * smooth + noise * torch.randn_like(smooth))
     # queries look for keys like them
     q, k, v = tensors
@@ -33,3 +44,42 @@ def dense_weights(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None = 
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
     return scores.softmax(-1)
+
+
+def recall_of(plan: Plan | HeadPlan, weights: Tensor) -> float:
+    """The share of dense attention from and to the video that a plan keeps."""
+    grid = plan.grid
+    video = slice(grid.video_start, grid.video_start + grid.num_video_tokens)
+    between = weights[..., video, video]
+    return ((between * plan.mask()[..., video, video]).sum() / between.sum()).item()
+
+
+def peer_scores(content: Content) -> Tensor:
+    """(B, H, nv, nv) scores as others pool them: empty slots count as zeros, blocks all alike."""
+    layout, means = content.layout, []
+    for x in (content.q, content.k):
+        slots = layout.order[: content.num_blocks * layout.block].long()
+        blocks = x[:, :, slots.clamp_min(0)] * (slots >= 0)[:, None]
+        means.append(blocks.unflatten(2, (-1, layout.block)).mean(3))
+    return content.scale * means[0] @ means[1].mT
+
+
+def by_tokens(scores: list[float], tokens: list[int], share: float) -> set[int]:
+    """The best entries whose tokens come nearest to a share of all, slowly."""
+    ranked = sorted(range(len(scores)), key=lambda j: -scores[j])
+    best, chosen, total = None, [], 0
+    for j in ranked:
+        chosen.append(j)
+        total += tokens[j]
+        miss = abs(total - share * sum(tokens))
+        # of two at the same distance the larger
+        if best is None or miss <= best[0]:
+            best = (miss, set(chosen))
+    return best[1]
+
+
+def rows_of(plan: Plan) -> Tensor:
+    """(B, H, nv, nv) bool, the blocks of the video that a plan lists."""
+    layout, nv = plan.layout, plan.layout.num_video_blocks
+    first = layout.order.view(-1, layout.block)[:nv, 0].long()
+    return plan.mask()[:, :, first][..., first]

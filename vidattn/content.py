@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from vidattn.grid import Grid, Layout, Size, fit_tile, tile_layout
 from vidattn.head_plan import HeadPlan
+from vidattn.kernels import block_mass, block_mass_triton, block_sparse_triton
 from vidattn.kernels.pooled_scores import block_deviations, block_means
 from vidattn.method import Method, as_size
 from vidattn.plan import Plan
@@ -147,7 +149,34 @@ class Content:
         spread = (queries @ self.keys.mT).abs() + (self.queries @ keys.mT).abs()
         return (self.queries @ self.keys.mT).abs() > spread
 
-    def plan(self, blocks: Tensor, memory: tuple[Tensor, ...] = ()) -> Plan:
+    def mass(self, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The attention that every block really gives every other, in a pass over all pairs.
+
+        Args:
+            lse: (B, H, S) log-sum-exp of the scaled scores, from an earlier step; that of these
+                queries and keys where none is given, for half a pass more.
+
+        Returns:
+            (B, H, nv, nb) float32, sums over the queries of a block; (B, H, S) the log-sum-exp.
+        """
+        device, engine = self.q.device.type, block_mass
+        if self.q.is_cuda and self.q.dtype != torch.float64:
+            engine = block_mass_triton if block_sparse_triton.is_available(device) else block_mass
+        given = (self.layout.order, self.layout.block)
+        options = {"scale": self.scale, "key_mask": self.key_mask}
+        if lse is None:
+            mass, lse = engine.dense_mass(self.q, self.k, *given, **options)
+        else:
+            mass = engine.block_mass(self.q, self.k, lse, *given, **options)
+        return mass[:, :, : self.num_blocks], lse
+
+    def plan(
+        self,
+        blocks: Tensor,
+        *,
+        shares: Tensor | None = None,
+        memory: tuple[Tensor, ...] = (),
+    ) -> Plan:
         """The plan that reads some blocks of the video, rectified where the method is.
 
         Rectified SpaAttn (Liu et al.): blocks that are not read though their means speak for them
@@ -156,11 +185,14 @@ class Content:
 
         Args:
             blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block.
+            shares: (B, H, nv, nv) of attention from block to block, where the method knows better
+                than ``shares`` of this.
             memory: what the next plan for this place starts from (see ``Plan``).
         """
         if not self.rectify:
             return Plan.from_blocks(self.grid, self.layout, blocks, memory=memory)
-        rest = self.shares.masked_fill(blocks | ~self.is_coherent, 0)
+        shares = self.shares if shares is None else shares
+        rest = shares.masked_fill(blocks | ~self.is_coherent, 0)
         beside = self.layout.num_blocks - self.num_blocks
         gain = F.pad(1 - rest.sum(-1), (0, beside), value=1.0)
         rest = F.pad(rest, (0, beside, 0, beside))
@@ -177,7 +209,8 @@ class ContentMethod(Method):
 
     Args:
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves.
+        every: denoising steps that one plan serves, as a count or a fraction of them all; a
+            fraction is 1 step where nobody knows how many there are.
         rectify: add an estimate of what is not read to the output.
 
     Raises:
@@ -187,16 +220,19 @@ class ContentMethod(Method):
     reads_content: ClassVar[bool] = True
 
     tile: Size | None = None
-    every: int = 1
+    every: int | float = 1
     rectify: bool = False
 
     def __post_init__(self):
         if self.tile is not None:
             as_size("tile", self.tile)
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+        count = isinstance(self.every, int) and not isinstance(self.every, bool)
+        if not (
+            self.every >= 1 if count else isinstance(self.every, float) and 0 < self.every <= 1
+        ):
             raise ValueError(
-                f"every must be a number of steps, at least 1, got {self.every!r}: 1 plans anew at "
-                "every step"
+                "every must be a number of steps of at least 1, or a fraction of them above 0.0 "
+                f"and at most 1.0, got {self.every!r}: 1 plans anew at every step"
             )
 
     @abstractmethod
@@ -247,7 +283,11 @@ class ContentMethod(Method):
 
     def keeps(self, made: int, now: int, num_steps: int | None) -> bool:
         """Whether fewer than ``every`` steps have gone by."""
-        return now < made + self.every
+        steps = self.every
+        if isinstance(steps, float):
+            # 0.4 * 50 and its like must not be rounded up to one more
+            steps = math.ceil(steps * (num_steps or 0) - 1e-9) or 1
+        return now < made + steps
 
 
 @lru_cache(maxsize=32)

@@ -9,7 +9,7 @@ from tests.kernels.attention_cases import TOLERANCE, random_inputs, relative_rms
 from tests.kernels.triton_interpreter import interpreted  # noqa: F401
 from vidattn.grid import Grid, tile_layout
 from vidattn.kernels import block_mass_triton
-from vidattn.kernels.block_mass import block_mass
+from vidattn.kernels.block_mass import block_mass, dense_mass
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -41,6 +41,20 @@ def test_operator_keeps_its_promises():
     given = (q, k, q[..., 0].contiguous(), layout.order, layout.block, 0.3, None)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.vidattn.block_mass_triton, given, test_utils=tests)
+
+
+def test_it_finds_the_sums_of_dense_attention(monkeypatch):
+    small = block_mass_triton.Tile(rows=16, columns=32, warps=1, stages=1)
+    monkeypatch.setattr(block_mass_triton, "tile", lambda *_: small)
+    grid = Grid(2, 5, 3, text=3)
+    layout = tile_layout(grid, (2, 4, 4))
+    q, k, *_ = random_inputs(grid, heads=2, key_heads=1, head_dim=24)
+    key_mask = torch.rand(2, grid.num_tokens) < 0.7
+    given, options = (q, k, layout.order, layout.block), {"scale": 0.3, "key_mask": key_mask}
+    for actual, expected in zip(
+        block_mass_triton.dense_mass(*given, **options), dense_mass(*given, **options)
+    ):
+        assert relative_rms(actual, expected) < TOLERANCE[torch.float32]
 
 
 def test_meta_tensors_give_shapes():

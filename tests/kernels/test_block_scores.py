@@ -58,6 +58,21 @@ def test_block_mass_sums_the_weights_of_every_pair(dtype, budget, monkeypatch):
     assert cases.relative_rms(mass, exact_mass(q, k, lse, key_mask, 0.3)) < 1e-5
 
 
+@pytest.mark.parametrize("budget", [1, 1 << 30])
+def test_dense_mass_finds_the_sums_itself(budget, monkeypatch):
+    monkeypatch.setattr(masses, "BUDGET", budget)
+    q, k, key_mask = inputs()
+    key_mask[0] = False
+    given = (LAYOUT.order, LAYOUT.block)
+    mass, lse = masses.dense_mass(q, k, *given, scale=0.3, key_mask=key_mask)
+    scores = 0.3 * q.double() @ k.double().repeat_interleave(2, 1).mT
+    expected = scores.masked_fill(~key_mask[:, None, None], -math.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-5)
+    # a query without keys has no mass
+    assert not mass[0].any()
+    assert cases.relative_rms(mass[1:], exact_mass(q, k, expected, key_mask, 0.3)[1:]) < 1e-5
+
+
 def test_block_mass_of_dense_attention_counts_the_queries():
     q, k, _ = inputs()
     scores = 0.3 * q @ k.repeat_interleave(2, 1).mT

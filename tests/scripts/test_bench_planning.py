@@ -64,6 +64,8 @@ def test_radial_grows_like_n_log_n(monkeypatch):
 def test_the_program_writes_both_files(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "GRIDS", ((2, 16, 16),))
     monkeypatch.setattr(bench, "METHODS", {"radial": ("radial", {})})
+    monkeypatch.setattr(bench, "SEARCHED", (2, 16, 16))
+    monkeypatch.setattr(bench, "MOST", math.inf)
     monkeypatch.setattr(bench, "in_own_process", bench.measure)
     monkeypatch.setattr(bench, "LENGTHS", (4096, 8192))
     monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "1", "--out", str(tmp_path)])
@@ -74,7 +76,26 @@ def test_the_program_writes_both_files(monkeypatch, tmp_path, capsys):
     assert report["plans"][0]["tokens"] == 512 and report["hardware"]["cpu"]
     text = (tmp_path / "planning.md").read_text()
     assert text in capsys.readouterr().out
-    assert "| radial | 512 |" in text and f"N^{report['growth'][1]['exponent']:.2f};" in text
+    assert [row["method"] for row in report["searches"]["rows"]] == bench.content_methods()
+    assert "| radial | 512 |" in text and "| topk | 0." in text
+    assert f"N^{report['growth'][1]['exponent']:.2f};" in text
+    monkeypatch.setattr(bench, "MOST", 0.0)
+    with pytest.raises(SystemExit, match="adaspa searches for"):
+        bench.main()
     monkeypatch.setattr(bench, "is_within", lambda row: False)
     with pytest.raises(SystemExit, match="radial on 512 tokens is over its limit"):
         bench.main()
+
+
+def test_the_searches_of_a_generation_are_counted(monkeypatch):
+    method = bench.create_method("topk", every=20)
+    assert bench.search_steps(method, 50) == [0, 20, 40]
+    clock = iter([1.0, 2.0, 4.0])
+    monkeypatch.setattr(bench, "thread_seconds", lambda function, rounds: function() or next(clock))
+    grid = Grid(2, 8, 8)
+    q = bench.smooth_content(grid, 16)
+    monkeypatch.setattr(bench, "create_method", lambda name: method)
+    assert next(clock) == 1.0
+    row = bench.search("topk", grid, q, dense_s=10.0, rounds=1)
+    # one of 2 seconds, two of 4
+    assert row["num_searches"] == 3 and row["overhead"] == pytest.approx(10 / 500)

@@ -1,0 +1,76 @@
+"""Top-k attention against a loop over its definition, and against the formula of others."""
+
+import math
+
+import pytest
+
+from tests.content_cases import (
+    by_tokens,
+    coherent,
+    dense_weights,
+    peer_scores,
+    recall_of,
+    rows_of,
+    tokens_of,
+)
+from vidattn.content import Content, tiles
+from vidattn.grid import Grid
+from vidattn.kernels.pooled_scores import select_share
+from vidattn.methods.topk import TopK
+
+GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
+TILE = (2, 4, 4)
+
+
+def shares_of_row(q, k, layout, nv, b, h, i):
+    """What a query block gives the key blocks by their means, and their sizes, slowly."""
+    blocks = [tokens_of(layout, j) for j in range(nv)]
+    query = q[b, h, blocks[i]].double().mean(0)
+    keys = [k[b, h, tokens].double().mean(0) for tokens in blocks]
+    weights = [len(x) * math.exp(0.25 * float(query @ key)) for x, key in zip(blocks, keys)]
+    return weights, [len(x) for x in blocks]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("options", [{"density": 0.3}, {"mass": 0.7}], ids=str)
+def test_rows_hold_the_best_blocks(grid, options):
+    q, k, _ = coherent(grid)
+    plan = TopK(tile=TILE, **options).plan(grid, q, k)
+    rows, nv = rows_of(plan), plan.layout.num_video_blocks
+    for b in range(2):
+        for h in range(3):
+            for i in range(nv):
+                weights, sizes = shares_of_row(q, k, plan.layout, nv, b, h, i)
+                if "density" in options:
+                    expected = by_tokens(weights, sizes, 0.3)
+                else:
+                    expected, total = set(), 0.0
+                    for j in sorted(range(nv), key=lambda j: -weights[j]):
+                        if total >= 0.7 * sum(weights):
+                            break
+                        expected.add(j)
+                        total += weights[j]
+                assert set(rows[b, h, i].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("density", [0.2, 0.4])
+def test_recall_is_that_of_others_or_more(density):
+    grid = Grid(5, 9, 10)
+    q, k, _ = coherent(grid, batch=1, heads=4)
+    # a mean of keys that no softmax sees
+    k = k + 2
+    weights = dense_weights(q, k, 0.25)
+    layout = tiles(grid, (2, 4, 4), q.device)
+    content = Content(grid, layout, q, k, 0.25)
+    theirs = content.plan(select_share(peer_scores(content), content.tokens, density))
+    ours = TopK(density=density, tile=(2, 4, 4)).plan(grid, q, k)
+    assert abs(ours.density - theirs.density) < 0.02
+    assert recall_of(ours, weights) > recall_of(theirs, weights) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"density": 0.0}, "density must be"), ({"mass": 1.5}, "mass must be")]
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TopK(**options)

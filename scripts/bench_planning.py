@@ -168,8 +168,8 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def content_methods() -> list[str]:
-    """The methods that read content."""
-    return [name for name in list_methods() if method_class(name).reads_content]
+    """The methods that read content, but for those that may read a file instead."""
+    return [name for name in list_methods() if issubclass(method_class(name), ContentMethod)]
 
 
 def searches(names: Sequence[str], rounds: int) -> dict:

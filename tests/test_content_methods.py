@@ -1,4 +1,4 @@
-"""Every method that reads content by the same rules; a new file is tested as it is."""
+"""Every ContentMethod by the same rules; a new file is tested as it is."""
 
 import dataclasses
 
@@ -7,10 +7,11 @@ import torch
 
 from tests.content_cases import coherent, dense_weights
 from vidattn.attention import attend
+from vidattn.content import ContentMethod
 from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods, method_class
 
-NAMES = [name for name in list_methods() if method_class(name).reads_content]
+NAMES = [name for name in list_methods() if issubclass(method_class(name), ContentMethod)]
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
 
 

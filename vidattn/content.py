@@ -226,10 +226,8 @@ class ContentMethod(Method):
     def __post_init__(self):
         if self.tile is not None:
             as_size("tile", self.tile)
-        count = isinstance(self.every, int) and not isinstance(self.every, bool)
-        if not (
-            self.every >= 1 if count else isinstance(self.every, float) and 0 < self.every <= 1
-        ):
+        share = isinstance(self.every, float) and 0 < self.every <= 1
+        if not (share or type(self.every) is int and self.every >= 1):
             raise ValueError(
                 "every must be a number of steps of at least 1, or a fraction of them above 0.0 "
                 f"and at most 1.0, got {self.every!r}: 1 plans anew at every step"

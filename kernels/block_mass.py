@@ -85,7 +85,8 @@ def _mass(
     queries = slots.fill(q).view(B * H, nb, block, D)
     keys = slots.fill(k).view(B * k.shape[1], nb * block, D)
     dense = lse is None
-    lse = q.new_empty(B, H, S) if dense else lse
+    # a query without keys has no mass
+    lse = q.new_zeros(B, H, S) if dense else lse.masked_fill(lse == -torch.inf, torch.inf)
     loss = slots.fill(lse[..., None].to(dtype)).view(B * H, nb, block, 1)
     live = (order >= 0).view(nb, block, 1)
     mass = q.new_empty(B * H, nb, nb, dtype=torch.float32)
@@ -99,18 +100,15 @@ def _mass(
             scores = scores.view(-1, block, nb * block)
             if hidden is not None:
                 scores.masked_fill_(hidden, HIDDEN)
+            top = scores.amax(-1, keepdim=True) if dense else loss[head, rows]
+            weights = scores.sub_(top).exp_().view(-1, block, nb, block).sum(-1)
             if dense:
-                loss[head, rows] = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(loss[head, rows]).exp_().view(-1, block, nb, block).sum(-1)
-            if dense:
-                total = weights.sum(-1, keepdim=True)
-                # a query without keys has no mass
-                weights /= total.masked_fill(loss[head, rows] <= HIDDEN, torch.inf)
-                loss[head, rows] += total.log()
+                total = weights.sum(-1, keepdim=True).masked_fill_(top <= HIDDEN, torch.inf)
+                weights /= total
+                loss[head, rows] = top + total.log()
             mass[head, rows] = weights.masked_fill_(~live[rows], 0).sum(1)
     lse = slots.read(loss.view(-1, block, 1), q)[..., 0]
-    lse = lse.masked_fill(lse <= HIDDEN, -torch.inf)
-    return mass.view(B, H, nb, nb), lse
+    return mass.view(B, H, nb, nb), lse.masked_fill(lse == torch.inf, -torch.inf)
 
 
 def _sample(slots: Slots, head: int, num_heads: int) -> int:

@@ -280,6 +280,8 @@ def _layer_reports(site: Site) -> list[LayerReport]:
                 for parts, calls in tally.parts.items()
             },
             density=tally.density_sum / tally.num_sparse if tally.num_sparse else None,
+            num_searches=site.plans.searches[layer.index].num,
+            recall=site.plans.searches[layer.index].recall,
             attention_ms=tally.watch.read_ms(),
         )
         for layer, tally in zip(site.layers, site.tallies)

@@ -6,19 +6,24 @@ Letters: B batch, H heads, S tokens, D head dim.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 
 import torch
 from torch import Tensor
 
-from vidattn.grid import Grid
+from vidattn.fidelity import recall
+from vidattn.grid import Grid, sample
 from vidattn.head_plan import HeadPlan, join, select_heads
-from vidattn.pipelines.record import Pass
+from vidattn.pipelines.record import Pass, Searches
 from vidattn.pipelines.sequence import Call
 from vidattn.pipelines.settings import Settings
 from vidattn.plan import Plan
 from vidattn.schedule import Part
 
 Parts = tuple[Part, ...]
+
+# queries that tell how much attention a plan keeps: a thousandth of them all in a long video
+NUM_SAMPLES = 32
 
 
 class Plans:
@@ -33,6 +38,8 @@ class Plans:
         # plans that serve or start off later ones, with the step they were made at, by thread,
         # layer, turn, grid, heads and part
         self._kept: dict[tuple, tuple[int, Plan | HeadPlan]] = {}
+        # by layer
+        self.searches: dict[int, Searches] = defaultdict(Searches)
 
     def plan(
         self, parts: Parts, layer: int, current: Pass, call: Call, q: Tensor, k: Tensor
@@ -74,6 +81,9 @@ class Plans:
         with self._settings.watch.span(q.device), torch.no_grad():
             plan = method.plan(grid, q, k, scale=call.scale, key_mask=keys, last=last)
             plan = plan.to(q.device)
+            some = grid.video_start + sample(grid.num_video_tokens, NUM_SAMPLES).to(q.device)
+            kept = recall(q, k, plan, some, scale=call.scale, key_mask=keys)
+            self.searches[layer].add(step, kept)
         if plan.memory or method.keeps(step, step + 1, num_steps):
             self._kept[key] = step, plan
         return plan

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from vidattn.grid import Size
 from vidattn.pipelines.stopwatch import Stopwatch
@@ -57,3 +58,27 @@ class Tally:
             self.num_sparse += 1
             self.density_sum += density
             self.parts[parts] += 1
+
+
+@dataclass
+class Searches:
+    """How often one layer's plans were read from content in one generation."""
+
+    num: int = 0
+    # the latest step with a search, and (B, H) of each of its searches: the share of attention kept
+    step: int = -1
+    recalls: list[Tensor] = field(default_factory=list)
+
+    @property
+    def recall(self) -> float | None:
+        """Share of dense attention that the plans of the latest searches keep, None without."""
+        if not self.recalls:
+            return None
+        return torch.cat([x.flatten() for x in self.recalls]).mean().item()
+
+    def add(self, step: int, recall: Tensor) -> None:
+        """Count a search."""
+        if step != self.step:
+            self.step, self.recalls = step, []
+        self.num += 1
+        self.recalls.append(recall)

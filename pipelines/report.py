@@ -6,6 +6,9 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
+HEAD = ("layer", "sparse", "dense", "density", "searches", "recall", "ms per call", "methods")
+SEARCHES = HEAD.index("searches")
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -17,6 +20,9 @@ class LayerReport:
         num_dense: calls that ran dense, by reason.
         methods: sparse calls by what the heads followed in them.
         density: kept pairs over all pairs of video tokens, mean of the sparse calls; None without.
+        num_searches: plans that were read from content; the other sparse calls used them again.
+        recall: share of dense attention that the plans of the last searches kept when they were
+            made, mean over heads and sampled queries; None without a search.
         attention_ms: time of all its calls, sparse and dense.
     """
 
@@ -25,6 +31,8 @@ class LayerReport:
     num_dense: dict[str, int]
     methods: dict[str, int]
     density: float | None
+    num_searches: int
+    recall: float | None
     attention_ms: float
 
 
@@ -87,12 +95,14 @@ class Report:
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
 
     def __str__(self) -> str:
-        rows = [("layer", "sparse", "dense", "density", "ms per call", "methods")]
+        rows = [HEAD]
         for _, run in itertools.groupby(self.layers, key=_what_it_did):
             rows.append(_row(list(run)))
         if len({methods for layer in self.layers for methods in layer.methods}) < 2:
             # the head of the table says it
             rows = [row[:-1] for row in rows]
+        if not any(layer.num_searches for layer in self.layers):
+            rows = [row[:SEARCHES] + row[SEARCHES + 2 :] for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
         density = "none" if self.density is None else f"{self.density:.3f}"
@@ -115,7 +125,7 @@ class Report:
 
 def _what_it_did(layer: LayerReport) -> tuple:
     dense, methods = (tuple(sorted(x.items())) for x in (layer.num_dense, layer.methods))
-    return layer.num_sparse, dense, methods, layer.density
+    return layer.num_sparse, dense, methods, layer.density, layer.num_searches, layer.recall
 
 
 def _row(run: list[LayerReport]) -> tuple[str, ...]:
@@ -125,8 +135,10 @@ def _row(run: list[LayerReport]) -> tuple[str, ...]:
     why = ", ".join(f"{count} ({reason})" for reason, count in first.num_dense.items())
     calls = sum(layer.num_sparse + sum(layer.num_dense.values()) for layer in run)
     if not calls:
-        return name, "0", "0, never ran", "", "", ""
+        return name, "0", "0, never ran", *[""] * (len(HEAD) - 3)
     each = f"{sum(layer.attention_ms for layer in run) / calls:.2f}"
     density = "" if first.density is None else f"{first.density:.3f}"
+    recall = "" if first.recall is None else f"{first.recall:.3f}"
     methods = ", then ".join(first.methods)
-    return name, str(first.num_sparse), why or "0", density, each, methods
+    sparse, searches = str(first.num_sparse), str(first.num_searches)
+    return name, sparse, why or "0", density, searches, recall, each, methods

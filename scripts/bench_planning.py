@@ -3,7 +3,8 @@
 Radial and neighborhood plans for 118,800 and 1,000,000 tokens, each in a process of its own so that
 the memory is its own too; then the pairs that radial attention visits as a video gets longer, with
 the exponent of their growth; then what methods that read content spend on searching, as a share of
-dense attention over a generation. Writes planning.json and planning.md.
+dense attention over a generation. All on one thread. Writes planning.json and planning.md; with
+--part, the other parts stay as they are there.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +26,12 @@ from vidattn.commands.draw import smooth_content
 from vidattn.content import ContentMethod
 from vidattn.grid import Grid
 from vidattn.measure import hardware
-from vidattn.methods import create_method, list_methods, method_class
+from vidattn.methods import list_methods, method_class, name_of
 from vidattn.methods import plan as plan_of
 
 # HunyuanVideo at 129x720x1280, and a round million
 GRIDS = ((33, 45, 80), (250, 50, 80))
-# labels, with the method and its options
+# names of plans, with the method and its options
 METHODS = {
     "radial": ("radial", {}),
     "radial, density 0.3": ("radial", {"density": 0.3}),
@@ -42,27 +44,35 @@ FRAMES = ((16, 16), (32, 32))
 LENGTHS = tuple(2**i for i in range(12, 18))
 # one head of a generation: tokens, steps, and the share of dense attention that searches may take
 SEARCHED, NUM_STEPS, HEAD_DIM, MOST = (16, 32, 64), 50, 64, 0.05
-NOTES = """\
-Time is the median of {rounds} plans, after one that is not counted, for each the lesser of wall
-clock and CPU time. Held is the memory of the plan; peak is what the process needed at most while
-making it, beyond what it had before.
+# VMoBA cuts the video in three ways, in turn from layer to layer
+LAYERS = range(3)
+PARTS = ("plans", "growth", "searches")
+PLANS = """
+## Plans
 
+CPU time is the median of {rounds} plans, after one that is not counted. Held is the memory of the
+plan; peak is what the process needed at most while making it, beyond what it had before.
+
+{table}
+"""
+GROWTH = """
 ## Growth
 
 Radial with its defaults, as a video of one frame size gets longer. Once all windows have halved,
 every doubling adds the same number of keys to a query: that is N log N. Few frames are read nearly
 whole, so the exponent, fitted over the whole range, is larger the larger the frames.
 
-{growth}
-
-## Searching
+{table}
+"""
+SEARCHES = """
+## Searches
 
 Methods that read content, with their defaults, on one head of {tokens:,} tokens and {dim}
-dimensions in float32, on one thread. A generation of {steps} steps, none of them dense, searches as
-often as the method says; overhead is the time of these searches over that of dense attention,
-{dense_s:.2f} s a step. A later search may take something over from the one before.
+dimensions in float32; medians of {rounds} searches. A generation of {steps} steps, none of them
+dense, searches as often as the method says; overhead is the CPU time of these searches over that of
+dense attention, {dense_s:.2f} s a step. A later search may take something over from the one before.
 
-{searches}
+{table}
 """
 
 
@@ -71,66 +81,78 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="plans that are timed")
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
-    parser.add_argument("--method", action="append", help="search with this method alone")
+    parser.add_argument("--part", action="append", choices=PARTS, help="all by default")
     parser.add_argument("--one", nargs=2, metavar=("PLAN", "GRID"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     if args.one:
-        label, grid = args.one[0], tuple(map(int, args.one[1].split("x")))
-        print(json.dumps(measure(label, grid, args.rounds)))
+        name, grid = args.one[0], tuple(map(int, args.one[1].split("x")))
+        print(json.dumps(measure(name, grid, args.rounds)))
         return
-    plans = [in_own_process(label, grid, args.rounds) for grid in GRIDS for label in METHODS]
-    report = {
-        "hardware": hardware() | {"torch": torch.__version__},
-        "rounds": args.rounds,
-        "plans": plans,
-        "growth": [growth(frame) for frame in FRAMES],
-        "n_log_n_exponent": exponent([(n, n * math.log2(n)) for n in LENGTHS]),
-        "searches": searches(args.method or content_methods(), args.rounds),
+    measured = {
+        "plans": lambda: [in_own_process(x, grid, args.rounds) for grid in GRIDS for x in METHODS],
+        "growth": lambda: [growth(frame) for frame in FRAMES],
+        "searches": lambda: searches(args.rounds),
     }
+    path = args.out / "planning.json"
+    report = json.loads(path.read_text()) if args.part and path.exists() else {}
+    report |= {"hardware": hardware() | {"torch": torch.__version__}, "rounds": args.rounds}
+    report |= {part: measured[part]() for part in args.part or PARTS}
     text = to_markdown(report)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "planning.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "planning.md").write_text(text)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text)
     print(f"wrote {args.out / 'planning'}.json and .md")
-    for row in plans:
+    if excess := over_limit(report):
+        sys.exit(excess)
+
+
+def over_limit(report: dict) -> str | None:
+    """What took more than it may, None where nothing did."""
+    for row in report.get("plans", []):
         if not row["within_limits"]:
-            sys.exit(f"{row['plan']} on {row['tokens']:,} tokens is over its limit")
-    for row in report["searches"]["rows"]:
+            return f"{row['plan']} on {row['tokens']:,} tokens is over its limit"
+    for row in report.get("searches", {}).get("rows", []):
         if row["overhead"] > MOST:
-            sys.exit(f"{row['method']} searches for {row['overhead']:.1%} of dense attention")
+            return f"{row['method']} searches for {row['overhead']:.1%} of dense attention"
+    return None
 
 
-def in_own_process(label: str, grid: Sequence[int], rounds: int) -> dict:
+def in_own_process(name: str, grid: Sequence[int], rounds: int) -> dict:
     """The figures of one plan, measured in a process that makes no other."""
-    words = [sys.executable, __file__, "--one", label, "x".join(map(str, grid))]
+    words = [sys.executable, __file__, "--one", name, "x".join(map(str, grid))]
     done = subprocess.run(
         [*words, "--rounds", str(rounds)], capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 
 
-def measure(label: str, size: Sequence[int], rounds: int) -> dict:
+def measure(name: str, size: Sequence[int], rounds: int) -> dict:
     """Time and memory of making one plan."""
-    grid, (name, options) = Grid(*size), METHODS[label]
+    grid, (method, options) = Grid(*size), METHODS[name]
     # what the first plan of any process loads is not this one's
-    plan_of(name, Grid(2, 8, 8))
+    plan_of(method, Grid(2, 8, 8))
     before = resident_mib("VmRSS")
-    seconds = []
-    for _ in range(rounds + 1):
-        wall, cpu = time.perf_counter(), time.process_time()
-        plan = plan_of(name, grid, **options)
-        # other programs add to the first, further threads to the second
-        seconds.append(min(time.perf_counter() - wall, time.process_time() - cpu))
+    plan = plan_of(method, grid, **options)
+    time_s = cpu_seconds(lambda: plan_of(method, grid, **options), rounds)
     peak = resident_mib("VmHWM") - before
-    begin = time.perf_counter()
     figures = plan.summary()
-    time_s = statistics.median(seconds[1:])
-    row = {"plan": label, "grid": list(size), "tokens": grid.num_tokens, "time_s": time_s}
-    row |= {"summary_s": time.perf_counter() - begin, "held_mib": figures["memory_mib"]}
-    row |= {"peak_mib": peak, "num_blocks": figures["num_blocks"], "density": figures["density"]}
+    row = {"plan": name, "grid": list(size), "tokens": grid.num_tokens, "time_s": time_s}
+    row |= {"held_mib": figures["memory_mib"], "peak_mib": peak}
+    row |= {"num_blocks": figures["num_blocks"], "density": figures["density"]}
     row["within_limits"] = is_within(row)
     return row
+
+
+def cpu_seconds(function: Callable[[], object], rounds: int) -> float:
+    """Median time that this process computes; other programs do not count."""
+    seconds = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        function()
+        seconds.append(time.process_time() - begin)
+    return statistics.median(seconds)
 
 
 def is_within(row: dict) -> bool:
@@ -158,6 +180,7 @@ def growth(frame: tuple[int, int]) -> dict:
         "frame": list(frame),
         "rows": rows,
         "exponent": exponent(points),
+        "n_log_n_exponent": exponent([(n, n * math.log2(n)) for n in LENGTHS]),
         "n_log_frames_exponent": exponent(frames),
     }
 
@@ -167,33 +190,35 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     return statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points)))[0]
 
 
-def content_methods() -> list[str]:
-    """The methods that read content, but for those that may read a file instead."""
-    return [name for name in list_methods() if issubclass(method_class(name), ContentMethod)]
+def content_methods() -> list[ContentMethod]:
+    """The methods that read content, with their defaults."""
+    classes = map(method_class, list_methods())
+    return [cls() for cls in classes if issubclass(cls, ContentMethod)]
 
 
-def searches(names: Sequence[str], rounds: int) -> dict:
+def searches(rounds: int) -> dict:
     """What searching takes, and what dense attention does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     grid = Grid(*SEARCHED)
     q = smooth_content(grid, HEAD_DIM)
-    dense_s = thread_seconds(lambda: F.scaled_dot_product_attention(q, q, q), rounds)
-    rows = [search(name, grid, q, dense_s, rounds) for name in names]
-    torch.set_num_threads(threads)
-    return {"tokens": grid.num_tokens, "steps": NUM_STEPS, "dense_s": dense_s, "rows": rows}
+    dense_s = cpu_seconds(lambda: F.scaled_dot_product_attention(q, q, q), 1)
+    rows = [search(method, grid, q, dense_s, rounds) for method in content_methods()]
+    facts = {"tokens": grid.num_tokens, "steps": NUM_STEPS, "dense_s": dense_s, "rounds": rounds}
+    return facts | {"rows": rows}
 
 
-def search(name: str, grid: Grid, q: Tensor, dense_s: float, rounds: int) -> dict:
+def search(method: ContentMethod, grid: Grid, q: Tensor, dense_s: float, rounds: int) -> dict:
     """The time of a first and a later search, and of all those of a generation."""
-    method, found = create_method(name), []
-    # its blocks are laid out once
-    method.layout(grid, q.device)
-    first_s = thread_seconds(lambda: found.append(method.plan(grid, q, q)), rounds)
-    later_s = thread_seconds(lambda: method.plan(grid, q, q, last=found[-1]), rounds)
+    found = []
+    for layer in dict.fromkeys(map(method.at, LAYERS)):
+        # this also makes what serves all searches on a grid, such as its blocks
+        plan = partial(layer.plan, grid, q, q)
+        last = plan()
+        first, later = (cpu_seconds(x, rounds) for x in (plan, partial(plan, last=last)))
+        found.append((last.density, first, later))
+    density, first_s, later_s = (statistics.mean(x) for x in zip(*found))
     count = len(search_steps(method, NUM_STEPS))
     overhead = (first_s + (count - 1) * later_s) / (NUM_STEPS * dense_s)
-    row = {"method": name, "density": found[-1].density, "num_searches": count}
+    row = {"method": name_of(method), "density": density, "num_searches": count}
     return row | {"first_s": first_s, "later_s": later_s, "overhead": overhead}
 
 
@@ -206,35 +231,34 @@ def search_steps(method: ContentMethod, num_steps: int) -> list[int]:
     return steps
 
 
-def thread_seconds(function: Callable[[], object], rounds: int) -> float:
-    """Median time that this thread computes; other programs do not count."""
-    seconds = []
-    for _ in range(rounds):
-        begin = time.thread_time()
-        function()
-        seconds.append(time.thread_time() - begin)
-    return statistics.median(seconds)
-
-
 def to_markdown(report: dict) -> str:
-    """The tables, with the machine above."""
+    """The tables of the parts there are, with the machine above."""
     machine = report["hardware"]
-    head = (
-        f"# Planning on {machine['num_threads']} threads of {machine['cpu']}\n\n"
+    text = (
+        f"# Planning on one thread of {machine['cpu']}\n\n"
         f"{machine['system']}, torch {machine['torch']}. `python scripts/bench_planning.py`\n"
     )
-    titles = ("plan", "tokens", "time s", "held MiB", "peak MiB", "listed blocks", "density")
-    lines = [titles, ["---"] * len(titles)]
-    for row in report["plans"]:
-        figures = [f"{row['time_s']:.3f}", f"{row['held_mib']:.1f}", f"{row['peak_mib']:.0f}"]
-        counts = [f"{row['num_blocks']:,}", f"{row['density']:.4f}"]
-        lines.append([row["plan"], f"{row['tokens']:,}", *figures, *counts])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    grown = "\n\n".join(growth_table(x, report["n_log_n_exponent"]) for x in report["growth"])
-    found = report["searches"]
-    facts = {"tokens": found["tokens"], "steps": found["steps"], "dense_s": found["dense_s"]}
-    facts |= {"rounds": report["rounds"], "dim": HEAD_DIM, "searches": search_table(found["rows"])}
-    return f"{head}\n{table}\n\n{NOTES.format(growth=grown, **facts)}"
+    if rows := report.get("plans"):
+        text += PLANS.format(rounds=report["rounds"], table=plan_table(rows))
+    if found := report.get("growth"):
+        text += GROWTH.format(table="\n\n".join(map(growth_table, found)))
+    if found := report.get("searches"):
+        text += SEARCHES.format(**found, dim=HEAD_DIM, table=search_table(found["rows"]))
+    return text
+
+
+def plan_table(rows: Sequence[dict]) -> str:
+    """The table of methods that read no content."""
+    lines = [
+        "| plan | tokens | CPU s | held MiB | peak MiB | listed blocks | density |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['plan']} | {row['tokens']:,} | {row['time_s']:.3f} | {row['held_mib']:.1f} | "
+            f"{row['peak_mib']:.0f} | {row['num_blocks']:,} | {row['density']:.4f} |"
+        )
+    return "\n".join(lines)
 
 
 def search_table(rows: Sequence[dict]) -> str:
@@ -251,12 +275,13 @@ def search_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def growth_table(growth: dict, n_log_n: float) -> str:
+def growth_table(growth: dict) -> str:
     """The table of one frame size."""
     lines = [
         "Frames of {}x{} tokens: visited pairs grow as N^{:.2f}; N log N as N^{:.2f}, "
         "N log(frames) as N^{:.2f}, dense attention as N^2.\n".format(
-            *growth["frame"], growth["exponent"], n_log_n, growth["n_log_frames_exponent"]
+            *growth["frame"],
+            *(growth[f"{name}exponent"] for name in ("", "n_log_n_", "n_log_frames_")),
         ),
         "| tokens | frames | visited pairs | keys of a query | added by the doubling | density |",
         "| --- | --- | --- | --- | --- | --- |",

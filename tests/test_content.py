@@ -151,6 +151,10 @@ def test_plans_are_kept_for_some_steps():
     method = Remembering(every=3)
     assert [method.keeps(4, now, None) for now in (5, 6, 7)] == [True, True, False]
     assert not Remembering().keeps(4, 5, 50)
+    method = Remembering(every=0.4)
+    assert method.keeps(10, 29, 50) and not method.keeps(10, 30, 50)
+    # of an unknown number of steps
+    assert not method.keeps(4, 5, None)
 
 
 def test_plans_hold_no_gradients():
@@ -162,7 +166,7 @@ def test_plans_hold_no_gradients():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every must be a number of steps, at least 1, got 0"),
+        ({"every": 0}, "every must be a number of steps of at least 1, or a fraction .*, got 0"),
         ({"every": 1.5}, "every must be a number of steps"),
         ({"tile": (0, 1, 1)}, "tile must be"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vidattn.fidelity import fidelity, visible_keys
+from vidattn.fidelity import fidelity, recall, visible_keys
 from vidattn.grid import Grid, raster_layout, tile_layout
 from vidattn.head_plan import HeadPlan
 from vidattn.methods import plan
@@ -47,6 +47,11 @@ def of_heads(grid):
     return HeadPlan((by_window(grid), per_head(grid, heads=2)), torch.tensor([1, 0, 1]))
 
 
+def of_samples(grid):
+    plans = (by_window(grid), per_head(grid, 1, 1), per_head(grid, 1, 1))
+    return HeadPlan(plans, torch.tensor([[1, 0, 0], [2, 1, 0]]))
+
+
 def expected(q, k, v, made, key_mask):
     """Recall and output error, (B, H) each, by whole masks in float64."""
     k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -81,7 +86,7 @@ def test_visible_keys_are_rows_of_the_mask(make, grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("make", [per_head, by_rule, compensated, sharpened, of_heads])
+@pytest.mark.parametrize("make", [per_head, by_rule, compensated, sharpened, of_heads, of_samples])
 def test_fidelity_is_its_definition(make, grid, monkeypatch):
     # several pieces
     monkeypatch.setattr("vidattn.fidelity.BUDGET", 2 * 3 * grid.num_tokens * 11)
@@ -89,21 +94,27 @@ def test_fidelity_is_its_definition(make, grid, monkeypatch):
     q = torch.randn(2, 3, grid.num_tokens, 8)
     k, v = torch.randn(2, 2, 1, grid.num_tokens, 8).unbind()
     found = fidelity(q, k, v, made, scale=0.7)
-    recall, error = expected(q, k, v, made, None)
-    assert_close(found.recall.double(), recall, rtol=1e-4, atol=1e-6)
+    kept, error = expected(q, k, v, made, None)
+    assert_close(found.recall.double(), kept, rtol=1e-4, atol=1e-6)
+    some = torch.arange(grid.num_tokens)
+    assert_close(recall(q, k, made, some, scale=0.7).double(), kept, rtol=1e-4, atol=1e-6)
     assert_close(found.output_error.double(), error, rtol=1e-4, atol=1e-6)
     assert 0 < found.recall.max() < 0.99
 
 
-def test_masked_keys_do_not_count():
+@pytest.mark.parametrize("make", [per_head, of_samples])
+def test_masked_keys_do_not_count(make):
     grid = Grid(3, 5, 2, text=6)
     q, k, v = torch.randn(3, 2, 3, grid.num_tokens, 8).unbind()
     key_mask = torch.ones(2, grid.num_tokens, dtype=torch.bool)
     key_mask[1, -4:] = False
-    made = per_head(grid)
+    made = make(grid)
     found = fidelity(q, k, v, made, scale=0.7, key_mask=key_mask)
-    recall, error = expected(q, k, v, made, key_mask)
-    assert_close(found.recall.double(), recall, rtol=1e-4, atol=1e-6)
+    kept, error = expected(q, k, v, made, key_mask)
+    assert_close(found.recall.double(), kept, rtol=1e-4, atol=1e-6)
+    some = torch.arange(grid.num_tokens)
+    again = recall(q, k, made, some, scale=0.7, key_mask=key_mask)
+    assert_close(again.double(), kept, rtol=1e-4, atol=1e-6)
     assert_close(found.output_error.double(), error, rtol=1e-4, atol=1e-6)
 
 
@@ -115,4 +126,6 @@ def test_a_sample_looks_at_its_queries_only():
     whole = fidelity(q, k, v, made, queries=torch.arange(8))
     assert_close(whole.recall, torch.ones(1, 1))
     assert_close(whole.output_error, torch.zeros(1, 1), atol=1e-6, rtol=0)
-    assert fidelity(q, k, v, made, queries=torch.arange(8, 16)).recall < 0.99
+    second = fidelity(q, k, v, made, queries=torch.arange(8, 16)).recall
+    assert second < 0.99
+    assert_close(recall(q, k, made, torch.arange(8, 16)), second)

@@ -6,6 +6,7 @@ block, nb blocks, E listed blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,15 +60,63 @@ def fidelity(
     queries = torch.arange(q.shape[2], device=q.device) if queries is None else queries
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
-    plans, heads = [plan], [torch.arange(q.shape[1])]
-    if isinstance(plan, HeadPlan):
-        plans, heads = plan.plans, plan.heads
     recall, error = q.new_empty(2, *q.shape[:2], dtype=torch.float32)
-    for part, which in zip(plans, heads):
-        k_of, v_of = (x[:, which // group].float() for x in (k, v))
-        found = _fidelity(q[:, which].float(), k_of, v_of, part, scale, key_mask, queries)
-        recall[:, which], error[:, which] = found
+    for part, sample, head in _members(plan, q):
+        mask = None if key_mask is None else key_mask[sample].flatten(0, -2)
+        k_of, v_of = (x[sample, head // group].float() for x in (k, v))
+        found = _fidelity(q[sample, head].float(), k_of, v_of, part, scale, mask, queries)
+        recall[sample, head], error[sample, head] = found
     return Fidelity(recall, error)
+
+
+def recall(
+    q: Tensor,
+    k: Tensor,
+    plan: Plan | HeadPlan,
+    queries: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """The ``recall`` of ``fidelity`` alone, cheap enough to be looked at in passing.
+
+    Args:
+        q: (B, H, S, D) in sequence order.
+        k: (B, K, S, D), H a multiple of K.
+        queries: (R,) int64 tokens to look at.
+        scale: factor of the scores; D ** -0.5 by default.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+
+    Returns:
+        (B, H) float32 share of dense attention's mass on the pairs that are read.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    kept = q.new_zeros(q.shape[:2], dtype=torch.float32)
+    step = max(1, BUDGET // (q.shape[0] * q.shape[1] * q.shape[2]))
+    for some in queries.split(step):
+        rows = q[:, :, some].unflatten(1, (-1, group))
+        scores = (scale * rows @ k[:, :, None].mT).flatten(1, 2).float()
+        if key_mask is not None:
+            scores.masked_fill_(~key_mask[:, None, None], -torch.inf)
+        weights = scores.softmax(-1)
+        for part, sample, head in _members(plan, q):
+            read = weights[sample, head] * visible_keys(part, some)
+            kept[sample, head] += read.sum((2, 3))
+    return kept / len(queries)
+
+
+def _members(plan: Plan | HeadPlan, q: Tensor) -> Iterator[tuple[Plan, slice | Tensor, Tensor]]:
+    """Every plan with the samples and the heads that follow it, an index of (B, H, ...)."""
+    if not isinstance(plan, HeadPlan):
+        yield plan, slice(None), torch.arange(q.shape[1], device=q.device)
+        return
+    for part, rows in zip(plan.plans, plan.heads):
+        if plan.by_sample:
+            # each as a sample of one head
+            yield part, rows[:, None] // q.shape[1], rows[:, None] % q.shape[1]
+        else:
+            yield part, slice(None), rows
 
 
 def _fidelity(q, k, v, plan: Plan, scale: float, key_mask, queries: Tensor) -> tuple:

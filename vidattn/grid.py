@@ -198,3 +198,9 @@ def with_text(grid: Grid, video: Tensor, block: int) -> Layout:
     text = torch.arange(grid.text, device=video.device) + grid.text_start
     order = torch.cat([video, _pad(text, block)]).int()
     return Layout(order, block, video.numel() // block)
+
+
+def sample(num_tokens: int, count: int) -> Tensor:
+    """Up to ``count`` places among ``num_tokens``, spread evenly at every scale."""
+    steps = torch.arange(count, dtype=torch.float64) * (5**0.5 - 1) / 2
+    return (steps % 1 * num_tokens).long().unique()

@@ -68,8 +68,10 @@ def test_dense_mass_finds_the_sums_itself(budget, monkeypatch):
     scores = 0.3 * q.double() @ k.double().repeat_interleave(2, 1).mT
     expected = scores.masked_fill(~key_mask[:, None, None], -math.inf).logsumexp(-1)
     torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-5)
-    # a query without keys has no mass
+    # a query without keys has no mass, with sums that are given neither
     assert not mass[0].any()
+    again = masses.block_mass(q, k, lse, *given, scale=0.3, key_mask=key_mask)
+    torch.testing.assert_close(again, mass)
     assert cases.relative_rms(mass[1:], exact_mass(q, k, expected, key_mask, 0.3)[1:]) < 1e-5
 
 

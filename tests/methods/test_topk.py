@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from tests.content_cases import (
     by_tokens,
@@ -13,9 +14,11 @@ from tests.content_cases import (
     rows_of,
     tokens_of,
 )
+from tests.recorded import recorded
 from vidattn.content import Content, tiles
+from vidattn.fidelity import recall
 from vidattn.grid import Grid
-from vidattn.kernels.pooled_scores import select_share
+from vidattn.kernels.pooled_scores import select_count, select_share
 from vidattn.methods.topk import TopK
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
@@ -66,6 +69,24 @@ def test_recall_is_that_of_others_or_more(density):
     ours = TopK(density=density, tile=(2, 4, 4)).plan(grid, q, k)
     assert abs(ours.density - theirs.density) < 0.02
     assert recall_of(ours, weights) > recall_of(theirs, weights) + 0.1
+
+
+@pytest.mark.parametrize("density", [0.15, 0.25, 0.5])
+def test_recall_is_that_of_spargeattn_or_more_on_the_bundled_model(density):
+    for seen in recorded():
+        # means of runs of 128 queries and of 64 keys, without the mean of the keys
+        queries = seen.q.unflatten(2, (-1, 128)).mean(3)
+        keys = (seen.k - seen.k.mean(2, keepdim=True)).unflatten(2, (-1, 64)).mean(3)
+        scores = (seen.scale * queries @ keys.mT).softmax(-1)
+        chosen = select_count(scores, max(1, int(density * keys.shape[2])))
+        some = torch.arange(2, seen.grid.num_tokens, 9)
+        weights = dense_weights(seen.q[:, :, some], seen.k, seen.scale)
+        mass = weights.unflatten(-1, (-1, 64)).sum(-1)
+        theirs = (mass * chosen[:, :, some // 128]).sum(-1).mean()
+        same = chosen.double().mean().item()
+        plan = TopK(density=same).plan(seen.grid, seen.q, seen.k, scale=seen.scale)
+        assert plan.density == pytest.approx(same, abs=0.01)
+        assert recall(seen.q, seen.k, plan, some, scale=seen.scale).mean() > theirs
 
 
 @pytest.mark.parametrize(

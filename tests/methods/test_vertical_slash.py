@@ -8,9 +8,8 @@ import torch
 from tests.content_cases import coherent, dense_weights
 from tests.grids import AWKWARD
 from tests.kernels.attention_cases import relative_rms, results
-from vidattn.grid import Grid
+from vidattn.grid import Grid, sample
 from vidattn.methods import create_method
-from vidattn.methods.vertical_slash import sample
 
 GRIDS = [g for g in AWKWARD if g.num_video_tokens < 150]
 TILE, BLOCK = (1, 1, 2), 2

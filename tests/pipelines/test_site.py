@@ -13,6 +13,7 @@ from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents
 from vidattn.content import ContentMethod
 from vidattn.grid import raster_layout
+from vidattn.measure import recall
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines.site import Site
 
@@ -164,6 +165,33 @@ def test_plans_are_kept_as_long_as_the_method_says():
             case.call(model, timestep=torch.full((2,), step))
     # two passes at the first step and two at the third, each with plans of its own
     assert Rarely.searches == [(0, 2), (1, 2)] * 4
+
+
+@torch.no_grad()
+def test_the_report_says_how_much_the_last_searches_kept(monkeypatch):
+    monkeypatch.setattr("vidattn.pipelines.plans.NUM_SAMPLES", 10**5)
+    model, case, seen = build(WAN), TINY[WAN], []
+    plan = Rarely.plan
+
+    def spy(self, grid, q, k, **given):
+        seen.append((self.layer, q, k, plan(self, grid, q, k, **given)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(Rarely, "plan", spy)
+    with vidattn.patch(model, Rarely(), dense_layers=0) as handle:
+        for step in (900.0, 900.0, 600.0, 600.0, 300.0, 300.0):
+            case.call(model, timestep=torch.full((2,), step))
+    for number, layer in enumerate(handle.report().layers):
+        assert (layer.num_sparse, layer.num_searches) == (6, 4)
+        # both passes of the third step
+        recalls = [recall(q, k, made) for i, q, k, made in seen[-4:] if i == number]
+        assert layer.recall == pytest.approx(sum(recalls) / 2, abs=1e-5) and layer.recall < 0.99
+        assert f"  4         {layer.recall:.3f}  " in str(handle.report())
+    with patch(model) as handle:
+        case.call(model)
+    report = handle.report()
+    assert report.layers[0].num_searches == 0 and report.layers[0].recall is None
+    assert "recall" not in str(report)
 
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from vidattn.content import ContentMethod
 from vidattn.grid import Grid
-from vidattn.methods import plan
+from vidattn.methods import create_method, list_methods, method_class, plan
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -61,41 +63,66 @@ def test_radial_grows_like_n_log_n(monkeypatch):
     assert grown["exponent"] == pytest.approx(grown["n_log_frames_exponent"], abs=0.03)
 
 
-def test_the_program_writes_both_files(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """The program on small grids, given further flags; what it wrote."""
     monkeypatch.setattr(bench, "GRIDS", ((2, 16, 16),))
     monkeypatch.setattr(bench, "METHODS", {"radial": ("radial", {})})
     monkeypatch.setattr(bench, "SEARCHED", (2, 16, 16))
     monkeypatch.setattr(bench, "MOST", math.inf)
     monkeypatch.setattr(bench, "in_own_process", bench.measure)
     monkeypatch.setattr(bench, "LENGTHS", (4096, 8192))
-    monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "1", "--out", str(tmp_path)])
-    bench.main()
-    report = json.loads((tmp_path / "planning.json").read_text())
+    threads = torch.get_num_threads()
+
+    def run(*flags):
+        out = ["--rounds", "1", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["bench", *out, *flags])
+        bench.main()
+        return json.loads((tmp_path / "planning.json").read_text())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_the_program_writes_both_files(run, tmp_path, monkeypatch, capsys):
+    report = run()
     assert [x["frame"] for x in report["growth"]] == [[16, 16], [32, 32]]
     assert [row["tokens"] for row in report["growth"][0]["rows"]] == [4096, 8192]
     assert report["plans"][0]["tokens"] == 512 and report["hardware"]["cpu"]
+    names = [x for x in list_methods() if issubclass(method_class(x), ContentMethod)]
+    assert [row["method"] for row in report["searches"]["rows"]] == names
     text = (tmp_path / "planning.md").read_text()
     assert text in capsys.readouterr().out
-    assert [row["method"] for row in report["searches"]["rows"]] == bench.content_methods()
     assert "| radial | 512 |" in text and "| topk | 0." in text
     assert f"N^{report['growth'][1]['exponent']:.2f};" in text
-    monkeypatch.setattr(bench, "MOST", 0.0)
-    with pytest.raises(SystemExit, match="adaspa searches for"):
-        bench.main()
     monkeypatch.setattr(bench, "is_within", lambda row: False)
     with pytest.raises(SystemExit, match="radial on 512 tokens is over its limit"):
-        bench.main()
+        run("--part", "plans")
+
+
+def test_a_part_leaves_the_others_as_they_are(run, tmp_path, monkeypatch):
+    first = run("--part", "plans")
+    assert "## Plans" in (tmp_path / "planning.md").read_text() and "growth" not in first
+    monkeypatch.setattr(bench, "content_methods", lambda: [create_method("topk")])
+    monkeypatch.setattr(bench, "MOST", 0.0)
+    with pytest.raises(SystemExit, match="topk searches for"):
+        run("--part", "searches")
+    second = json.loads((tmp_path / "planning.json").read_text())
+    assert second["plans"] == first["plans"] and len(second["searches"]["rows"]) == 1
+    text = (tmp_path / "planning.md").read_text()
+    assert "## Plans" in text and "## Searches" in text and "## Growth" not in text
 
 
 def test_the_searches_of_a_generation_are_counted(monkeypatch):
-    method = bench.create_method("topk", every=20)
+    method = create_method("topk", every=20)
     assert bench.search_steps(method, 50) == [0, 20, 40]
-    clock = iter([1.0, 2.0, 4.0])
-    monkeypatch.setattr(bench, "thread_seconds", lambda function, rounds: function() or next(clock))
+    seconds = iter([2.0, 4.0])
+    monkeypatch.setattr(bench, "cpu_seconds", lambda function, rounds: next(seconds))
     grid = Grid(2, 8, 8)
-    q = bench.smooth_content(grid, 16)
-    monkeypatch.setattr(bench, "create_method", lambda name: method)
-    assert next(clock) == 1.0
-    row = bench.search("topk", grid, q, dense_s=10.0, rounds=1)
+    row = bench.search(method, grid, bench.smooth_content(grid, 16), dense_s=10.0, rounds=1)
     # one of 2 seconds, two of 4
     assert row["num_searches"] == 3 and row["overhead"] == pytest.approx(10 / 500)
+    # in every way that layers cut the video
+    seconds = iter([1.0, 4.0, 2.0, 5.0, 3.0, 6.0])
+    row = bench.search(create_method("vmoba"), grid, bench.smooth_content(grid, 16), 10.0, 1)
+    assert (row["first_s"], row["later_s"]) == (2.0, 5.0)

@@ -29,8 +29,7 @@ class AdaSpa(ContentMethod):
         recall: share of its attention that a head has to keep before it gives half its blocks to
             the head that keeps least; none leaves all heads alike.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps from one search to the next, as a count or a fraction of them all; a
-            fraction is 1 step where nobody knows how many there are.
+        every: denoising steps from one search to the next, as a count or a fraction of them all.
         rectify: add an estimate of what is not read to the output.
 
     Raises:

@@ -36,7 +36,7 @@ class Anchor(ContentMethod):
             head. The anchors, which are always kept, may exceed it.
         near: tiles up to this distance on every axis, a (t, h, w) tuple or one number, are anchors.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves.
+        every: denoising steps that one plan serves, as a count or a fraction of them all.
         rectify: add an estimate of what is not read to the output.
 
     Raises:

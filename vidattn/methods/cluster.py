@@ -46,7 +46,7 @@ class Cluster(ContentMethod):
             of the tile when not given.
         tile: tokens along (t, h, w) of the tile that a cluster begins as, so there are as many
             clusters as tiles; 64 or, in a long video, 128 tokens when not given.
-        every: denoising steps that one plan serves.
+        every: denoising steps that one plan serves, as a count or a fraction of them all.
         rectify: add an estimate of what is not read to the output.
 
     Raises:

@@ -35,8 +35,7 @@ class Rectified(ContentMethod):
         near: blocks up to this many tiles away on every axis are read; none for no such rule.
         first_frame: whether the blocks of the first frame read each other.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all; a
-            fraction is 1 step where nobody knows how many there are.
+        every: denoising steps that one plan serves, as a count or a fraction of them all.
         rectify: add an estimate of what is not read to the output.
 
     Raises:

@@ -25,7 +25,7 @@ class TopK(ContentMethod):
         mass: share of the pooled attention to the video that the blocks of a row are to hold, in
             place of a density.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves.
+        every: denoising steps that one plan serves, as a count or a fraction of them all.
         rectify: add an estimate of what is not read to the output.
 
     Raises:

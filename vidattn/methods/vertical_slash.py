@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vidattn.content import Content, ContentMethod, check_share
-from vidattn.grid import Size, with_text
+from vidattn.grid import Size, sample, with_text
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels.pooled_scores import select_until
 from vidattn.plan import Plan
@@ -36,7 +36,7 @@ class VerticalSlash(ContentMethod):
         vertical: share of the density that vertical lines may take at most, 0 for none.
         samples: queries whose attention is looked at.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves.
+        every: denoising steps that one plan serves, as a count or a fraction of them all.
         rectify: add an estimate of what is not read to the output.
 
     Raises:
@@ -168,12 +168,6 @@ def _with_columns(row: Content, blocks: Tensor, columns: Tensor) -> Plan:
     beside = len(columns) // layout.block
     blocks = torch.nn.functional.pad(blocks, (0, beside, 0, beside), value=True)
     return row.on(with_text(row.grid, order, layout.block)).plan(blocks[None, None])
-
-
-def sample(num_tokens: int, count: int) -> Tensor:
-    """Up to ``count`` places among ``num_tokens``, spread evenly at every scale."""
-    steps = torch.arange(count, dtype=torch.float64) * (5**0.5 - 1) / 2
-    return (steps % 1 * num_tokens).long().unique()
 
 
 def attention_of(content: Content, samples: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class VMoBA(ContentMethod):
         granularity: "block" or "query", who chooses.
         chunks: into how many chunks, roughly, the video is cut.
         tile: tokens of one block along (t, h, w); chosen for the chunks when not given.
-        every: denoising steps that one plan serves.
+        every: denoising steps that one plan serves, as a count or a fraction of them all.
         rectify: add an estimate of what is not read to the output.
 
     Raises:

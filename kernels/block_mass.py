@@ -12,8 +12,8 @@ from torch import Tensor
 from vidattn.kernels.block_lists import HIDDEN
 from vidattn.kernels.slots import Slots
 
-# bytes of scores in flight
-BUDGET = 8 << 20
+# bytes of scores in flight, which stay in a cache of the second level, and queries they are of
+BUDGET, ROWS = 1 << 19, 256
 
 
 def block_mass(
@@ -90,18 +90,15 @@ def _mass(
     loss = slots.fill(lse[..., None].to(dtype)).view(B * H, nb, block, 1)
     live = (order >= 0).view(nb, block, 1)
     mass = q.new_empty(B * H, nb, nb, dtype=torch.float32)
-    step = max(1, BUDGET // (nb * block * block * dtype.itemsize))
+    step = max(1, ROWS // block)
     for head in range(B * H):
-        key = keys[head // groups].to(dtype).mT
+        key = keys[head // groups].to(dtype)
         hidden = None if slots.readable is None else ~slots.readable[_sample(slots, head, H)]
         for begin in range(0, nb, step):
             rows = slice(begin, begin + step)
-            scores = (queries[head, rows].to(dtype) * scale).flatten(0, 1) @ key  # (G n, N)
-            scores = scores.view(-1, block, nb * block)
-            if hidden is not None:
-                scores.masked_fill_(hidden, HIDDEN)
-            top = scores.amax(-1, keepdim=True) if dense else loss[head, rows]
-            weights = scores.sub_(top).exp_().view(-1, block, nb, block).sum(-1)
+            query = queries[head, rows].to(dtype) * scale  # (G, n, D)
+            top = None if dense else loss[head, rows]
+            weights, top = _weights(query, key, hidden, top, block)
             if dense:
                 total = weights.sum(-1, keepdim=True).masked_fill_(top <= HIDDEN, torch.inf)
                 weights /= total
@@ -109,6 +106,31 @@ def _mass(
             mass[head, rows] = weights.masked_fill_(~live[rows], 0).sum(1)
     lse = slots.read(loss.view(-1, block, 1), q)[..., 0]
     return mass.view(B, H, nb, nb), lse.masked_fill(lse == torch.inf, -torch.inf)
+
+
+def _weights(
+    query: Tensor, key: Tensor, hidden: Tensor | None, top: Tensor | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """(G, n, nb) sums of exp(score - top) over the keys of each block, and the (G, n, 1) top.
+
+    Args:
+        query: (G, n, D) scaled.
+        key: (N, D).
+        hidden: (N,) bool.
+        top: the largest score of each query where it is not given.
+    """
+    step = max(1, BUDGET // (query[..., 0].numel() * block * key.itemsize)) * block
+    sums, tops = [], []
+    for begin in range(0, len(key), step):
+        scores = query @ key[begin : begin + step].mT
+        if hidden is not None:
+            scores.masked_fill_(hidden[begin : begin + step], HIDDEN)
+        tops.append(scores.amax(-1, keepdim=True) if top is None else top)
+        sums.append(scores.sub_(tops[-1]).exp_().unflatten(-1, (-1, block)).sum(-1))
+    if top is None:
+        top = torch.cat(tops, -1).amax(-1, keepdim=True)
+        sums = [part * (of_part - top).exp_() for part, of_part in zip(sums, tops)]
+    return torch.cat(sums, -1), top
 
 
 def _sample(slots: Slots, head: int, num_heads: int) -> int:

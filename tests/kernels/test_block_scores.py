@@ -52,6 +52,7 @@ def exact_mass(q, k, lse, key_mask, scale):
 @pytest.mark.parametrize("budget", [1, 1 << 30])
 def test_block_mass_sums_the_weights_of_every_pair(dtype, budget, monkeypatch):
     monkeypatch.setattr(masses, "BUDGET", budget)
+    monkeypatch.setattr(masses, "ROWS", 32)
     q, k, key_mask = inputs(dtype)
     lse = torch.randn(2, 4, GRID.num_tokens) + 4
     mass = masses.block_mass(q, k, lse, LAYOUT.order, LAYOUT.block, scale=0.3, key_mask=key_mask)
@@ -61,6 +62,7 @@ def test_block_mass_sums_the_weights_of_every_pair(dtype, budget, monkeypatch):
 @pytest.mark.parametrize("budget", [1, 1 << 30])
 def test_dense_mass_finds_the_sums_itself(budget, monkeypatch):
     monkeypatch.setattr(masses, "BUDGET", budget)
+    monkeypatch.setattr(masses, "ROWS", 32)
     q, k, key_mask = inputs()
     key_mask[0] = False
     given = (LAYOUT.order, LAYOUT.block)

@@ -83,7 +83,8 @@ def test_spreading_keeps_the_density_and_keeps_more():
 
 
 def test_searches_fall_on_the_published_steps():
-    method, made, searches = AdaSpa(), 10, [10]
+    assert AdaSpa().keeps(5, 29, 50) and not AdaSpa().keeps(5, 30, 50)
+    method, made, searches = AdaSpa(every=0.4), 10, [10]
     for step in range(11, 50):
         if not method.keeps(made, step, 50):
             made = step

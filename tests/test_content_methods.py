@@ -34,7 +34,7 @@ def method(name: str, **options):
 def test_samples_and_heads_are_planned_on_their_own(name, grid):
     q, k, v = coherent(grid)
     # heads that may share a density are told not to
-    this = method(name, density=0.4, rectify=True, recall=None)
+    this = method(name, density=0.4, tile=(2, 2, 2), rectify=True, recall=None)
     plan = this.plan(grid, q, k)
     mask, out = plan.mask().expand(2, 3, -1, -1), attend(q, k, v, plan)
     for b, h in ((0, 2), (1, 0)):

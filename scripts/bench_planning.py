@@ -3,8 +3,7 @@
 Radial and neighborhood plans for 118,800 and 1,000,000 tokens, each in a process of its own so that
 the memory is its own too; then the pairs that radial attention visits as a video gets longer, with
 the exponent of their growth; then what methods that read content spend on searching, as a share of
-dense attention over a generation. All on one thread. Writes planning.json and planning.md; with
---part, the other parts stay as they are there.
+dense attention over a generation. All on one thread. Writes planning.json and planning.md.
 """
 
 import argparse
@@ -81,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="plans that are timed")
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
-    parser.add_argument("--part", action="append", choices=PARTS, help="all by default")
+    parser.add_argument("--part", action="append", choices=PARTS, help="others stay as they are")
     parser.add_argument("--one", nargs=2, metavar=("PLAN", "GRID"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -121,10 +120,9 @@ def over_limit(report: dict) -> str | None:
 
 def in_own_process(name: str, grid: Sequence[int], rounds: int) -> dict:
     """The figures of one plan, measured in a process that makes no other."""
-    words = [sys.executable, __file__, "--one", name, "x".join(map(str, grid))]
-    done = subprocess.run(
-        [*words, "--rounds", str(rounds)], capture_output=True, text=True, check=True
-    )
+    words = [sys.executable, __file__, "--rounds", str(rounds)]
+    words += ["--one", name, "x".join(map(str, grid))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 

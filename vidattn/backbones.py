@@ -19,3 +19,7 @@ __path__ = [str(_FOLDER if _FOLDER.is_dir() else _HERE.parent / "backbones")]
 # a module registers its models when it is first imported
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
+
+from vidattn.backbones.faster_windows import accelerate  # noqa: E402
+
+__all__ = ["accelerate"]

@@ -8,8 +8,6 @@ memory; here the kernel gathers a window into the cache and writes its output.
 Letters: B batch, H, W size of a feature map, C channels, n heads, D head dim.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -145,7 +143,7 @@ class Acceleration:
             module.__class__ = type(module).__base__
         self._modules = []
 
-    def __enter__(self) -> Acceleration:
+    def __enter__(self) -> "Acceleration":
         return self
 
     def __exit__(self, *error: object) -> None:

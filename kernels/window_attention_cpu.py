@@ -179,7 +179,9 @@ def _run(
     if direction == "backward":
         d_scale = scale.new_empty(parts, H)
         d_bias = None if bias is None else bias.new_empty(parts, H, n, m)
-    arrays = {name: getattr(windows, name) for name in ("hidden", "slots", "queries", "keys", "kind")}
+    arrays = {
+        name: getattr(windows, name) for name in ("hidden", "slots", "queries", "keys", "kind")
+    }
     arrays |= {"scale": scale.contiguous(), "bias": None if bias is None else bias.contiguous()}
     arrays |= {"d_scale": d_scale, "d_bias": d_bias}
     call = Call(

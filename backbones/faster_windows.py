@@ -29,7 +29,6 @@ MAX_TEMPERATURE = 100.0
 class FasterSwinBlock(swin_transformer.SwinTransformerBlock):
     """A block of Swin: windows with position biases, shifted in every other block."""
 
-    @torch.jit.ignore
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
         if not _is_served(x, attn):
@@ -44,7 +43,6 @@ class FasterSwinBlock(swin_transformer.SwinTransformerBlock):
 class FasterSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
     """A block of Swin V2: cosines, and position biases that a network makes."""
 
-    @torch.jit.ignore
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
         if not _is_served(x, attn):
@@ -68,7 +66,6 @@ class FasterSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
 class FasterSpatialBlock(davit.SpatialBlock):
     """A block of DaViT with windows, which have neither biases nor shifts."""
 
-    @torch.jit.ignore
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), like ``x``."""
         attn = self.attn
@@ -88,7 +85,6 @@ class FasterSpatialBlock(davit.SpatialBlock):
 class FasterHaloAttn(halo_attn.HaloAttn):
     """The attention of HaloNet: blocks of queries that read the keys around them too."""
 
-    @torch.jit.ignore
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, its own channels, H / stride, W / stride)."""
         size, stride = tuple(x.shape[2:]), self.block_stride
@@ -157,7 +153,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     gradients stay the same within the rounding of floats, and the state dict as it is. The kernel
     serves float32 on a CPU; timm's own code runs where it cannot: on other devices and dtypes, in
     autocast, for attention dropout in training, and inside ``torch.compile`` and tracing.
-    TorchScript can run an accelerated model, and not save it.
+    Undo it before ``torch.jit.script``.
 
     Args:
         model: timm's, or any that holds blocks of these.

@@ -123,8 +123,7 @@ def test_graphs_call_the_kernel(monkeypatch):
         answer = model(images)
         graph = create_feature_extractor(model, {"head": "scores"})
         torch.testing.assert_close(graph(images)["scores"], answer)
-        torch.testing.assert_close(torch.jit.script(model)(images), answer)
-        assert len(calls) == 3 * handle.num_modules
+        assert len(calls) == 2 * handle.num_modules
 
 
 def test_what_cannot_be_accelerated_is_named(monkeypatch):

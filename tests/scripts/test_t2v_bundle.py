@@ -81,7 +81,7 @@ def test_scores_are_of_held_out_prompts(scores):
         assert f"{row['right']}/{row['of']}" in (BUNDLE / "README.md").read_text()
 
 
-@pytest.mark.xfail(reason="the item is right in 21 of 40 clips", strict=True)
+@pytest.mark.xfail(reason="the item is right in 20 of 40 clips", strict=True)
 def test_scores_reach_the_bar(scores):
     assert scores["generated"]["direction"]["of"] == 40
     assert scores["generated"]["direction"]["share"] >= 0.85

@@ -26,7 +26,7 @@ from quality_report import draw, summarize, to_markdown
 from safetensors.torch import load_file, save_file
 from t2v_data import held_out_prompts
 
-from vidattn.commands.choice import Choice
+from vidattn.commands.choice import Choice, ScheduleChoice
 from vidattn.commands.clip import Clip, Guards, make_clip
 from vidattn.commands.compare import plan_density
 from vidattn.commands.likeness import Measure, choose_measures
@@ -48,10 +48,12 @@ def main() -> None:
     args = parse()
     work, out = writable_folder(args.work, "--work"), writable_folder(args.out, "--out")
     setting, choices = setting_of(args), choices_at(args.densities, grid_of(args), args.methods)
+    choices += args.schedule
     check_setting(work, setting)
     prompts = [(i, scene.caption) for i, scene in enumerate(held_out_prompts(args.prompts))]
     deadline = time.time() + 60 * args.minutes if args.minutes else float("inf")
-    measure_attention(args, choices, prompts[0][1], work)
+    methods = [choice for _, choice in choices if isinstance(choice, Choice)]
+    measure_attention(args, methods, prompts[0][1], work)
     # all prompts once before any twice: prompts differ more than seeds do
     pairs = product(range(args.seeds), prompts)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
@@ -76,6 +78,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=positive_int, default=16, help="held-out prompts")
     parser.add_argument("--seeds", type=positive_int, default=3, help="seeds of each prompt")
     add_density_arguments(parser)
+    parser.add_argument(
+        "--schedule", type=parse_schedule, action="append", default=[], metavar="DENSITY=FILE",
+        help="what vidattn tune wrote, among the methods of that density; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--frames", type=positive_int, default=33)
     parser.add_argument("--side", type=positive_int, default=128, help="height and width")
     parser.add_argument("--steps", type=positive_int, default=12)
@@ -94,6 +100,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     return parser.parse_args(argv)
+
+
+def parse_schedule(text: str) -> tuple[float, ScheduleChoice]:
+    """A schedule and the density it is compared at, from ``density=file``."""
+    density, _, where = text.partition("=")
+    try:
+        return float(density), ScheduleChoice(where)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no DENSITY=FILE: {error}") from error
 
 
 def setting_of(args: argparse.Namespace) -> dict[str, object]:
@@ -158,7 +173,7 @@ def pipeline(args: argparse.Namespace) -> object:
 
 def run_pair(
     args: argparse.Namespace,
-    choices: Sequence[tuple[float, Choice]],
+    choices: Sequence[tuple[float, Choice | ScheduleChoice]],
     prompt: tuple[int, str],
     seed: int,
     deadline: float,
@@ -177,8 +192,10 @@ def run_pair(
     for choice in todo:
         if time.time() > deadline:
             return
-        line = place | {"label": choice.label, "method": choice.name}
-        line["rectify"] = bool(choice.options.get("rectify", False))
+        line = place | {"label": choice.label, "method": "schedule", "rectify": False}
+        if isinstance(choice, Choice):
+            line["method"] = choice.name
+            line["rectify"] = bool(choice.options.get("rectify", False))
         try:
             clip = make_clip(pipe, request, choice, guards)
         except ValueError as error:
@@ -212,11 +229,11 @@ def figures_of(clip: Clip, dense: torch.Tensor, measures: Sequence[Measure]) -> 
 
 
 def measure_attention(
-    args: argparse.Namespace, choices: Sequence[tuple[float, Choice]], prompt: str, work: Path
+    args: argparse.Namespace, choices: Sequence[Choice], prompt: str, work: Path
 ) -> None:
     """Recall and output error of every method, layer by layer, on attention of a dense clip."""
     done = {line["label"] for line in read_lines(work) if line["kind"] == "attention"}
-    todo = [choice for _, choice in choices if choice.label not in done]
+    todo = [choice for choice in choices if choice.label not in done]
     if not todo:
         return
     pipe = pipeline(args)

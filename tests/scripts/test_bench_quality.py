@@ -87,6 +87,18 @@ def test_a_small_run_is_written_and_goes_on(model, tmp_path, monkeypatch):
         run(model, tmp_path, monkeypatch, "--steps", "3")
 
 
+def test_a_schedule_stands_among_the_methods(model, tmp_path, monkeypatch):
+    path = tmp_path / "tuned.yaml"
+    path.write_text("rules:\n- {method: topk, options: {density: 0.5}}\n")
+    flags = ("--methods", "topk", "--densities", "0.5", "--schedule", f"0.5={path}")
+    rows = run(model, tmp_path, monkeypatch, *flags)["rows"]
+    plain, _, schedule = rows
+    assert (schedule["label"], schedule["method"]) == (f"schedule:{path}", "schedule")
+    assert schedule["psnr_db"]["mean"] == pytest.approx(plain["psnr_db"]["mean"], abs=1e-3)
+    with pytest.raises(SystemExit):
+        bench.parse(["--schedule", "0.5=missing.yaml"])
+
+
 def test_time_that_is_up_ends_a_run(model, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "make_clip", None)
     flags = ("--methods", "topk", "--densities", "0.5", "--minutes", "1e-9")

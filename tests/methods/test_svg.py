@@ -132,7 +132,7 @@ def test_recall_is_that_of_the_bands_or_more(share, sink):
     ours, theirs = (torch.stack(x).double().mean(-1) for x in (ours, theirs))
     assert ours.mean() > theirs.mean() + 0.01
     # bands are cut to the token, tiles are not: that shows where nothing else is at stake
-    assert (ours - theirs).min() > (0 if sink else -0.025)
+    assert (ours - theirs).min() > (0 if sink else -0.05)
 
 
 @pytest.mark.parametrize("options", [{"density": 0.0}, {"rows": 0}], ids=str)

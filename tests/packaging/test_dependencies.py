@@ -17,6 +17,8 @@ DISTRIBUTION = {
 
 # tomllib joined the standard library in 3.11
 STANDARD = {*sys.stdlib_module_names, "tomllib"}
+# benchmarks time these where somebody has built them
+PEERS = {"natten"}
 
 
 def declared(*extras):
@@ -31,7 +33,7 @@ def third_party(folder):
     """{distribution: a file that imports it} over the modules of a folder."""
 
     paths = sorted((ROOT / folder).rglob("*.py"))
-    own = {"vidattn", "tests"}
+    own = {"vidattn", "tests"} | PEERS
     if folder in ("scripts", "tests"):
         # programs, and tests of their parts, import the files beside the programs
         own |= {path.stem for path in (ROOT / "scripts").glob("*.py")}

@@ -199,7 +199,8 @@ def _compensation(v: Tensor, plan: Plan, key_mask: Tensor | None, num_heads: int
     if plan.rest is None:
         return plan.gain, None
     means, _ = block_means(v, plan.layout.order, plan.layout.block, key_mask)
-    return plan.gain, plan.rest @ means.repeat_interleave(num_heads // v.shape[1], dim=1)
+    rest = plan.rest.to(means.dtype)
+    return plan.gain, rest @ means.repeat_interleave(num_heads // v.shape[1], dim=1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None) -> None:

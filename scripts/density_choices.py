@@ -11,7 +11,7 @@ from vidattn.methods import list_methods
 # the one that matters most first: a run that is stopped has that
 DENSITIES = (0.25, 0.15, 0.4, 0.6)
 # options that a method needs to reach a low density on a short clip
-BESIDE = {"radial": {"near": 0}}
+BESIDE = {"radial": {"near": 0, "sink": False}}
 
 
 def neighborhood_window(grid: Grid, density: float) -> dict[str, object]:

@@ -21,8 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from density_choices import add_density_arguments, choices_at
-from quality_report import draw, summarize, to_markdown
+from density_choices import add_density_arguments, choices_at, plain_label
+from quality_report import Compared, draw, summarize, to_markdown
 from safetensors.torch import load_file, save_file
 from t2v_data import held_out_prompts
 
@@ -47,7 +47,8 @@ def main() -> None:
     """Generate what is missing, then write the report."""
     args = parse()
     work, out = writable_folder(args.work, "--work"), writable_folder(args.out, "--out")
-    setting, choices = setting_of(args), choices_at(args.densities, grid_of(args), args.methods)
+    setting = setting_of(args)
+    choices = choices_at(args.densities, grid_of(args), args.methods, args.plain)
     choices += args.schedule
     check_setting(work, setting)
     prompts = [(i, scene.caption) for i, scene in enumerate(held_out_prompts(args.prompts))]
@@ -60,7 +61,7 @@ def main() -> None:
         jobs = [pool.submit(run_pair, args, choices, x, seed, deadline) for seed, x in pairs]
         for job in jobs:
             job.result()
-    report = summarize(read_lines(work), [(asked, choice.label) for asked, choice in choices])
+    report = summarize(read_lines(work), [Compared(x, y.label, plain_label(y)) for x, y in choices])
     report |= {"setting": setting, "asked": [args.prompts, args.seeds]}
     report["command"] = shlex.join(["python", "scripts/bench_quality.py", *sys.argv[1:]])
     report["hardware"] = hardware() | {"torch": torch.__version__}

@@ -77,7 +77,7 @@ def measure(sources: dict[str, tuple[Tensor, Grid]], args: argparse.Namespace) -
         source = torch.Generator().manual_seed(1)
         queries = torch.randperm(grid.num_tokens, generator=source)[: args.queries]
         top.append(best_tenth(qkv[0], qkv[1], queries))
-        for asked, choice in choices_at(args.densities, grid, args.methods):
+        for asked, choice in choices_at(args.densities, grid, args.methods, args.plain):
             row = rows.setdefault(
                 choice.label, {"label": choice.label, "asked": asked, "clips": {}}
             )

@@ -2,9 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
-from vidattn.commands.choice import Choice, option_hints
+from vidattn.commands.choice import Choice, ScheduleChoice, option_hints
 from vidattn.grid import Grid
 from vidattn.methods import list_methods
 
@@ -39,10 +40,11 @@ def add_density_arguments(parser: argparse.ArgumentParser) -> None:
         "--densities", type=lambda text: tuple(map(float, text.split(","))), default=DENSITIES,
         help=f"comma-separated, default {','.join(map(str, DENSITIES))}",
     )  # fmt: skip
+    parser.add_argument("--plain", action="store_true", help="leave out what is rectified")
 
 
 def choices_at(
-    densities: Sequence[float], grid: Grid, methods: Sequence[str] = ()
+    densities: Sequence[float], grid: Grid, methods: Sequence[str] = (), plain: bool = False
 ) -> list[tuple[float, Choice]]:
     """Methods with their options, and the density that was asked for.
 
@@ -50,6 +52,7 @@ def choices_at(
 
     Args:
         methods: all but dense when none are given.
+        plain: whether to leave out the rectified variant of each.
     """
     found: dict[str, tuple[float, Choice]] = {}
     names = methods or [name for name in list_methods() if name != "dense"]
@@ -59,8 +62,16 @@ def choices_at(
             options["density"] = density
         elif name in BY_DENSITY:
             options |= BY_DENSITY[name](grid, density)
-        for rectify in (False, True) if "rectify" in hints else (None,):
+        variants = (False,) if plain else (False, True)
+        for rectify in variants if "rectify" in hints else (None,):
             beside = {} if rectify is None else {"rectify": rectify}
             choice = Choice(name, options | beside)
             found.setdefault(choice.label, (density, choice))
     return list(found.values())
+
+
+def plain_label(choice: Choice | ScheduleChoice) -> str | None:
+    """The label of the same method unrectified, None where it is not rectified."""
+    if not isinstance(choice, Choice) or not choice.options.get("rectify"):
+        return None
+    return replace(choice, options=choice.options | {"rectify": False}).label

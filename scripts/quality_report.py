@@ -1,6 +1,7 @@
 """The table and the plot of scripts/bench_quality.py, from the figures of single clips."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,21 +25,36 @@ density: kept pairs over all pairs of video tokens in the sparse calls; in all: 
 layers and steps. recall: share of dense attention's mass on the pairs that are read; error: of an
 attention layer's output, relative root mean square, both on {num_layers} layers and three steps of
 one dense clip. The other figures compare each clip with the dense clip of the same prompt and seed,
-means over clips; in brackets the 95 % bootstrap interval, resampled by prompts. Methods stand
-in the order of PSNR.
+means over clips; in brackets the 95 % bootstrap interval, resampled by prompts. PSNR gain: over the
+same clips of the same method, not rectified. Methods stand in the order of PSNR.
 """
 
 
-def summarize(lines: Iterable[dict], choices: Sequence[tuple[float, str]]) -> dict[str, object]:
+@dataclass(frozen=True)
+class Compared:
+    """One that is compared.
+
+    Args:
+        asked: the density that was asked for.
+        label: what its clips are found by.
+        plain: the label of the same method unrectified, where this one is rectified.
+    """
+
+    asked: float
+    label: str
+    plain: str | None = None
+
+
+def summarize(lines: Iterable[dict], choices: Sequence[Compared]) -> dict[str, object]:
     """Means and intervals of every method, and what the others say they cannot do.
 
-    The methods of one density are compared over the prompts and seeds that all of them have.
+    The plain methods of one density are compared over the prompts and seeds that all of them have,
+    and so are the rectified ones, each with the same clips of its plain self.
 
     Args:
         lines: the results of ``bench_quality``, in any order.
-        choices: the density that was asked for, and the label, of each method.
     """
-    labels = {label for _, label in choices}
+    labels = {choice.label for choice in choices}
     lines = [line for line in lines if line["label"] in labels]
     errors = {line["label"]: line["error"] for line in lines if "error" in line}
     attention = {x["label"]: x["layers"] for x in lines if "layers" in x}
@@ -47,20 +63,34 @@ def summarize(lines: Iterable[dict], choices: Sequence[tuple[float, str]]) -> di
         if line["kind"] == "clip":
             clips[line["label"]][line["prompt"], line["seed"]] = line
     rows = []
-    for asked in sorted({asked for asked, _ in choices}):
-        some = [label for x, label in choices if x == asked and label not in errors]
-        pairs = sorted(set.intersection(*(set(clips[label]) for label in some))) if some else []
-        rows += [
-            _row(label, asked, [clips[label][x] for x in pairs], attention)
-            for label in some
-            if pairs
-        ]
+    for asked in sorted({choice.asked for choice in choices}):
+        some = [x for x in choices if x.asked == asked and x.label not in errors]
+        plain = [x.label for x in some if not x.plain]
+        pairs = _shared(clips, plain)
+        rows += [_row(asked, [clips[x][pair] for pair in pairs], attention) for x in plain if pairs]
+        rectified = [x for x in some if x.plain]
+        pairs = _shared(clips, [label for x in rectified for label in (x.label, x.plain)])
+        for x in rectified if pairs else ():
+            found, before = ([clips[label][pair] for pair in pairs] for label in (x.label, x.plain))
+            rows.append(_row(asked, found, attention) | {"gain": _gain(found, before)})
     return {"rows": rows, "errors": errors}
 
 
-def _row(label: str, asked: float, clips: Sequence[dict], attention: dict) -> dict:
+def _shared(clips: dict[str, dict], labels: Sequence[str]) -> list[tuple[int, int]]:
+    """Prompts and seeds of which all these labels have a clip."""
+    return sorted(set.intersection(*(set(clips[x]) for x in labels))) if labels else []
+
+
+def _gain(clips: Sequence[dict], plain: Sequence[dict]) -> dict[str, object]:
+    """How much more PSNR the same clips have than without rectification."""
+    values = np.array([x["psnr_db"] - y["psnr_db"] for x, y in zip(clips, plain)])
     prompts = np.array([clip["prompt"] for clip in clips])
-    row = {"label": label, "asked": asked} | {x: clips[0][x] for x in ("method", "rectify")}
+    return {"mean": float(values.mean()), "interval": interval(values, prompts)}
+
+
+def _row(asked: float, clips: Sequence[dict], attention: dict) -> dict:
+    prompts = np.array([clip["prompt"] for clip in clips])
+    row = {"asked": asked} | {x: clips[0][x] for x in ("label", "method", "rectify")}
     row["clips"] = [[clip["prompt"], clip["seed"]] for clip in clips]
     row |= {x: float(np.mean([clip[x] for clip in clips])) for x in ("density", "density_in_all")}
     for key in PER_CLIP:
@@ -70,7 +100,7 @@ def _row(label: str, asked: float, clips: Sequence[dict], attention: dict) -> di
     if len(clips) > 1 and all("features" in clip for clip in clips):
         sets = [torch.tensor([clip[x] for clip in clips]) for x in ("features", "dense_features")]
         row["fvd"] = {"mean": frechet_distance(*sets), "interval": None}
-    if layers := attention.get(label):
+    if layers := attention.get(row["label"]):
         row["layers"] = layers
         for name in ("recall", "output_error"):
             row[name] = float(np.mean([layer[name] for layer in layers]))
@@ -110,13 +140,16 @@ def to_markdown(report: dict) -> str:
         f"{NOTES.format(num_layers=layers)}"
     )
     for asked in sorted({row["asked"] for row in rows}):
-        some = [row for row in rows if row["asked"] == asked]
-        clips = some[0]["clips"]
-        prompts, seeds = (len({clip[i] for clip in clips}) for i in (0, 1))
-        text += (
-            f"\n## Density {asked:g}\n\n{len(clips)} clips of each method, of {prompts} of "
-            f"{num_prompts} held-out prompts and {seeds} of {num_seeds} seeds.\n\n{_table(some)}"
-        )
+        text += f"\n## Density {asked:g}\n"
+        for is_gain in (False, True):
+            some = [row for row in rows if row["asked"] == asked and ("gain" in row) == is_gain]
+            if some:
+                prompts, seeds = (len({clip[i] for clip in some[0]["clips"]}) for i in (0, 1))
+                text += (
+                    f"\n{'Rectified: ' if is_gain else ''}{len(some[0]['clips'])} clips of each "
+                    f"method, of {prompts} of {num_prompts} held-out prompts and {seeds} of "
+                    f"{num_seeds} seeds.\n\n{_table(some)}"
+                )
     if report["errors"]:
         lines = [f"- `{label}`: {error}\n" for label, error in report["errors"].items()]
         text += f"\n## Not possible on this grid\n\n{''.join(lines)}"
@@ -129,18 +162,21 @@ def _table(rows: Sequence[dict]) -> str:
     titles = ["method", "density", "in all"]
     titles += [{"recall": "recall", "output_error": "error"}[name] for name in beside]
     titles += [TITLES[key] for key in keys]
+    titles += ["PSNR gain"] * ("gain" in rows[0])
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
     for row in sorted(rows, key=lambda row: -row["psnr_db"]["mean"]):
         cells = [f"{row[name]:.3f}" for name in ("density", "density_in_all", *beside)]
-        lines.append([f"`{row['label']}`", *cells, *[_cell(key, row[key]) for key in keys]])
+        cells += [_cell(FORMS[key], row[key]) for key in keys]
+        cells += [_cell("{:+.2f} dB", row["gain"])] if "gain" in row else []
+        lines.append([f"`{row['label']}`", *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cell(key: str, figure: dict) -> str:
-    mean, limits = FORMS[key].format(figure["mean"]), figure["interval"]
+def _cell(form: str, figure: dict) -> str:
+    mean, limits = form.format(figure["mean"]), figure["interval"]
     if limits is None:
         return mean
-    low, high = (FORMS[key].format(x).removesuffix(" dB") for x in limits)
+    low, high = (form.format(x).removesuffix(" dB") for x in limits)
     return f"{mean} ({low} to {high})"
 
 

@@ -78,7 +78,7 @@ def test_a_small_run_is_written_and_goes_on(model, tmp_path, monkeypatch):
     again = run(model, tmp_path, monkeypatch, *flags)
     assert [args[2].name for args in made] == ["neighborhood"] * 2, "all else is there"
     assert (tmp_path / "work" / "clips.jsonl").read_text().startswith(lines)
-    assert again["rows"][:2] == first["rows"] and len(again["rows"]) == 3
+    assert [again["rows"][i] for i in (0, 2)] == first["rows"] and len(again["rows"]) == 3
     text = (tmp_path / "quality.md").read_text()
     assert f"| {row['recall']:.3f} |" in text and "2 of 2 held-out prompts" in text
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
@@ -92,7 +92,7 @@ def test_a_schedule_stands_among_the_methods(model, tmp_path, monkeypatch):
     path.write_text("rules:\n- {method: topk, options: {density: 0.5}}\n")
     flags = ("--methods", "topk", "--densities", "0.5", "--schedule", f"0.5={path}")
     rows = run(model, tmp_path, monkeypatch, *flags)["rows"]
-    plain, _, schedule = rows
+    plain, schedule, _ = rows
     assert (schedule["label"], schedule["method"]) == (f"schedule:{path}", "schedule")
     assert schedule["psnr_db"]["mean"] == pytest.approx(plain["psnr_db"]["mean"], abs=1e-3)
     with pytest.raises(SystemExit):
@@ -111,6 +111,8 @@ def test_every_method_comes_at_every_density():
     assert {choice.name for _, choice in found} == {*list_methods()} - {"dense"}
     rectified = {choice.options["rectify"] for _, choice in found if choice.name == "topk"}
     assert rectified == {False, True}
+    plain = choices.choices_at((0.2, 0.5), grid, plain=True)
+    assert plain == [x for x in found if not x[1].options.get("rectify")]
     for density, choice in found:
         if choice.name == "neighborhood":
             made = plan(choice.name, grid, **choice.options)
@@ -135,6 +137,15 @@ def test_seeds_of_a_prompt_count_once():
     assert report.interval(np.array([1.0, 3.0]), np.array([4, 4])) is None
 
 
+compared = report.Compared
+SETTING = ("model", "frames", "side", "steps", "guidance", "dense_layers", "dense_steps")
+FRAME = {
+    "setting": dict.fromkeys(SETTING, 1),
+    "hardware": {"cpu": "a CPU", "torch": "2"},
+    "command": "python scripts/bench_quality.py",
+}
+
+
 def clip(label, prompt, seed, **figures):
     line = {"kind": "clip", "label": label, "prompt": prompt, "seed": seed, "method": label}
     return line | {"rectify": False, "density": 0.5, "density_in_all": 0.6} | figures
@@ -145,7 +156,8 @@ def test_only_clips_that_all_methods_have_are_compared():
     lines += [clip("b", i, 0, psnr_db=1.0 * i) for i in range(2)]
     lines += [clip("c", 0, 0, error="too small"), clip("d", 0, 0, psnr_db=5.0)]
     lines += [clip("e", i, 0, psnr_db=3.0) for i in range(3)]
-    found = report.summarize(lines, [(0.5, "a"), (0.5, "b"), (0.5, "c"), (0.2, "e")])
+    asked = [compared(0.5, label) for label in "abc"] + [compared(0.2, "e")]
+    found = report.summarize(lines, asked)
     assert found["errors"] == {"c": "too small"}
     rows = {row["label"]: row for row in found["rows"]}
     assert list(rows) == ["e", "a", "b"] and rows["e"]["asked"] == 0.2
@@ -154,12 +166,26 @@ def test_only_clips_that_all_methods_have_are_compared():
     assert [row["psnr_db"]["mean"] for row in rows.values()] == [3.0, 5.0, 0.5]
 
 
+def test_rectified_clips_are_compared_with_the_same_plain_ones():
+    lines = [clip("a", i, 0, psnr_db=10.0 * i) for i in range(4)]
+    lines += [clip("a+", i, 0, psnr_db=10.0 * i + 2 + i) for i in range(2)]
+    lines += [clip("b", i, 0, psnr_db=1.0) for i in range(4)]
+    asked = [compared(0.5, "a"), compared(0.5, "a+", "a"), compared(0.5, "b")]
+    found = report.summarize(lines, asked)["rows"]
+    assert [len(row["clips"]) for row in found] == [4, 4, 2]
+    gain = found[2]["gain"]
+    assert gain["mean"] == 2.5 and gain["interval"] == [2.0, 3.0]
+    text = report.to_markdown({"rows": found, "errors": {}, "asked": [4, 1]} | FRAME)
+    assert "| `a+` | 0.500 | 0.600 | 7.50 dB (2.00 to 13.00) | +2.50 dB (+2.00 to +3.00) |" in text
+    assert "Rectified: 2 clips of each method, of 2 of 4 held-out prompts" in text
+
+
 def test_fvd_is_of_all_clips_together():
     features = torch.randn(2, 4, 6).tolist()
     lines = [
         clip("a", i, 0, features=x, dense_features=y) for i, (x, y) in enumerate(zip(*features))
     ]
-    (row,) = report.summarize(lines, [(0.5, "a")])["rows"]
+    (row,) = report.summarize(lines, [compared(0.5, "a")])["rows"]
     expected = report.frechet_distance(*(torch.tensor(x) for x in features))
     assert row["fvd"] == {"mean": expected, "interval": None}
 

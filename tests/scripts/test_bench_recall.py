@@ -84,6 +84,7 @@ def test_methods_are_measured_on_the_tokens_of_clips():
     sources = {name: (torch.randn(grid.num_tokens, 64), grid) for name in "ab"}
     args = argparse.Namespace(
         densities=(0.5,),
+        plain=False,
         methods=("topk", "neighborhood", "radial"),
         heads=2,
         queries=grid.num_tokens,

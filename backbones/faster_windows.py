@@ -17,6 +17,7 @@ from timm.models import davit, swin_transformer, swin_transformer_v2
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
+from vidattn.backbones.faster_layers import FASTER_LAYERS, is_served, product
 from vidattn.kernels.block_sparse_cpu import is_available
 from vidattn.kernels.window_attention_cpu import packed_window_attention, window_attention
 from vidattn.kernels.windows import halo_windows, shifted_windows
@@ -31,7 +32,7 @@ class FasterSwinBlock(swin_transformer.SwinTransformerBlock):
 
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
-        if not _is_served(x, attn):
+        if not is_served(x, attn):
             return super()._attn(x)
         bias = attn._get_rel_pos_bias()[0]
         scale = x.new_full((attn.num_heads,), attn.scale)
@@ -45,7 +46,7 @@ class FasterSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
 
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
-        if not _is_served(x, attn):
+        if not is_served(x, attn):
             return super()._attn(x)
         area = math.prod(self.window_size)
         table = 16 * attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads).sigmoid()
@@ -59,7 +60,7 @@ class FasterSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
         attn = self.attn
         if attn.q_bias is None:
             return attn.qkv(x)
-        return F.linear(x, attn.qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+        return product(x, attn.qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
 
 
 @register_notrace_module
@@ -69,7 +70,7 @@ class FasterSpatialBlock(davit.SpatialBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), like ``x``."""
         attn = self.attn
-        if not _is_served(x, attn):
+        if not is_served(x, attn):
             return super().forward(x)
         shortcut = self.cpe1(x).permute(0, 2, 3, 1)
         scale = x.new_full((attn.num_heads,), attn.scale)
@@ -88,7 +89,7 @@ class FasterHaloAttn(halo_attn.HaloAttn):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, its own channels, H / stride, W / stride)."""
         size, stride = tuple(x.shape[2:]), self.block_stride
-        if not _is_served(x, self) or any(extent % self.block_size for extent in size):
+        if not is_served(x, self) or any(extent % self.block_size for extent in size):
             return super().forward(x)
         x = x.permute(0, 2, 3, 1).contiguous()
         q = _pointwise(self.q, x[:, ::stride, ::stride]).unflatten(-1, (self.num_heads, -1))
@@ -125,13 +126,18 @@ FASTER = {
 
 
 class Acceleration:
-    """What ``accelerate`` changed; ``remove``, or the end of its ``with`` block, undoes it."""
+    """What ``accelerate`` changed; ``remove``, or the end of its ``with`` block, undoes it.
 
-    def __init__(self, modules: list[nn.Module]):
-        self.num_modules = len(modules)
-        self._modules = modules
-        for module in modules:
-            module.__class__ = FASTER[type(module)]
+    Attributes:
+        num_modules: blocks or attentions whose windows the kernel computes.
+    """
+
+    def __init__(self, model: nn.Module):
+        faster = FASTER | FASTER_LAYERS
+        self._modules = [module for module in model.modules() if type(module) in faster]
+        self.num_modules = sum(type(module) in FASTER for module in self._modules)
+        for module in self._modules:
+            module.__class__ = faster[type(module)]
 
     def remove(self) -> None:
         """Give every module its own class back."""
@@ -149,11 +155,12 @@ class Acceleration:
 def accelerate(model: nn.Module) -> Acceleration:
     """Compute the windows of a model with one C++ kernel, in place.
 
-    Takes Swin, Swin V2, DaViT and HaloNet of timm, and whatever holds their blocks. Outputs and
-    gradients stay the same within the rounding of floats, and the state dict as it is. The kernel
-    serves float32 on a CPU; timm's own code runs where it cannot: on other devices and dtypes, in
-    autocast, for attention dropout in training, and inside ``torch.compile`` and tracing.
-    Undo it before ``torch.jit.script``.
+    Takes Swin, Swin V2, DaViT and HaloNet of timm, and whatever holds their blocks; linear layers
+    and the channel attention of DaViT become those of ``faster_layers``. Outputs and gradients stay
+    the same within the rounding of floats, and the state dict as it is. This serves float32 on a
+    CPU; timm's own code runs where it cannot: on other devices and dtypes, in autocast, for
+    attention dropout in training, and inside ``torch.compile`` and tracing. Undo it before
+    ``torch.jit.script``.
 
     Args:
         model: timm's, or any that holds blocks of these.
@@ -168,8 +175,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     >>> with accelerate(model) as handle:
     ...     scores = model(images)
     """
-    modules = [module for module in model.modules() if type(module) in FASTER]
-    if not modules:
+    if not any(type(module) in FASTER for module in model.modules()):
         names = ", ".join(cls.__name__ for cls in FASTER)
         raise ValueError(
             f"{type(model).__name__} has nothing to accelerate: it needs a {names} of timm, which "
@@ -177,23 +183,12 @@ def accelerate(model: nn.Module) -> Acceleration:
         )
     if not is_available(torch.float32):
         raise ValueError("acceleration needs a C++ compiler: install one, or set CXX to it")
-    return Acceleration(modules)
-
-
-def _is_served(x: Tensor, attn: nn.Module) -> bool:
-    """Whether the kernel can compute a call."""
-    # a subclass of tensors stands for something else than its numbers
-    is_plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
-    if not is_plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return False
-    dropout = getattr(attn, "attn_drop", None)
-    drops = attn.training and dropout is not None and dropout.p > 0
-    return not drops and not torch.jit.is_tracing()
+    return Acceleration(model)
 
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of single pixels, of (B, H, W, C)."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+    return product(x, conv.weight.flatten(1), conv.bias)
 
 
 def _in_windows(

@@ -1,4 +1,4 @@
-"""Which library multiplies float32 matrices on a CPU: oneDNN instead of MKL where it is exact."""
+"""Float32 products on a CPU in oneDNN instead of MKL, where they are as exact and faster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # The setting is global to the process, so threads inside the scope are counted: the first one in
 # switches, the last one out restores. Nothing else can tell one thread's scope from another's.
@@ -72,3 +74,45 @@ def _is_exact() -> bool:
         _leave()
     exact = a.double() @ b.double()
     return bool((product - exact).norm() < 1e-6 * exact.norm())
+
+
+@lru_cache
+def has_faster_linear() -> bool:
+    """Whether ``linear`` runs here and MKL is slower, as measured with AVX-512 on an AMD EPYC."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer in oneDNN, forward and backward to ``x``, exact in float32.
+
+    Args:
+        x: (..., C) float32 on the CPU.
+        weight: (D, C).
+        bias: (D,), none for None.
+
+    Returns:
+        (..., D).
+    """
+    rows = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        d_x = _product(d_out, weight.mT) if needs_x else None
+        # oneDNN is no faster here
+        d_weight = d_out.mT @ x if needs_weight else None
+        return d_x, d_weight, d_out.sum(0) if needs_bias else None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

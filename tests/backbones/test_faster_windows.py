@@ -10,7 +10,7 @@ from timm.models._features_fx import create_feature_extractor
 
 from tests.kernels.attention_cases import TOLERANCE, relative_rms
 from vidattn.backbones import accelerate, faster_windows
-from vidattn.kernels import compiler
+from vidattn.kernels import compiler, onednn
 
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 V1, V2, DAVIT = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "davit_tiny"
@@ -91,6 +91,22 @@ def test_outputs_and_gradients_stay(case, monkeypatch):
     for x, answer in zip(run(model, images), before, strict=True):
         assert torch.equal(x, answer)
     assert len(calls) == handle.num_modules
+
+
+@pytest.mark.skipif(not onednn.has_faster_linear(), reason="needs AVX-512")
+def test_linear_layers_are_faster_too(monkeypatch):
+    calls = []
+    own = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda *args: calls.append(args) or own(*args))
+    model, images = create("no biases")
+    num_linear = sum(type(module) is torch.nn.Linear for module in model.modules())
+    with accelerate(model):
+        model(images)
+        assert len(calls) == num_linear
+        with torch.autocast("cpu"):
+            model(images)
+    model(images)
+    assert len(calls) == num_linear
 
 
 def test_a_copy_is_accelerated_too():

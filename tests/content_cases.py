@@ -1,12 +1,15 @@
 """Queries and keys for tests of methods that read them, and the loops they are checked with."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from vidattn.content import Content
-from vidattn.grid import Grid, Layout
+from vidattn.grid import Grid, Layout, sample
 from vidattn.head_plan import HeadPlan
 from vidattn.plan import Plan
+from vidattn.rectification import NUM_SAMPLES
 
 
 def coherent(
@@ -44,6 +47,32 @@ def dense_weights(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None = 
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
     return scores.softmax(-1)
+
+
+def slow_trust(content: Content, blocks: Tensor, rest: Tensor) -> Tensor:
+    """(B, H) float64 least squares factor on what ``rest`` adds to attention of the keys."""
+    layout, grid = content.layout, content.grid
+    weights = dense_weights(content.q, content.k, content.scale, content.key_mask)
+    keys = content.k.double().repeat_interleave(content.q.shape[1] // content.k.shape[1], 1)
+    video = [tokens_of(layout, j) for j in range(content.num_blocks)]
+    text = range(grid.text_start, grid.text_start + grid.text)
+    factors = torch.zeros(weights.shape[:2], dtype=torch.float64)
+    for b, h in itertools.product(*map(range, factors.shape)):
+        fit = size = 0.0
+        for token in sample(grid.num_video_tokens, NUM_SAMPLES).tolist():
+            query = grid.video_start + token
+            i = next(i for i, tokens in enumerate(video) if query in tokens)
+            pattern = blocks[b % len(blocks), h % blocks.shape[1], i]
+            read = [x for j in pattern.nonzero().flatten().tolist() for x in video[j]] + [*text]
+            row = weights[b, h, query]
+            sparse = row[read] @ keys[b, h, read] / row[read].sum()
+            estimate = -rest[b, h, i].double().sum() * sparse
+            for j, tokens in enumerate(video):
+                estimate += rest[b, h, i, j] * keys[b, h, tokens].mean(0)
+            fit += (row @ keys[b, h] - sparse) @ estimate
+            size += estimate @ estimate
+        factors[b, h] = (fit / size).clamp(0, 1)
+    return factors
 
 
 def recall_of(plan: Plan | HeadPlan, weights: Tensor) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.content_cases import coherent, dense_weights, tokens_of
+from tests.content_cases import coherent, dense_weights, slow_trust, tokens_of
 from tests.grids import AWKWARD
 from vidattn.attention import attend
 from vidattn.content import Content, ContentMethod, tiles
@@ -84,12 +84,14 @@ def test_a_rectified_plan_adds_what_it_does_not_read(grid):
     out = attend(content.q, content.k, v, plan, scale=0.3, key_mask=content.key_mask)
     weights = dense_weights(content.q, content.k, 0.3, content.key_mask) * plan.mask()
     values = v.double().repeat_interleave(2, 1)
+    rest = content.shares.masked_fill(blocks | ~content.is_coherent, 0)
+    factor = slow_trust(content, blocks, rest)
     expected = weights / weights.sum(-1, keepdim=True) @ values
     for b in range(2):
         for h in range(4):
             for i in range(nv):
                 left = content.is_coherent[b, h, i] & ~blocks[b, h, i]
-                shares = content.shares[b, h, i].double()
+                shares = factor[b, h] * content.shares[b, h, i].double()
                 rows = tokens_of(content.layout, i)
                 expected[b, h, rows] *= 1 - shares[left].sum()
                 for j in left.nonzero().flatten().tolist():

@@ -14,7 +14,7 @@ LAYERS = (
     {"grid", "registry", "resources", "kernels"},
     {"plan", "tiles", "gpus", "video_models", "config"},
     {"head_plan"},
-    {"method", "reorder"},
+    {"method", "reorder", "rectification"},
     {"content", "calibration"},
     {"methods", "cache", "attention"},
     {"mixture", "schedule", "measure", "fidelity", "video", "allocation"},

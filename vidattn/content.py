@@ -22,9 +22,10 @@ from torch import Tensor
 from vidattn.grid import Grid, Layout, Size, fit_tile, tile_layout
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels import block_mass, block_mass_triton, block_sparse_triton
-from vidattn.kernels.pooled_scores import block_deviations, block_means
+from vidattn.kernels.pooled_scores import block_means
 from vidattn.method import Method, as_size
 from vidattn.plan import Plan
+from vidattn.rectification import is_coherent, trust
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,16 +139,8 @@ class Content:
 
     @cached_property
     def is_coherent(self) -> Tensor:
-        """(B, H, nv, nv) bool, whether the score of the means speaks for the pairs of two blocks.
-
-        It does where it exceeds what the spread of the queries and that of the keys can change
-        ("gain-aware", Rectified SpaAttn).
-        """
-        blocks, video = (self.layout.order, self.layout.block), slice(self.num_blocks)
-        queries = block_deviations(self.q, *blocks)[:, :, video]
-        keys = self._for_queries(block_deviations(self.k, *blocks, self.key_mask)[:, :, video])
-        spread = (queries @ self.keys.mT).abs() + (self.queries @ keys.mT).abs()
-        return (self.queries @ self.keys.mT).abs() > spread
+        """(B, H, nv, nv) bool, whether the score of the means speaks for two blocks."""
+        return is_coherent(self.q, self.k, self.layout, self.queries, self.keys, self.key_mask)
 
     def mass(self, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The attention that every block really gives every other, in a pass over all pairs.
@@ -181,7 +174,7 @@ class Content:
 
         Rectified SpaAttn (Liu et al.): blocks that are not read though their means speak for them
         enter the output as their share of attention times their mean value, and what was read
-        keeps the rest of the attention.
+        keeps the rest of the attention. Each head adds as much of that as ``trust`` says, ours.
 
         Args:
             blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block.
@@ -193,6 +186,9 @@ class Content:
             return Plan.from_blocks(self.grid, self.layout, blocks, memory=memory)
         shares = self.shares if shares is None else shares
         rest = shares.masked_fill(blocks | ~self.is_coherent, 0)
+        given = (self.q, self.k, self.grid, self.layout, blocks, rest, self._key_means[0])
+        factor = trust(*given, scale=self.scale, key_mask=self.key_mask)
+        rest = rest * factor[..., None, None]
         beside = self.layout.num_blocks - self.num_blocks
         gain = F.pad(1 - rest.sum(-1), (0, beside), value=1.0)
         rest = F.pad(rest, (0, beside, 0, beside))

@@ -39,8 +39,7 @@ class Strided(ContentMethod):
         layer: number of the layer, which a patched model fills in; it shifts the shares.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
         every: denoising steps that one plan serves where ``rectify`` is on; else one serves all.
-        rectify: add an estimate of what is not read to the output; where tiles that are not read
-            hold peaks, as in late layers of the bundled model, that makes the error larger.
+        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below that of the stride.

@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import DropPath, Mlp
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
-from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramid import pretrained_cfg
 
 HEAD_DIM = 32
 
@@ -111,7 +112,7 @@ def patch_downsample(dim: int, out_dim: int, **dd) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, out_dim, 2, stride=2, **dd))
 
 
-class BiFormer(Pyramid):
+class BiFormer(DoublingPyramid):
     """BiFormer; takes images of any size.
 
     Args:
@@ -146,33 +147,32 @@ class BiFormer(Pyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if len(depths) != len(topks):
-            raise ValueError(
-                f"depths and topks must have one number for each stage, got {depths} and {topks}"
-            )
+        check_stages(depths=depths, topks=topks)
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(width: int, topk: int | None, rate: float) -> BiFormerBlock:
+        def block(dim: int, rate: float, stage: int, index: int) -> BiFormerBlock:
+            topk = topks[stage]
             if topk is None:
-                attn = FullAttention(width, **dd)
+                attn = FullAttention(dim, **dd)
             else:
-                attn = BiLevelRoutingAttention(width, width // HEAD_DIM, topk, **dd)
+                attn = BiLevelRoutingAttention(dim, dim // HEAD_DIM, topk, **dd)
             options = {"mlp_ratio": mlp_ratio, "drop_path": rate, "has_position": has_positions}
-            return BiFormerBlock(width, attn, **options, **dd)
+            return BiFormerBlock(dim, attn, **options, **dd)
 
-        stages = []
-        for i, width in enumerate(widths):
-            down = downsample_layer(widths[i - 1], width, **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(width, topks[i], rate) for rate in rates[i]]))
         super().__init__(
             stem_layer(in_chans, embed_dim, **dd),
-            stages,
-            nn.BatchNorm2d(widths[-1], **dd),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, **dd),
+            block,
+            downsample_layer,
+            nn.BatchNorm2d,
+            output_fmt="NCHW",
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
-            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
 
 
@@ -201,15 +201,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _create(name: str, pretrained: bool, **options) -> BiFormer:
-    stages = range(len(options["depths"]))
-    return build_model_with_cfg(
-        BiFormer,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
+    options = {"pretrained_filter_fn": checkpoint_filter_fn} | options
+    return build(BiFormer, name, pretrained, **options)
 
 
 SHARE = "https://api.onedrive.com/v1.0/shares/s!AkBbczdRlZvCh{}/root/content"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.layers import calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
 from vidattn.backbones.convolved_block import ConvolvedBlock, ConvolvedMlp
+from vidattn.backbones.doubling_pyramid import build, check_stages
 from vidattn.backbones.factorized_attention import FactorizedAttention
 from vidattn.backbones.overlapping_patches import OverlappingPyramid
 from vidattn.backbones.pyramid import pretrained_cfg
@@ -51,40 +51,25 @@ class FaViT(OverlappingPyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if not len(depths) == len(num_heads) == len(strides) == len(mlp_ratios):
-            raise ValueError(
-                "depths, num_heads, strides and mlp_ratios must have one number for each stage, "
-                f"got {depths}, {num_heads}, {strides} and {mlp_ratios}"
-            )
+        check_stages(depths=depths, num_heads=num_heads, strides=strides, mlp_ratios=mlp_ratios)
         dd = {"device": device, "dtype": dtype}
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(stage: int, rate: float) -> ConvolvedBlock:
-            dim = embed_dim * 2**stage
+        def block(dim: int, rate: float, stage: int, index: int) -> ConvolvedBlock:
             attn = FactorizedAttention(dim, num_heads[stage], strides[stage], window=window, **dd)
             mlp = ConvolvedMlp(dim, int(dim * mlp_ratios[stage]), **dd)
             return ConvolvedBlock(attn, mlp, dim, rate, **dd)
 
         super().__init__(
-            [[block(i, rate) for rate in each] for i, each in enumerate(rates)],
-            embed_dim,
+            block,
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
             **dd,
         )
-
-
-def _create(name: str, pretrained: bool, **options) -> FaViT:
-    stages = range(len(options["depths"]))
-    return build_model_with_cfg(
-        FaViT,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
 
 
 # no weights are released
@@ -95,18 +80,18 @@ default_cfgs = generate_default_cfgs({f"favit_b{i}": pretrained_cfg("stem.proj")
 def favit_b0(pretrained: bool = False, **options) -> FaViT:
     """3.4 M parameters, 0.6 G multiply-adds."""
     defaults = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
-    return _create("favit_b0", pretrained, **defaults | options)
+    return build(FaViT, "favit_b0", pretrained, **defaults | options)
 
 
 @register_model
 def favit_b1(pretrained: bool = False, **options) -> FaViT:
     """13 M parameters, 2.4 G multiply-adds; paths are dropped as in the smallest."""
     defaults = {"embed_dim": 64, "depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
-    return _create("favit_b1", pretrained, **defaults | options)
+    return build(FaViT, "favit_b1", pretrained, **defaults | options)
 
 
 @register_model
 def favit_b2(pretrained: bool = False, **options) -> FaViT:
     """25 M parameters, 4.5 G multiply-adds; paths are dropped as in the smallest."""
     defaults = {"embed_dim": 64, "depths": (2, 3, 18, 3), "drop_path_rate": 0.1}
-    return _create("favit_b2", pretrained, **defaults | options)
+    return build(FaViT, "favit_b2", pretrained, **defaults | options)

@@ -13,21 +13,17 @@ Letters: B batch, n heads, H, W size of a feature map, C channels, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-)
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from vidattn.backbones.attention_block import AttentionBlock
 from vidattn.backbones.dinat_s import patchify
-from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramid import pretrained_cfg
 from vidattn.backbones.window_attention import (
     PatchMerging,
     attend_in_windows,
@@ -145,7 +141,7 @@ def attend_along_axes(
     return v
 
 
-class GatedSwinRMT(Pyramid):
+class GatedSwinRMT(DoublingPyramid):
     """Gated-SwinRMT; takes images of any size.
 
     Args:
@@ -180,18 +176,12 @@ class GatedSwinRMT(Pyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if not len(depths) == len(num_heads) == len(decay_ranges):
-            raise ValueError(
-                "depths, num_heads and decay_ranges must have one number for each stage, got "
-                f"{depths}, {num_heads} and {decay_ranges}"
-            )
+        check_stages(depths=depths, num_heads=num_heads, decay_ranges=decay_ranges)
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(stage: int, index: int) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
             attn = GatedWindowAttention(
-                widths[stage],
+                dim,
                 num_heads[stage],
                 window=window,
                 shift=window // 2 if index % 2 else 0,
@@ -199,32 +189,26 @@ class GatedSwinRMT(Pyramid):
                 kind=kind,
                 **dd,
             )
-            rate = rates[stage][index]
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
-        stages = []
-        for i, depth in enumerate(depths):
-            down = PatchMerging(widths[i - 1], widths[i], (1, 2), **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
         super().__init__(
             patchify(4, in_chans, embed_dim, **dd),
-            stages,
-            nn.LayerNorm(widths[-1], **dd),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            block,
+            partial(PatchMerging, axes=(1, 2)),
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
-            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
 
 
 def _create(name: str, pretrained: bool, **options) -> GatedSwinRMT:
-    stages = range(len(options.get("depths", (2, 2, 8, 2))))
-    return build_model_with_cfg(
-        GatedSwinRMT,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **{"drop_path_rate": 0.1} | options,
-    )
+    defaults = {"depths": (2, 2, 8, 2), "drop_path_rate": 0.1}
+    return build(GatedSwinRMT, name, pretrained, **defaults | options)
 
 
 default_cfgs = generate_default_cfgs(

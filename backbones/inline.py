@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
@@ -19,7 +18,8 @@ from torch.nn.functional import conv2d
 from vidattn.backbones import neighborhood_checkpoint
 from vidattn.backbones.attention_block import AttentionBlock
 from vidattn.backbones.dinat_s import patchify
-from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramid import pretrained_cfg
 from vidattn.backbones.window_attention import WindowAttention
 
 
@@ -76,7 +76,7 @@ def convolve(x: Tensor, kernels: Tensor) -> Tensor:
     return out.view(x.shape)
 
 
-class InLineSwin(Pyramid):
+class InLineSwin(DoublingPyramid):
     """InLine-Swin; takes images of any size.
 
     At the released sizes of 224 and 384 pixels, linear attention spans the whole map, as it does
@@ -112,36 +112,30 @@ class InLineSwin(Pyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if not len(depths) == len(num_heads) == len(are_linear):
-            raise ValueError(
-                "depths, num_heads and are_linear must have one entry for each stage, got "
-                f"{depths}, {num_heads} and {are_linear}"
-            )
+        check_stages(depths=depths, num_heads=num_heads, are_linear=are_linear)
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(stage: int, index: int) -> AttentionBlock:
-            width, heads = widths[stage], num_heads[stage]
+        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
+            heads = num_heads[stage]
             if are_linear[stage]:
-                attn = InLineAttention(width, heads, **dd)
+                attn = InLineAttention(dim, heads, **dd)
             else:
                 shift = window // 2 if index % 2 else 0
-                attn = WindowAttention(width, heads, (window,) * 2, (shift,) * 2, **dd)
-            rate = rates[stage][index]
+                attn = WindowAttention(dim, heads, (window,) * 2, (shift,) * 2, **dd)
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
-        stages = []
-        for i, depth in enumerate(depths):
-            down = PatchMerging(widths[i - 1], **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
         super().__init__(
             patchify(4, in_chans, embed_dim, **dd),
-            stages,
-            nn.LayerNorm(widths[-1], **dd),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            block,
+            PatchMerging,
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
-            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
 
     @torch.jit.ignore
@@ -170,13 +164,6 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def inline_swin_tiny(pretrained: bool = False, **options) -> InLineSwin:
     """29 M parameters, 4.5 G multiply-adds."""
-    options = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.2} | options
-    stages = range(len(options["depths"]))
-    return build_model_with_cfg(
-        InLineSwin,
-        "inline_swin_tiny",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
+    defaults = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.2}
+    options = {"pretrained_filter_fn": checkpoint_filter_fn} | defaults | options
+    return build(InLineSwin, "inline_swin_tiny", pretrained, **options)

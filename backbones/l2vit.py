@@ -11,13 +11,14 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
 from vidattn.backbones.linear_attention import LinearAttention, LocalConcentration
-from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.pyramid import pretrained_cfg
 from vidattn.backbones.window_attention import WindowAttention
 
 
@@ -115,7 +116,7 @@ class Downsample(nn.Module):
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class L2ViT(Pyramid):
+class L2ViT(DoublingPyramid):
     """L2ViT; takes images of any size.
 
     A map smaller than a window is a window of its own; the released code pads it to a whole one.
@@ -148,31 +149,26 @@ class L2ViT(Pyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if len(depths) != len(num_heads):
-            raise ValueError(
-                "depths and num_heads must have one number for each stage, got "
-                f"{depths} and {num_heads}"
-            )
+        check_stages(depths=depths, num_heads=num_heads)
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(stage: int, index: int) -> L2ViTBlock:
-            options = {"mlp_ratio": mlp_ratio, "drop_path": rates[stage][index], **dd}
+        def block(dim: int, rate: float, stage: int, index: int) -> L2ViTBlock:
+            options = {"mlp_ratio": mlp_ratio, "drop_path": rate, **dd}
             local = None if index % 2 else window
-            return L2ViTBlock(widths[stage], num_heads[stage], window=local, **options)
+            return L2ViTBlock(dim, num_heads[stage], window=local, **options)
 
-        stages = []
-        for i, depth in enumerate(depths):
-            down = Downsample(widths[i - 1], widths[i], **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
         super().__init__(
             ConvStem(in_chans, embed_dim, **dd),
-            stages,
-            nn.LayerNorm(widths[-1], **dd),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            block,
+            Downsample,
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
-            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
 
     @torch.jit.ignore
@@ -229,13 +225,6 @@ def l2vit_tiny(pretrained: bool = False, **options) -> L2ViT:
 
     The rate of dropped paths is that of a model of its size, ConvNeXt-T; its own is not published.
     """
-    options = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.1} | options
-    stages = range(len(options["depths"]))
-    return build_model_with_cfg(
-        L2ViT,
-        "l2vit_tiny",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
+    defaults = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
+    options = {"pretrained_filter_fn": checkpoint_filter_fn} | defaults | options
+    return build(L2ViT, "l2vit_tiny", pretrained, **options)

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.layers import calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vidattn.backbones.aggregated_attention import AggregatedAttention, CosineAttention
 from vidattn.backbones.convolved_block import ConvolvedBlock, GatedConvolution
+from vidattn.backbones.doubling_pyramid import build, check_stages
 from vidattn.backbones.head_routing import HeadRouter
 from vidattn.backbones.overlapping_patches import OverlappingPyramid, rename
 from vidattn.backbones.pyramid import pretrained_cfg
@@ -63,17 +63,18 @@ class MoHViT(OverlappingPyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        per_stage = (depths, num_heads, num_shared, num_routed, strides, mlp_ratios)
-        if len({len(each) for each in per_stage}) > 1:
-            raise ValueError(
-                "depths, num_heads, num_shared, num_routed, strides and mlp_ratios must have one "
-                f"number for each stage, got {per_stage}"
-            )
+        check_stages(
+            depths=depths,
+            num_heads=num_heads,
+            num_shared=num_shared,
+            num_routed=num_routed,
+            strides=strides,
+            mlp_ratios=mlp_ratios,
+        )
         dd = {"device": device, "dtype": dtype}
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(stage: int, rate: float) -> ConvolvedBlock:
-            dim, heads = embed_dim * 2**stage, num_heads[stage]
+        def block(dim: int, rate: float, stage: int, index: int) -> ConvolvedBlock:
+            heads = num_heads[stage]
             if dim % heads:
                 raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {heads}")
             numbers = {"num_shared": num_shared[stage], "num_routed": num_routed[stage]}
@@ -88,12 +89,14 @@ class MoHViT(OverlappingPyramid):
             return ConvolvedBlock(attn, mlp, dim, rate, **dd)
 
         super().__init__(
-            [[block(i, rate) for rate in each] for i, each in enumerate(rates)],
-            embed_dim,
+            block,
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
             **dd,
         )
 
@@ -133,15 +136,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _create(name: str, pretrained: bool, **options) -> MoHViT:
-    stages = range(len(options["depths"]))
-    return build_model_with_cfg(
-        MoHViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
+    options = {"pretrained_filter_fn": checkpoint_filter_fn} | options
+    return build(MoHViT, name, pretrained, **options)
 
 
 SMALL = {"depths": (5, 5, 22, 5), "drop_path_rate": 0.45}

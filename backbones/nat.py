@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vidattn.backbones.attention_block import AttentionBlock
+from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
-from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.pyramid import pretrained_cfg
 
 
 class ConvStem(nn.Module):
@@ -51,7 +51,7 @@ class ConvDownsample(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class NeighborhoodTransformer(Pyramid):
+class NeighborhoodTransformer(DoublingPyramid):
     """NAT; DiNAT with dilations; DiNAT_s with patches. Takes images of any size.
 
     Args:
@@ -93,22 +93,15 @@ class NeighborhoodTransformer(Pyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if not len(depths) == len(num_heads) == len(dilations):
-            raise ValueError(
-                "depths, num_heads and dilations must have one number for each stage, got "
-                f"{depths}, {num_heads} and {dilations}"
-            )
+        check_stages(depths=depths, num_heads=num_heads, dilations=dilations)
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(stage: int, index: int) -> AttentionBlock:
-            dilation = dilations[stage] if index % 2 else 1
+        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
             attn = NeighborhoodAttention2d(
-                widths[stage],
+                dim,
                 num_heads[stage],
                 window=window,
-                dilation=dilation,
+                dilation=dilations[stage] if index % 2 else 1,
                 proj_drop=proj_drop_rate,
                 **dd,
             )
@@ -116,22 +109,23 @@ class NeighborhoodTransformer(Pyramid):
                 attn,
                 mlp_ratio=mlp_ratio,
                 drop=proj_drop_rate,
-                drop_path=rates[stage][index],
+                drop_path=rate,
                 layer_scale=layer_scale,
                 **dd,
             )
 
-        stages = []
-        for i, depth in enumerate(depths):
-            down = downsample_layer(widths[i - 1], widths[i], **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
         super().__init__(
             stem_layer(in_chans, embed_dim, **dd),
-            stages,
-            nn.LayerNorm(widths[-1], **dd),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            block,
+            downsample_layer,
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
-            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
 
     @torch.jit.ignore
@@ -142,15 +136,8 @@ class NeighborhoodTransformer(Pyramid):
 
 def create(name: str, pretrained: bool, **options) -> NeighborhoodTransformer:
     """A registered model, by the conventions of timm."""
-    stages = range(len(options["depths"]))
-    return build_model_with_cfg(
-        NeighborhoodTransformer,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
+    options = {"pretrained_filter_fn": checkpoint_filter_fn} | options
+    return build(NeighborhoodTransformer, name, pretrained, **options)
 
 
 def weights(url: str = "", **fields) -> dict:

@@ -8,13 +8,13 @@ Letters: B batch, C channels, H, W size of a feature map.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
-from vidattn.backbones.pyramid import Pyramid, Stage
+from vidattn.backbones.doubling_pyramid import DoublingPyramid
 
 
 class OverlappingStem(nn.Module):
@@ -47,40 +47,36 @@ class OverlappingDownsample(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class OverlappingPyramid(Pyramid):
-    """Blocks in stages, each twice as wide as the one before; takes images of any size.
+class OverlappingPyramid(DoublingPyramid):
+    """Stages that begin with overlapping patches; takes images of any size.
 
     Args:
-        blocks: of each stage.
-        embed_dim: channels of the first stage.
+        block: as DoublingPyramid takes it.
         in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        drop_rate: dropout before the classifier.
+        embed_dim: channels of the first stage.
+        options: of DoublingPyramid.
     """
 
     def __init__(
         self,
-        blocks: Sequence[Sequence[nn.Module]],
-        embed_dim: int,
+        block: Callable[[int, float, int, int], nn.Module],
         *,
         in_chans: int,
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
+        embed_dim: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options,
     ):
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(blocks))]
-        downs = [OverlappingDownsample(*pair, **dd) for pair in zip(widths, widths[1:])]
         super().__init__(
             OverlappingStem(in_chans, embed_dim, **dd),
-            [Stage(down, each) for down, each in zip([nn.Identity(), *downs], blocks)],
-            nn.LayerNorm(widths[-1], eps=1e-6, **dd),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            block,
+            OverlappingDownsample,
+            partial(nn.LayerNorm, eps=1e-6),
             in_chans=in_chans,
-            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+            embed_dim=embed_dim,
+            **options,
+            **dd,
         )
 
     @torch.jit.ignore

@@ -11,19 +11,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-)
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.pyramid import Stage, pretrained_cfg
+from vidattn.backbones.doubling_pyramid import build, check_stages
+from vidattn.backbones.pyramid import pretrained_cfg
 from vidattn.backbones.volume_pyramid import VolumePyramid
 from vidattn.backbones.window_attention import PatchMerging, WindowAttention, pad_axes
 
@@ -120,41 +117,37 @@ class SwiFT(VolumePyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if len(depths) != len(num_heads):
-            raise ValueError(
-                f"depths and num_heads must have one number for each stage, got {depths} and "
-                f"{num_heads}"
-            )
+        check_stages(depths=depths, num_heads=num_heads)
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        size = [-(-voxels // side) for voxels, side in zip(scan_size, patch)]
+        sizes = [[-(-voxels // side) for voxels, side in zip(scan_size, patch)]]
+        for _ in depths[1:]:
+            sizes.append([*(-(-cells // 2) for cells in sizes[-1][:3]), sizes[-1][3]])
 
-        def block(stage: int, index: int) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
             is_last = stage == len(depths) - 1
-            sides = [*size[:3], window[3]] if is_last else window
+            sides = [*sizes[-1][:3], window[3]] if is_last else window
             shift = [0 if is_last or index % 2 == 0 else side // 2 for side in sides]
-            attn = WindowAttention(
-                widths[stage], num_heads[stage], sides, shift, has_bias=False, **dd
-            )
-            rate = rates[stage][index]
+            attn = WindowAttention(dim, num_heads[stage], sides, shift, has_bias=False, **dd)
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
-        stages = []
-        for i, depth in enumerate(depths):
-            if i:
-                size = [*(-(-cells // 2) for cells in size[:3]), size[3]]
-            down = PatchMerging(widths[i - 1], widths[i], (3, 2, 1), **dd) if i else nn.Identity()
-            down = nn.Sequential(down, Positions(widths[i], size, **dd))
-            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
         super().__init__(
             ScanPatches(in_chans, embed_dim, patch, **dd),
-            stages,
-            nn.Identity(),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            block,
+            partial(PatchMerging, axes=(3, 2, 1)),
+            nn.Identity,
+            patch=patch[0],
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
-            taps=[(width, patch[0] * 2**i) for i, width in enumerate(widths)],
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
+        for i, (stage, size) in enumerate(zip(self.stages, sizes)):
+            positions = Positions(embed_dim * 2**i, size, **dd)
+            stage.downsample = nn.Sequential(stage.downsample, positions)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -214,12 +207,5 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def swift(pretrained: bool = False, **options) -> SwiFT:
     """4.3 M parameters, the one size of the paper."""
-    stages = range(len(options.get("depths", (2, 2, 6, 2))))
-    return build_model_with_cfg(
-        SwiFT,
-        "swift",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
+    defaults = {"depths": (2, 2, 6, 2), "pretrained_filter_fn": checkpoint_filter_fn}
+    return build(SwiFT, "swift", pretrained, **defaults | options)

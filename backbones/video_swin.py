@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.pyramid import Stage, pretrained_cfg
+from vidattn.backbones.doubling_pyramid import build, check_stages
+from vidattn.backbones.pyramid import pretrained_cfg
 from vidattn.backbones.volume_pyramid import VolumePyramid
 from vidattn.backbones.window_attention import PatchMerging, WindowAttention, pad_axes
 
@@ -72,32 +73,27 @@ class VideoSwin(VolumePyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if len(depths) != len(num_heads):
-            raise ValueError(
-                f"depths and num_heads must have one number for each stage, got {depths} and "
-                f"{num_heads}"
-            )
+        check_stages(depths=depths, num_heads=num_heads)
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(stage: int, index: int) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
             shift = [side // 2 if index % 2 else 0 for side in window]
-            attn = WindowAttention(widths[stage], num_heads[stage], window, shift, **dd)
-            rate = rates[stage][index]
+            attn = WindowAttention(dim, num_heads[stage], window, shift, **dd)
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
-        stages = []
-        for i, depth in enumerate(depths):
-            down = PatchMerging(widths[i - 1], widths[i], (2, 3), **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(i, j) for j in range(depth)]))
         super().__init__(
             VideoPatches(in_chans, embed_dim, patch, **dd),
-            stages,
-            nn.LayerNorm(widths[-1], **dd),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            block,
+            partial(PatchMerging, axes=(2, 3)),
+            patch=patch[-1],
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
-            taps=[(width, patch[-1] * 2**i) for i, width in enumerate(widths)],
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
 
     @torch.jit.ignore
@@ -135,15 +131,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _create(name: str, pretrained: bool, **options) -> VideoSwin:
-    stages = range(len(options.get("depths", (2, 2, 6, 2))))
-    return build_model_with_cfg(
-        VideoSwin,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
+    options = {"pretrained_filter_fn": checkpoint_filter_fn} | options
+    return build(VideoSwin, name, pretrained, **options)
 
 
 def _weights(file: str) -> dict:
@@ -165,7 +154,8 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def video_swin_tiny(pretrained: bool = False, **options) -> VideoSwin:
     """28 M parameters, 88 G multiply-adds for 32 frames."""
-    return _create("video_swin_tiny", pretrained, **{"drop_path_rate": 0.1} | options)
+    defaults = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
+    return _create("video_swin_tiny", pretrained, **defaults | options)
 
 
 @register_model

@@ -7,10 +7,10 @@ Letters: B batch, C channels.
 
 from torch import Tensor
 
-from vidattn.backbones.pyramid import Pyramid
+from vidattn.backbones.doubling_pyramid import DoublingPyramid
 
 
-class VolumePyramid(Pyramid):
+class VolumePyramid(DoublingPyramid):
     """A pyramid for videos (B, C, T, H, W) and volumes with still more axes.
 
     A map has its channels last, (B, T, H, W, C), which ``output_fmt`` calls NHWC; NCHW puts them

@@ -10,21 +10,17 @@ Letters: B batch, n heads, H, W size of a feature map, C channels, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_function,
-)
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, grid_sample, leaky_relu
 
 from vidattn.backbones.attention_block import AttentionBlock
 from vidattn.backbones.dinat_s import patchify
-from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramid import pretrained_cfg
 from vidattn.backbones.window_attention import PatchMerging, attend_in_blocks, crop, pad_axes
 
 
@@ -155,7 +151,7 @@ class ConditionalPositions(nn.Module):
         return x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class VaryingSwin(Pyramid):
+class VaryingSwin(DoublingPyramid):
     """Swin with varied-size windows; takes images of any size.
 
     Windows are not shifted, as those of keys overlap, and convolutions as large as a window stand
@@ -189,35 +185,30 @@ class VaryingSwin(Pyramid):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if len(depths) != len(num_heads):
-            raise ValueError(
-                f"depths and num_heads must have one number for each stage, got {depths} and "
-                f"{num_heads}"
-            )
+        check_stages(depths=depths, num_heads=num_heads)
         if window % 2 == 0:
             raise ValueError(f"window must be odd, as that of its convolutions, got {window}")
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
 
-        def block(width: int, heads: int, rate: float) -> nn.Sequential:
-            attn = VariedWindowAttention(width, heads, window=window, **dd)
+        def block(dim: int, rate: float, stage: int, index: int) -> nn.Sequential:
+            attn = VariedWindowAttention(dim, num_heads[stage], window=window, **dd)
             return nn.Sequential(
-                ConditionalPositions(width, window, **dd),
+                ConditionalPositions(dim, window, **dd),
                 AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd),
             )
 
-        stages = []
-        for i, width in enumerate(widths):
-            down = PatchMerging(widths[i - 1], width, (1, 2), **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(width, num_heads[i], rate) for rate in rates[i]]))
         super().__init__(
             patchify(4, in_chans, embed_dim, **dd),
-            stages,
-            nn.LayerNorm(widths[-1], **dd),
-            ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            block,
+            partial(PatchMerging, axes=(1, 2)),
+            embed_dim=embed_dim,
+            depths=depths,
             in_chans=in_chans,
-            taps=[(width, 4 * 2**i) for i, width in enumerate(widths)],
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
 
 
@@ -227,12 +218,5 @@ default_cfgs = generate_default_cfgs({"vsa_swin_tiny": pretrained_cfg("stem.proj
 @register_model
 def vsa_swin_tiny(pretrained: bool = False, **options) -> VaryingSwin:
     """29 M parameters, in the layout of Swin-T."""
-    options = {"drop_path_rate": 0.2} | options
-    stages = range(len(options.get("depths", (2, 2, 6, 2))))
-    return build_model_with_cfg(
-        VaryingSwin,
-        "vsa_swin_tiny",
-        pretrained,
-        feature_cfg={"out_indices": tuple(stages), "flatten_sequential": True},
-        **options,
-    )
+    defaults = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.2}
+    return build(VaryingSwin, "vsa_swin_tiny", pretrained, **defaults | options)

@@ -114,7 +114,7 @@ def test_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strides": (8, 4)}, "depths, num_heads, strides and mlp_ratios must have one number"),
+        ({"strides": (8, 4)}, "depths, num_heads, strides and mlp_ratios must have one entry"),
         ({"embed_dim": 24}, "dim must be a multiple of 16, and the 10 channels of a group one of"),
         ({"num_heads": (3, 2, 4, 8)}, "and the 14 channels of a group one of num_heads, got 32"),
     ],

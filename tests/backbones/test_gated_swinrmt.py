@@ -66,7 +66,7 @@ def test_attention(kind, size, shift):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depths": (1, 1)}, "depths, num_heads and decay_ranges must have one number for each"),
+        ({"depths": (1, 1)}, "depths, num_heads and decay_ranges must have one entry for each"),
         ({"kind": "softmax"}, "kind must be one of"),
         ({"num_heads": (3, 4, 8, 16)}, "dim must be a multiple of num_heads, got 64 and 3"),
         ({"num_heads": (1, 4, 8, 16)}, "num_heads must be even for swat, got 1"),

@@ -117,7 +117,7 @@ def test_released_weights(size, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": (3, 6)}, "depths and num_heads must have one number for each stage"),
+        ({"num_heads": (3, 6)}, "depths and num_heads must have one entry for each stage"),
         ({"num_heads": (5, 6, 12, 24)}, "dim must be a multiple of num_heads, got 96 and 5"),
     ],
 )

@@ -198,7 +198,7 @@ def test_weights_of_heads(num_shared, num_routed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strides": (8, 4)}, "must have one number for each stage"),
+        ({"strides": (8, 4)}, "must have one entry for each stage"),
         ({"num_heads": (5, 6, 12, 24)}, "dim must be a multiple of num_heads, got 72 and 5"),
         ({"num_routed": (0, 0, 10, 12)}, "of 12 heads, 3 cannot be shared and 10 routed"),
         ({"num_routed": (1, 0, 6, 12)}, "of 3 heads, 3 cannot be shared and 1 routed"),

@@ -140,7 +140,7 @@ def test_position_biases_do_not_decay(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depths": (1, 1)}, "depths, num_heads and dilations must have one number for each"),
+        ({"depths": (1, 1)}, "depths, num_heads and dilations must have one entry for each"),
         ({"num_heads": (3, 2, 4, 4)}, "dim must be a multiple of num_heads, got 8 and 3"),
     ],
 )
@@ -152,7 +152,7 @@ def test_bad_options_are_named(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depths": (1, 1)}, "depths and topks must have one number for each stage"),
+        ({"depths": (1, 1)}, "depths and topks must have one entry for each stage"),
         ({"topks": (1, 4, 50, None)}, "topk must be 1 to the 49 regions, got 50"),
     ],
 )

@@ -85,7 +85,7 @@ def test_authors_weights(frames, tmp_path):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="depths and num_heads must have one number for each"):
+    with pytest.raises(ValueError, match="depths and num_heads must have one entry for each"):
         timm.create_model("swift", depths=(1, 1))
     model = timm.create_model("swift", **OURS)
     with pytest.raises(ValueError, match="create the model with the scan_size of these scans"):

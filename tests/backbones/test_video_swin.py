@@ -41,5 +41,5 @@ def test_own_weights_load_as_they_are(tmp_path):
 
 
 def test_bad_options_are_named():
-    with pytest.raises(ValueError, match="depths and num_heads must have one number for each"):
+    with pytest.raises(ValueError, match="depths and num_heads must have one entry for each"):
         timm.create_model("video_swin_tiny", depths=(1, 1))

@@ -82,7 +82,7 @@ def test_windows_are_those_of_swin_at_the_outset():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depths": (1, 1)}, "depths and num_heads must have one number for each stage"),
+        ({"depths": (1, 1)}, "depths and num_heads must have one entry for each stage"),
         ({"window": 4}, "window must be odd, as that of its convolutions, got 4"),
         ({"num_heads": (5, 6, 12, 24)}, "dim must be a multiple of num_heads, got 96 and 5"),
     ],

@@ -51,6 +51,7 @@ KINDS = ("forward", "train")
 COLUMNS = (
     ("model", "model"),
     ("size", "pixels"),
+    ("batch", "batch"),
     ("forward", "images/s"),
     ("forward_mib", "extra MiB"),
     ("train", "images/s fwd+bwd"),
@@ -64,8 +65,8 @@ RATIOS = (
     ("train", "fwd+bwd"),
 )
 NOTES = """\
-Images per second of {clock} in float32, {batch} to a batch, medians of {rounds} rounds in which
-everything is called in turns. fwd+bwd is forward and backward in training mode. A ratio is the
+Images per second of {clock} in float32, medians of {rounds} rounds in which everything is called
+in turns. fwd+bwd is forward and backward in training mode. A ratio is the
 median over the rounds; "timm" is the faster of timm's settings: plain operations, or PyTorch's
 fused attention where timm can use it. extra is the peak of resident memory during the first call,
 beyond what was there before it. Windows are 7 x 7 in Swin, Swin V2 and DaViT; HaloNet needs images
@@ -89,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one image of 64 pixels, one round")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448], help="edges of images")
-    parser.add_argument("--batch", type=int, default=2, help="images at a time")
+    parser.add_argument("--batch", type=int, default=2, help="images of the first size")
     parser.add_argument("--rounds", type=int, default=5, help="times each function is called")
     parser.add_argument("--threads", type=int, help="of PyTorch; all cores by default")
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
@@ -101,9 +102,11 @@ def main() -> None:
         sizes, batch, rounds = [64], 1, 1
     packages = {name: version(name) for name in ("torch", "timm", "natten") if find_spec(name)}
     report = {"hardware": hardware() | packages}
-    report |= {"batch": batch, "rounds": rounds, "rows": [], "ratios": []}
+    report |= {"rounds": rounds, "rows": [], "ratios": []}
     for size in sizes:
-        rows, ratios = measure(labels(size), size, batch, rounds)
+        # about as many pixels at any size
+        count = max(1, batch * sizes[0] ** 2 // size**2)
+        rows, ratios = measure(labels(size), size, count, rounds)
         report["rows"] += rows
         report["ratios"] += ratios
         write(report, args.out / ("backbones_quick" if args.quick else "backbones_cpu"))
@@ -166,7 +169,7 @@ def measure(labels: list[str], size: int, batch: int, rounds: int) -> tuple[list
     times = in_turns(functions, rounds)
     rows = []
     for label in labels:
-        row = {"model": label, "size": edge(label, size)}
+        row = {"model": label, "size": edge(label, size), "batch": batch}
         for kind in KINDS:
             key = label, kind
             row[kind] = batch / statistics.median(times[key]["used"]) if key in times else None
@@ -238,7 +241,7 @@ def to_markdown(report: dict) -> str:
         f"{machine['num_cores']} cores, {machine['system']}, torch {machine['torch']}, timm "
         f"{machine['timm']}{peer}. `python scripts/bench_backbones.py`\n"
     )
-    notes = NOTES.format(clock=clock_name(), batch=report["batch"], rounds=report["rounds"])
+    notes = NOTES.format(clock=clock_name(), rounds=report["rounds"])
     parts = [head, table(COLUMNS, report["rows"]), table(RATIOS, report["ratios"], "x"), notes]
     return "\n".join(parts)
 

@@ -75,37 +75,52 @@ ROUNDED |= {name: 0.5 for name in FACTS if name.startswith("video_swin")}
 
 
 def multiply_adds(model, size):
-    """Products of every layer for one input, from the shapes that pass through it."""
+    """Products of every layer for one input, from the shapes that pass through it.
+
+    Of the blocks of a stage that print alike, one is run and counts for all.
+    """
     total = 0
+    times = {}
+    for stage in model.stages:
+        kinds = {}
+        for block in stage.blocks:
+            kinds.setdefault(repr(block), []).append(block)
+        stage.blocks = nn.Sequential(*(alike[0] for alike in kinds.values()))
+        for alike in kinds.values():
+            times |= dict.fromkeys(alike[0].modules(), len(alike))
+
+    def products(module, output):
+        if isinstance(module, nn.Linear):
+            return output.numel() * module.in_features
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return output.numel() * module.weight[0].numel()
+        if isinstance(module, nn.LayerNorm):
+            return 5 * output.numel()
+        if isinstance(module, NeighborhoodAttention2d):
+            cells, channels = output[..., 0].numel(), output.shape[-1]
+            return cells * module.window**2 * (2 * channels + module.num_heads)
+        if isinstance(module, BiLevelRoutingAttention):
+            cells, regions = output[..., 0].numel(), module.side**2
+            keys = cells * module.topk / regions
+            return 2 * output.numel() * keys + regions**2 * output.shape[-1]
+        if isinstance(module, WindowAttention):
+            return 2 * output.numel() * math.prod(module.window)
+        if isinstance(module, InLineAttention | LinearAttention):
+            return output.numel() * 2 * (output.shape[-1] // module.num_heads)
+        if isinstance(module, AggregatedAttention):
+            cells = output[..., 0].numel()
+            return output.numel() * (3 * module.window**2 + 2 * cells // module.stride**2)
+        if isinstance(module, CoarseGroup):
+            return 2 * output.numel() * output[..., 0].numel() // module.stride**2
+        if isinstance(module, FineGroup):
+            return 2 * output.numel() * module.window**2
+        if isinstance(module, FullAttention | CosineAttention):
+            return 2 * output.numel() * output[..., 0].numel()
+        return 0
 
     def count(module, inputs, output):
         nonlocal total
-        if isinstance(module, nn.Linear):
-            total += output.numel() * module.in_features
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            total += output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.LayerNorm):
-            total += 5 * output.numel()
-        elif isinstance(module, NeighborhoodAttention2d):
-            cells, channels = output[..., 0].numel(), output.shape[-1]
-            total += cells * module.window**2 * (2 * channels + module.num_heads)
-        elif isinstance(module, BiLevelRoutingAttention):
-            cells, regions = output[..., 0].numel(), module.side**2
-            keys = cells * module.topk / regions
-            total += 2 * output.numel() * keys + regions**2 * output.shape[-1]
-        elif isinstance(module, WindowAttention):
-            total += 2 * output.numel() * math.prod(module.window)
-        elif isinstance(module, InLineAttention | LinearAttention):
-            total += output.numel() * 2 * (output.shape[-1] // module.num_heads)
-        elif isinstance(module, AggregatedAttention):
-            cells = output[..., 0].numel()
-            total += output.numel() * (3 * module.window**2 + 2 * cells // module.stride**2)
-        elif isinstance(module, CoarseGroup):
-            total += 2 * output.numel() * output[..., 0].numel() // module.stride**2
-        elif isinstance(module, FineGroup):
-            total += 2 * output.numel() * module.window**2
-        elif isinstance(module, FullAttention | CosineAttention):
-            total += 2 * output.numel() * output[..., 0].numel()
+        total += times.get(module, 1) * products(module, output)
 
     for module in model.modules():
         module.register_forward_hook(count)
@@ -123,7 +138,7 @@ def test_every_model_is_here():
 )
 def test_size_of(name):
     num_parameters, giga = FACTS[name]
-    model = timm.create_model(name, device="meta").eval()
+    model = timm.create_model(name, drop_path_rate=0.0, device="meta").eval()
     assert sum(x.numel() for x in model.parameters()) == num_parameters
     if giga is None:
         return

@@ -24,7 +24,7 @@ import torch
 from density_choices import add_density_arguments, choices_at, plain_label
 from quality_report import Compared, draw, summarize, to_markdown
 from safetensors.torch import load_file, save_file
-from t2v_data import held_out_prompts
+from t2v.data import held_out_prompts
 
 from vidattn.commands.choice import Choice, ScheduleChoice
 from vidattn.commands.clip import Clip, Guards, make_clip

@@ -11,7 +11,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from backbone_model import classifier_prefixes
+from backbone_training.model import classifier_prefixes
 from ort_tensors import read_ort
 from packages import SAM2_HIERA, TINYVIT, unpack
 from safetensors.torch import save_file

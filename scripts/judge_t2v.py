@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from t2v_data import NUM_PROMPTS, Clips, Scene, fetch_items, held_out_prompts
-from t2v_measure import (
+from t2v.data import NUM_PROMPTS, Clips, Scene, fetch_items, held_out_prompts
+from t2v.measure import (
     Classifier,
     colour_of,
     direction_of,

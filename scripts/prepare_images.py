@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from image_arrays import ImageArrays, read_idx_split, write_npz
+from backbone_training.image_arrays import ImageArrays, read_idx_split, write_npz
 from packages import CIFAR10, FASHION_MNIST, FASHION_MNIST_FOLDER, MNIST, unpack
 from PIL import Image
 

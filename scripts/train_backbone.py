@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from backbone_checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from backbone_data import (
+from backbone_training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from backbone_training.data import (
     Images,
     ShuffledBatches,
     make_loader,
     ordered_batches,
 )
-from backbone_log import Log, draw_log
-from backbone_model import Description, merge, save_weights, set_training
-from backbone_scores import Scores, score
-from backbone_settings import Settings, read_settings
-from backbone_sources import Source, open_source, require_same_classes
-from backbone_trainee import Trainee, make_trainee, take_step
+from backbone_training.log import Log, draw_log
+from backbone_training.model import Description, merge, save_weights, set_training
+from backbone_training.scores import Scores, score
+from backbone_training.settings import Settings, read_settings
+from backbone_training.sources import Source, open_source, require_same_classes
+from backbone_training.trainee import Trainee, make_trainee, take_step
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm

@@ -18,19 +18,19 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from safetensors.torch import load_file, save_file
-from t2v_checkpoint import learning_rate, load_checkpoint, save_checkpoint
-from t2v_data import Clips, fetch_items, vary_caption
-from t2v_flow import (
+from t2v.checkpoint import learning_rate, load_checkpoint, save_checkpoint
+from t2v.data import Clips, fetch_items, vary_caption
+from t2v.flow import (
     FlowModel,
     build_text_encoder,
     build_tokenizer,
     build_transformer,
     flow_loss,
 )
-from t2v_latents import LatentPool, encode_clips
-from t2v_muon import Muon
-from t2v_team import Team, run_team
-from t2v_vae import build_vae, set_latent_statistics, train_vae
+from t2v.latents import LatentPool, encode_clips
+from t2v.muon import Muon
+from t2v.team import Team, run_team
+from t2v.vae import build_vae, set_latent_statistics, train_vae
 from transformers import UMT5EncoderModel
 
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
-from backbone_data import Images, make_loader, ordered_batches
-from backbone_model import build_described, create_model, describe, load_weights
-from backbone_scores import Scores, score
-from backbone_settings import Input
-from backbone_sources import Source, open_source, require_same_classes
+from backbone_training.data import Images, make_loader, ordered_batches
+from backbone_training.model import build_described, create_model, describe, load_weights
+from backbone_training.scores import Scores, score
+from backbone_training.settings import Input
+from backbone_training.sources import Source, open_source, require_same_classes
 from timm.data import resolve_model_data_config
 from torch import nn
 

@@ -35,8 +35,8 @@ def third_party(folder):
     paths = sorted((ROOT / folder).rglob("*.py"))
     own = {"vidattn", "tests"} | PEERS
     if folder in ("scripts", "tests"):
-        # programs, and tests of their parts, import the files beside the programs
-        own |= {path.stem for path in (ROOT / "scripts").glob("*.py")}
+        # programs, and tests of their parts, import the files and folders beside the programs
+        own |= {path.stem for path in (ROOT / "scripts").iterdir()}
     found = {}
     for path in paths:
         for _, name in imported(ast.parse(path.read_text(encoding="utf-8"))):

@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-arrays = importlib.import_module("image_arrays")
-settings = importlib.import_module("backbone_settings")
+arrays = importlib.import_module("backbone_training.image_arrays")
+settings = importlib.import_module("backbone_training.settings")
 
 CLASSES = ("ape", "bat", "cat")
 SIZE = 16

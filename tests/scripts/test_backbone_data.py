@@ -13,8 +13,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 cases = importlib.import_module("backbone_cases")
-data = importlib.import_module("backbone_data")
-sources = importlib.import_module("backbone_sources")
+data = importlib.import_module("backbone_training.data")
+sources = importlib.import_module("backbone_training.sources")
 arrays, settings = cases.arrays, cases.settings
 FORM = settings.Input(size=cases.SIZE, channels=1, mean=(0.5,), std=(0.25,), crop=1.0)
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 cases = importlib.import_module("backbone_cases")
-models = importlib.import_module("backbone_model")
-probes = importlib.import_module("backbone_probe")
+models = importlib.import_module("backbone_training.model")
+probes = importlib.import_module("backbone_training.probe")
 settings = cases.settings
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-arrays = importlib.import_module("image_arrays")
+arrays = importlib.import_module("backbone_training.image_arrays")
 packages = importlib.import_module("packages")
 program = importlib.import_module("prepare_images")
 

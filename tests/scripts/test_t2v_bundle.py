@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, WanPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-data = importlib.import_module("t2v_data")
+data = importlib.import_module("t2v.data")
 BUNDLE = Path(__file__).parents[2] / "assets" / "tiny-t2v"
 MIB = 2**20
 

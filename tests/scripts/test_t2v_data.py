@@ -11,8 +11,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-data = importlib.import_module("t2v_data")
-measure = importlib.import_module("t2v_measure")
+data = importlib.import_module("t2v.data")
+measure = importlib.import_module("t2v.measure")
 
 
 def write_items(folder: Path, per_label: int = 3) -> Path:

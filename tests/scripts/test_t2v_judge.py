@@ -12,9 +12,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-measure = importlib.import_module("t2v_measure")
+measure = importlib.import_module("t2v.measure")
 judging = importlib.import_module("judge_t2v")
-data = importlib.import_module("t2v_data")
+data = importlib.import_module("t2v.data")
 
 
 def moving_disc(velocity: tuple[float, float], colour: str = "blue", num_frames: int = 9):

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parent))
-flow = importlib.import_module("t2v_flow")
-muon = importlib.import_module("t2v_muon")
+flow = importlib.import_module("t2v.flow")
+muon = importlib.import_module("t2v.muon")
 program = importlib.import_module("train_t2v")
-vaes = importlib.import_module("t2v_vae")
-checkpoint = importlib.import_module("t2v_checkpoint")
-team = importlib.import_module("t2v_team")
+vaes = importlib.import_module("t2v.vae")
+checkpoint = importlib.import_module("t2v.checkpoint")
+team = importlib.import_module("t2v.team")
 write_items = importlib.import_module("test_t2v_data").write_items
 
 

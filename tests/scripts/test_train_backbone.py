@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 cases = importlib.import_module("backbone_cases")
 program = importlib.import_module("train_backbone")
 validation = importlib.import_module("validate_backbone")
-checkpoints = importlib.import_module("backbone_checkpoint")
-logs = importlib.import_module("backbone_log")
-models = importlib.import_module("backbone_model")
-scores = importlib.import_module("backbone_scores")
-trainees = importlib.import_module("backbone_trainee")
+checkpoints = importlib.import_module("backbone_training.checkpoint")
+logs = importlib.import_module("backbone_training.log")
+models = importlib.import_module("backbone_training.model")
+scores = importlib.import_module("backbone_training.scores")
+trainees = importlib.import_module("backbone_training.trainee")
 settings = cases.settings
 fresh_accelerator = cases.fresh_accelerator
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
-from t2v_checkpoint import learning_rate, load_checkpoint, save_checkpoint
-from t2v_data import Clips
-from t2v_muon import Muon
-from t2v_precision import fast_products
-from t2v_team import Team
+from t2v.checkpoint import learning_rate, load_checkpoint, save_checkpoint
+from t2v.data import Clips
+from t2v.muon import Muon
+from t2v.precision import fast_products
+from t2v.team import Team
 
 # Clips are rendered this many pixels larger than the windows cut from them.
 MARGIN = 32

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
-from t2v_data import Clips, Scene
-from t2v_precision import fast_products
-from t2v_team import Team
-from t2v_vae import encode_moments, normalise
+from t2v.data import Clips, Scene
+from t2v.precision import fast_products
+from t2v.team import Team
+from t2v.vae import encode_moments, normalise
 
 
 def _file(work: Path, size: list[int], team: Team) -> Path:

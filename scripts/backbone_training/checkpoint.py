@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from backbone_settings import Settings
+from backbone_training.settings import Settings
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 

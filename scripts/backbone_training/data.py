@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from backbone_settings import Augment, Input
-from backbone_sources import Source
+from backbone_training.settings import Augment, Input
+from backbone_training.sources import Source
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import DataLoader, Dataset, Sampler

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from image_arrays import ImageArrays, find_idx, read_idx_split, read_npz
+from backbone_training.image_arrays import ImageArrays, find_idx, read_idx_split, read_npz
 from PIL import Image
 
 HUB = "hf:"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import timm
 import torch
-from backbone_probe import Probed
-from backbone_settings import Input, Model, Tune
+from backbone_training.probe import Probed
+from backbone_training.settings import Input, Model, Tune
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file

@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024): momentum whose matrices are orthogonalised, batched by shape."""
 
 import torch
-from t2v_precision import fast_dtype
-from t2v_team import Team
+from t2v.precision import fast_dtype
+from t2v.team import Team
 
 
 def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

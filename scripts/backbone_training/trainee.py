@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from backbone_checkpoint import Average, Progress
-from backbone_data import seed_everything
-from backbone_model import build_start
-from backbone_settings import Settings
+from backbone_training.checkpoint import Average, Progress
+from backbone_training.data import seed_everything
+from backbone_training.model import build_start
+from backbone_training.settings import Settings
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
-from t2v_data import COLOURS, DIRECTIONS, ITEMS, Clips
+from t2v.data import COLOURS, DIRECTIONS, ITEMS, Clips
 from tqdm import tqdm
 
 MIN_CHROMA = 0.14

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
-from t2v_data import BACKGROUNDS, COLOURS, DIRECTIONS, ITEMS
-from t2v_precision import fast_products
+from t2v.data import BACKGROUNDS, COLOURS, DIRECTIONS, ITEMS
+from t2v.precision import fast_products
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 

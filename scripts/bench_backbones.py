@@ -65,13 +65,13 @@ RATIOS = (
     ("train", "fwd+bwd"),
 )
 NOTES = """\
-Images per second of {clock} in float32, medians of {rounds} rounds in which everything is called
-in turns. fwd+bwd is forward and backward in training mode. A ratio is the
-median over the rounds; "timm" is the faster of timm's settings: plain operations, or PyTorch's
-fused attention where timm can use it. extra is the peak of resident memory during the first call,
-beyond what was there before it. Windows are 7 x 7 in Swin, Swin V2 and DaViT; HaloNet needs images
-of a multiple of 256 pixels. NATTEN has no backward on a CPU, no position biases, and needs memory
-by the square of the pixels: it is timed below 448 alone.
+Images per second of {clock} in float32, medians of {rounds} rounds in which everything is called in
+turns. fwd+bwd is forward and backward in training mode. A ratio is the median over the rounds;
+"timm" is the faster of timm's settings: plain operations, or PyTorch's fused attention where timm
+can use it. extra is the peak of resident memory during the first call, beyond what was there before
+it. Windows are 7 x 7 in Swin, Swin V2 and DaViT; HaloNet needs images of a multiple of 256 pixels.
+NATTEN has no backward on a CPU, no position biases, and needs memory by the square of the pixels:
+it is timed below 448 alone.
 """
 
 
@@ -236,8 +236,9 @@ def to_markdown(report: dict) -> str:
     """The tables, with the machine above and notes below."""
     machine = report["hardware"]
     peer = f", NATTEN {machine['natten']}" if "natten" in machine else ""
+    threads = machine["num_threads"]
     head = (
-        f"# Vision backbones on {machine['num_threads']} threads of {machine['cpu']}\n\n"
+        f"# Vision backbones on {threads} thread{'s' * (threads > 1)} of {machine['cpu']}\n\n"
         f"{machine['num_cores']} cores, {machine['system']}, torch {machine['torch']}, timm "
         f"{machine['timm']}{peer}. `python scripts/bench_backbones.py`\n"
     )

@@ -78,8 +78,7 @@ def test_a_density_is_met(name):
     assert method(name, density=0.4).plan(grid, q, k).density == pytest.approx(0.4, abs=0.05)
 
 
-# strided reads its tiles whatever they hold, and an estimate misses the peaks among the others
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "strided"])
+@pytest.mark.parametrize("name", NAMES)
 def test_rectification_reduces_the_error_on_the_bundled_model(name):
     for seen in recorded()[1::3]:
         queries = torch.arange(2, seen.grid.num_tokens, 11)

@@ -52,6 +52,18 @@ def test_density_is_met(grid):
         assert plan.density == pytest.approx(0.2, rel=0.12)
 
 
+@pytest.mark.parametrize("density", [0.1, 0.15, 0.25])
+@pytest.mark.parametrize("grid", [Grid(5, 16, 16), PUBLISHED[0]], ids=str)
+def test_tiles_shrink_where_the_density_asks_for_it(grid, density):
+    plan = create_method("power", density=density).plan(grid)
+    assert plan.density == pytest.approx(density, rel=0.06)
+
+
+def test_tiles_are_as_large_as_ever_where_the_density_allows_it():
+    plans = [create_method("power", density=x).plan(Grid(5, 16, 16)) for x in (None, 0.4, 0.25)]
+    assert [plan.layout.block for plan in plans] == [64, 64, 32]
+
+
 def test_full_budget_is_dense():
     assert create_method("power", density=1.0, tile=(1, 3, 3)).plan(Grid(5, 9, 7)).is_dense
 

@@ -61,6 +61,17 @@ def test_density_is_met(grid):
     assert plan.density == pytest.approx(0.25, rel=0.06)
 
 
+@pytest.mark.parametrize("density", [0.1, 0.15, 0.4])
+@pytest.mark.parametrize("grid", [Grid(9, 16, 16), PUBLISHED[0]], ids=str)
+def test_strides_follow_the_density(grid, density):
+    assert plan_of(grid, 4, density=density).density == pytest.approx(density, rel=0.1)
+
+
+def test_half_of_the_density_is_for_strides_unless_they_are_given():
+    for options, strides in (({}, 8), ({"density": 0.1}, 20), ({"density": 0.1, "stride": 12}, 12)):
+        assert create_method("strided", **options).strides == strides
+
+
 def test_full_budget_is_dense():
     assert plan_of(Grid(5, 9, 7), 3, density=1.0).is_dense
     assert plan_of(Grid(5, 9, 7), 3, stride=1, tile=(1, 3, 3)).is_dense

@@ -24,6 +24,9 @@ from vidattn.method import Method, as_size
 from vidattn.plan import Plan
 from vidattn.tiles import axis_share, by_tile, distances, fit_reach, tile_counts, within
 
+# what blocks are shaped after, the first that the density allows
+TILES = ((4, 4, 4), (2, 4, 4), (2, 2, 4), (2, 2, 2))
+
 
 @dataclass(frozen=True)
 class Power(Method):
@@ -35,7 +38,8 @@ class Power(Method):
         axes: along how many axes at once, 1 to 3, tiles a power of two apart read each other.
         density: kept share of the video pairs, between 0 and 1; sets ``near`` to come as close to
             it as whole tiles allow.
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
+        tile: tokens of one block along (t, h, w); chosen for the grid when not given, and smaller
+            where the powers alone would exceed ``density``.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below what the powers keep.
@@ -56,7 +60,7 @@ class Power(Method):
 
     def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
         """Whole tiles, by their distance; ``q`` and ``k`` are not read."""
-        tile = as_size("tile", self.tile or fit_tile(grid.size, (4, 4, 4)))
+        tile = as_size("tile", self.tile or self._fit(grid.size))
         counts = tile_counts(grid.size, tile)
         near = as_size("near", self.near, least=0)
         if self.density is not None:
@@ -68,6 +72,13 @@ class Power(Method):
             )
         blocks = within(counts, near) | _powers(counts, self.axes)
         return Plan.from_blocks(grid, tile_layout(grid, tile), blocks[None, None])
+
+    def _fit(self, size: Size) -> Size:
+        """The largest tile whose powers alone stay within the density; the usual one without it."""
+        found = [fit_tile(size, wanted) for wanted in TILES]
+        room = self.density or 1.0
+        fits = (x for x in found if _density(size, x, self.axes, (0, 0, 0)) <= room)
+        return next(fits, found[0])
 
 
 def is_power(gap: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class Strided(ContentMethod):
     what is not read; so one plan serves all steps.
 
     Args:
-        stride: tiles of which a head reads one; the others are read by other heads.
+        stride: tiles of which a head reads one; the others are read by other heads. When not
+            given 8, or with a density as many as leave half of it for the window.
         near: tiles up to this distance on every axis, a (t, h, w) tuple or one number, read each
             other in every head.
         density: kept share of the video pairs, between 0 and 1; sets ``near`` to come as close to
@@ -45,7 +46,7 @@ class Strided(ContentMethod):
         ValueError: a value out of range; from ``plan``, a density below that of the stride.
     """
 
-    stride: int = 8
+    stride: int | None = None
     near: int | Size = 1
     density: float | None = None
     layer: int = 0
@@ -54,10 +55,19 @@ class Strided(ContentMethod):
         super().__post_init__()
         for name, least in (("stride", 1), ("layer", 0)):
             value = getattr(self, name)
+            if name == "stride" and value is None:
+                continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         as_size("near", self.near, least=0)
         check_share("density", self.density)
+
+    @property
+    def strides(self) -> int:
+        """Shares that the tiles are dealt out to."""
+        if self.stride is not None:
+            return self.stride
+        return 8 if self.density is None else max(1, round(2 / self.density))
 
     def at(self, layer: int) -> Strided:
         """The method with the shares that the heads of a layer read."""
@@ -71,16 +81,16 @@ class Strided(ContentMethod):
         """Whole tiles, by the number of the head."""
         tile, size = self.tile_of(content.grid), content.grid.size
         counts, num_heads = tile_counts(size, tile), content.q.shape[1]
-        shares = (self.layer * num_heads + torch.arange(num_heads)) % self.stride
-        strided = share_of_tile(counts, self.stride) == shares[:, None]
+        shares = (self.layer * num_heads + torch.arange(num_heads)) % self.strides
+        strided = share_of_tile(counts, self.strides) == shares[:, None]
         near = as_size("near", self.near, least=0)
         if self.density is not None:
             # outside of the window, a head reads one share of the tiles
             near = fit_reach(
                 self.density,
                 counts,
-                lambda box: 1 - (1 - 1 / self.stride) * (1 - _window_share(size, tile, box)),
-                f" with stride {self.stride}; set a larger stride or a smaller tile",
+                lambda box: 1 - (1 - 1 / self.strides) * (1 - _window_share(size, tile, box)),
+                f" with stride {self.strides}; set a larger stride or a smaller tile",
             )
         blocks = (strided[:, None] | within(counts, near))[None]
         return content.plan(blocks.to(content.q.device))

@@ -27,6 +27,8 @@ attention layer's output, relative root mean square, both on {num_layers} layers
 one dense clip. The other figures compare each clip with the dense clip of the same prompt and seed,
 means over clips; in brackets the 95 % bootstrap interval, resampled by prompts. PSNR gain: over the
 same clips of the same method, not rectified. Methods stand in the order of PSNR.
+freeswim exists for videos larger than those a model was trained on, and reads a window of the size
+of those; here its window is cut to meet the density, and a token reads a part of a frame only.
 """
 
 

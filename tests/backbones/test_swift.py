@@ -11,7 +11,7 @@ import vidattn.backbones  # noqa: F401
 from tests.backbones.slow_models import draw, layer, linear, norm
 from tests.backbones.slow_windows import slow_window_attention
 
-DIM, HEADS, DEPTHS, PATCH, WINDOW = 4, (1, 2, 4), (2, 2, 1), (2, 3, 2, 1), (2, 3, 2, 2)
+DIM, HEADS, DEPTHS, PATCH, WINDOW = 4, (1, 2, 4), (2, 1, 2), (2, 3, 2, 1), (2, 3, 2, 2)
 SCAN = (8, 12, 8, 3)
 OURS = {"embed_dim": DIM, "num_heads": HEADS, "depths": DEPTHS, "patch": PATCH, "window": WINDOW}
 OURS |= {"scan_size": SCAN, "num_classes": 3}

@@ -8,7 +8,6 @@ recall.json and recall.md.
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,8 +37,8 @@ Clips out of the package {package}: {clips}; {tokens:,} tokens ({grid}), {heads}
 PCA of patches fitted to two other clips, queries and keys one fixed random projection of them,
 normalized and rotated as in Wan: real motion, but no trained model. recall: share of dense
 attention's mass on the pairs that are read. error: of the output, relative root mean square. Both
-are means over clips and heads, on {queries} random queries. planning: wall clock of making the plan
-for all heads, on a machine that may be busy. Methods stand in the order of their error.
+are means over clips and heads, on {queries} random queries. Methods stand in the order of their
+error.
 """
 
 
@@ -105,20 +104,17 @@ def best_tenth(q: Tensor, k: Tensor, queries: Tensor) -> float:
 
 
 def measure_method(choice: Choice, grid: Grid, qkv: Sequence[Tensor], queries: Tensor) -> dict:
-    """Density, recall, error and planning time; the reason where the method cannot do it."""
+    """Density, recall and error; the reason where the method cannot do it."""
     method = create_method(choice.name, **choice.options)
-    begin = time.perf_counter()
     try:
         plan = method.plan(grid, *qkv[:2])
     except ValueError as error:
         return {"error": str(error)}
-    seconds = time.perf_counter() - begin
     found = fidelity(*qkv, plan, queries=queries)
     return {
         "density": plan.density,
         "recall": found.recall.mean().item(),
         "output_error": found.output_error.mean().item(),
-        "plan_s": seconds,
     }
 
 
@@ -150,16 +146,16 @@ def to_markdown(report: dict) -> str:
             if errors := [x["error"] for x in figures if "error" in x]:
                 refused.append(f"- `{row['label']}`: {errors[0]}\n")
                 continue
-            names = ("density", "recall", "output_error", "plan_s")
+            names = ("density", "recall", "output_error")
             means = {name: sum(x[name] for x in figures) / len(figures) for name in names}
             lines.append((row["label"], means))
         lines.sort(key=lambda line: line[1]["output_error"])
-        text += f"\n## Density {asked:g}\n\n| method | density | recall | error | planning |\n"
-        text += "| --- | ---: | ---: | ---: | ---: |\n"
+        text += f"\n## Density {asked:g}\n\n| method | density | recall | error |\n"
+        text += "| --- | ---: | ---: | ---: |\n"
         for label, x in lines:
             text += (
                 f"| `{label}` | {x['density']:.3f} | {x['recall']:.3f} | "
-                f"{x['output_error']:.3f} | {x['plan_s']:.1f} s |\n"
+                f"{x['output_error']:.3f} |\n"
             )
     return text + ("\n## Not possible on this grid\n\n" + "".join(refused) if refused else "")
 

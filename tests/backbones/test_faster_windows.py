@@ -50,6 +50,9 @@ def create(case):
         # biases that matter, and cosines that are sharp
         if any(part in key for part in ("bias_table", "cpb_mlp", "qkv.weight", "_rel")):
             torch.nn.init.normal_(x, std=0.3)
+        # around the largest allowed, log(100)
+        if "logit_scale" in key:
+            torch.nn.init.uniform_(x, 4, 5)
     return model, torch.randn(2, *images)
 
 

@@ -61,7 +61,9 @@ def main() -> None:
         jobs = [pool.submit(run_pair, args, choices, x, seed, deadline) for seed, x in pairs]
         for job in jobs:
             job.result()
-    report = summarize(read_lines(work), [Compared(x, y.label, plain_label(y)) for x, y in choices])
+    lines = list(read_lines(work))
+    compared = [Compared(x, y.label, plain_label(y)) for x, y in choices]
+    report = summarize(lines, compared)
     report |= {"setting": setting, "asked": [args.prompts, args.seeds]}
     report["command"] = shlex.join(["python", "scripts/bench_quality.py", *sys.argv[1:]])
     report["hardware"] = hardware() | {"torch": torch.__version__}
@@ -69,7 +71,7 @@ def main() -> None:
     with write_atomically(out / "quality.md") as partial:
         partial.write_text(to_markdown(report), encoding="utf-8")
     with write_atomically(writable_file(args.plot, (".png",), "--plot")) as partial:
-        draw(report).savefig(partial)
+        draw(report | summarize(lines, compared, alike=True)).savefig(partial)
     print(f"wrote {out / 'quality'}.json and .md, and {args.plot}")
 
 

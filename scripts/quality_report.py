@@ -19,6 +19,7 @@ PER_CLIP = [key for key in TITLES if key != "fvd"]
 COLOURS = (
     *("#1f5fa8", "#f2571f", "#2b9348", "#8e44ad", "#c9a227", "#d6336c", "#0c8599"),
     *("#7f5539", "#5f3dc4", "#66a80f", "#e8590c", "#495057", "#74c0fc", "#ff8787"),
+    *("#212529", "#b197fc"),
 )
 NOTES = """\
 density: kept pairs over all pairs of video tokens in the sparse calls; in all: with the dense
@@ -47,7 +48,9 @@ class Compared:
     plain: str | None = None
 
 
-def summarize(lines: Iterable[dict], choices: Sequence[Compared]) -> dict[str, object]:
+def summarize(
+    lines: Iterable[dict], choices: Sequence[Compared], *, alike: bool = False
+) -> dict[str, object]:
     """Means and intervals of every method, and what the others say they cannot do.
 
     The plain methods of one density are compared over the prompts and seeds that all of them have,
@@ -55,6 +58,8 @@ def summarize(lines: Iterable[dict], choices: Sequence[Compared]) -> dict[str, o
 
     Args:
         lines: the results of ``bench_quality``, in any order.
+        alike: whether all densities are compared over the same clips, so that lines between them
+            mean something.
     """
     labels = {choice.label for choice in choices}
     lines = [line for line in lines if line["label"] in labels]
@@ -64,11 +69,12 @@ def summarize(lines: Iterable[dict], choices: Sequence[Compared]) -> dict[str, o
     for line in lines:
         if line["kind"] == "clip":
             clips[line["label"]][line["prompt"], line["seed"]] = line
+    possible = [choice for choice in choices if choice.label not in errors]
     rows = []
-    for asked in sorted({choice.asked for choice in choices}):
-        some = [x for x in choices if x.asked == asked and x.label not in errors]
+    for asked in sorted({choice.asked for choice in possible}):
+        some = [x for x in possible if x.asked == asked]
         plain = [x.label for x in some if not x.plain]
-        pairs = _shared(clips, plain)
+        pairs = _shared(clips, [x.label for x in possible if not x.plain] if alike else plain)
         rows += [_row(asked, [clips[x][pair] for pair in pairs], attention) for x in plain if pairs]
         rectified = [x for x in some if x.plain]
         pairs = _shared(clips, [label for x in rectified for label in (x.label, x.plain)])
@@ -160,14 +166,15 @@ def to_markdown(report: dict) -> str:
 
 def _table(rows: Sequence[dict]) -> str:
     keys = [key for key in TITLES if all(key in row for row in rows)]
-    beside = [name for name in ("recall", "output_error") if all(name in row for row in rows)]
+    beside = [name for name in ("recall", "output_error") if any(name in row for row in rows)]
     titles = ["method", "density", "in all"]
     titles += [{"recall": "recall", "output_error": "error"}[name] for name in beside]
     titles += [TITLES[key] for key in keys]
     titles += ["PSNR gain"] * ("gain" in rows[0])
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
     for row in sorted(rows, key=lambda row: -row["psnr_db"]["mean"]):
-        cells = [f"{row[name]:.3f}" for name in ("density", "density_in_all", *beside)]
+        names = ("density", "density_in_all", *beside)
+        cells = [f"{row[name]:.3f}" if name in row else "" for name in names]
         cells += [_cell(FORMS[key], row[key]) for key in keys]
         cells += [_cell("{:+.2f} dB", row["gain"])] if "gain" in row else []
         lines.append([f"`{row['label']}`", *cells])

@@ -37,7 +37,7 @@ def factor(content, blocks, rest):
 def test_it_is_the_least_squares_fit_of_attention_of_the_keys(grid):
     content, blocks, rest = case(grid)
     expected = slow_trust(content, blocks, rest)
-    assert 0 < expected.min() < expected.max() < 1
+    assert ((expected > 0) & (expected < 1)).sum() > expected.numel() // 2
     torch.testing.assert_close(factor(content, blocks, rest).double(), expected)
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.content_cases import coherent, dense_weights, peer_scores, rows_of, tokens_of
 from vidattn.attention import attend
@@ -68,13 +69,15 @@ def test_it_is_rectified_unless_told_otherwise():
     assert Rectified(tile=TILE, rectify=False).plan(grid, q, k).gain is None
 
 
-def test_ragged_tiles_are_rectified_like_the_others():
+def test_ragged_tiles_are_rectified_like_the_others(monkeypatch):
     grid = Grid(9, 9, 9)
     q, k, v = coherent(grid, batch=1, heads=4, noise=0.1, waves=1.0)
     ours = Rectified(tile=(2, 4, 4), near=None).plan(grid, q, k)
     layout, rows = ours.layout, rows_of(ours)
     content = Content(grid, layout, q, k, 0.25, rectify=True)
-    # the formula of others: empty slots count as zeros in every mean, and blocks all alike
+    # the formula of others: empty slots count as zeros in every mean, blocks all alike, and what
+    # they estimate is trusted
+    monkeypatch.setattr("vidattn.content.trust", lambda *given, **told: torch.ones(1, 4))
     theirs = content.plan(rows, shares=peer_scores(content).softmax(-1))
     theirs = replace(theirs, rest=theirs.rest * layout.tokens_per_block / layout.block)
     plain = replace(ours, gain=None, rest=None)

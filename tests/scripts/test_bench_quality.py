@@ -164,6 +164,8 @@ def test_only_clips_that_all_methods_have_are_compared():
     assert rows["a"]["clips"] == rows["b"]["clips"] == [[0, 0], [1, 0]]
     assert len(rows["e"]["clips"]) == 3
     assert [row["psnr_db"]["mean"] for row in rows.values()] == [3.0, 5.0, 0.5]
+    alike = report.summarize(lines, asked, alike=True)["rows"]
+    assert {tuple(map(tuple, row["clips"])) for row in alike} == {((0, 0), (1, 0))}
 
 
 def test_rectified_clips_are_compared_with_the_same_plain_ones():

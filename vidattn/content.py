@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidattn.grid import Grid, Layout, Size, fit_tile, tile_layout
+from vidattn.grid import Grid, Layout, Size, tile_layout, usual_tile
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels import block_mass, block_mass_triton, block_sparse_triton
 from vidattn.kernels.pooled_scores import block_means
@@ -235,7 +235,7 @@ class ContentMethod(Method):
 
     def tile_of(self, grid: Grid) -> Size:
         """Tokens of one block along (t, h, w)."""
-        return fit_tile(grid.size, (4, 4, 4)) if self.tile is None else as_size("tile", self.tile)
+        return usual_tile(grid.size) if self.tile is None else as_size("tile", self.tile)
 
     def layout(self, grid: Grid, device: torch.device) -> Layout:
         """The blocks that ``search`` is given."""

@@ -36,8 +36,16 @@ def oracle(method, plan, grid: Grid, q, k, key_mask) -> torch.Tensor:
                 and (abs(cells[i][0] - cells[j][0]) <= 1 or cells[j][0] == 0)
             ]
             kept[b, h, i, near] = True
+            if method.density is not None:
+                ranked = sorted((j for j in range(nv) if j not in near), key=lambda j: -best[j])
+                held = 0
+                for j in near + ranked:
+                    # half of the density, to the nearest block
+                    if held + len(tokens[j]) / 2 <= method.density / 2 * grid.num_video_tokens:
+                        kept[b, h, i, j] = True
+                    held += len(tokens[j])
             top = max(best[j] for j in near)
-            differences |= {(i, j): top - best[j] for j in range(nv) if j not in near}
+            differences |= {(i, j): top - best[j] for j in range(nv) if not kept[b, h, i, j]}
         size = grid.num_video_tokens**2
         held = sum(len(tokens[i]) * len(tokens[j]) for i, j in kept[b, h].nonzero().tolist())
         for (i, j), difference in sorted(differences.items(), key=lambda x: x[1]):
@@ -51,7 +59,7 @@ def oracle(method, plan, grid: Grid, q, k, key_mask) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("options", [{"theta": 1.5}, {"density": 0.61}], ids=str)
+@pytest.mark.parametrize("options", [{"theta": 1.5}, {"density": 0.61}, {"density": 0.9}], ids=str)
 def test_blocks_follow_the_definition(grid, options):
     method = create_method("anchor", near=1, tile=TILE, **options)
     q, k, _ = (x.double() for x in coherent(grid, heads=4, dim=8))

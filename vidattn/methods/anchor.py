@@ -19,10 +19,14 @@ from torch import Tensor
 
 from vidattn.content import Content, ContentMethod, check_share
 from vidattn.grid import Size
-from vidattn.kernels.pooled_scores import best_scores, select_until
+from vidattn.kernels.pooled_scores import best_scores, select_share, select_until
 from vidattn.method import as_size
 from vidattn.plan import Plan
 from vidattn.tiles import by_tile, distances, tile_counts
+
+
+# share of a density that every block of queries gets, however its anchor outshines the rest
+FLOOR = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Anchor(ContentMethod):
     Args:
         theta: how far below the anchor's best score the best score of a block may be; 12 of the
             natural logarithm is e ** 12 times less attention.
-        density: kept share of the video pairs, above 0 and at most 1; sets ``theta`` for every
-            head. The anchors, which are always kept, may exceed it.
+        density: kept share of the video pairs, above 0 and at most 1; every block of queries
+            gets half of it, the anchors first, and the rest sets ``theta`` for every head. The
+            anchors, which are always kept, may exceed it.
         near: tiles up to this distance on every axis, a (t, h, w) tuple or one number, are anchors.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
         every: denoising steps that one plan serves, as a count or a fraction of them all.
@@ -69,11 +74,14 @@ class Anchor(ContentMethod):
         top = best.masked_fill(~anchors, -torch.inf).amax(-1, keepdim=True)
         if self.density is None:
             return content.plan(anchors | (best >= top - self.theta))
-        # for every head, the blocks that the smallest theta takes
+        # the best blocks of every row, and for every head those that the smallest theta takes
         rank = (best - top).nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(-2)
         pairs = (content.tokens[:, None] * content.tokens).flatten().double()
-        need = self.density * pairs.sum() - pairs[anchors.flatten()].sum()
-        blocks = select_until(rank, pairs, need, anchors.flatten())
+        first = best.masked_fill(anchors, torch.inf)
+        always = anchors | select_share(first, content.tokens, FLOOR * self.density)
+        always = always.flatten(-2)
+        need = self.density * pairs.sum() - (always * pairs).sum(-1, keepdim=True)
+        blocks = select_until(rank, pairs, need, always)
         return content.plan(blocks.view(best.shape))
 
 

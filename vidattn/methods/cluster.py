@@ -20,14 +20,11 @@ import torch
 from torch import Tensor
 
 from vidattn.content import Content, ContentMethod, check_share
-from vidattn.grid import Grid, Size, fit_tile, with_text
+from vidattn.grid import Grid, Size, block_tokens, usual_tile, with_text
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels.pooled_scores import select_count, select_mass, select_share
 from vidattn.method import as_size
 from vidattn.plan import Plan
-
-# tokens of a video from which on larger blocks, which run faster, are fine enough
-LONG = 16384
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Cluster(ContentMethod):
         block: slots to a block, of which a cluster leaves half of one empty on average; a quarter
             of the tile when not given.
         tile: tokens along (t, h, w) of the tile that a cluster begins as, so there are as many
-            clusters as tiles; 64 or, in a long video, 128 tokens when not given.
+            clusters as tiles; twice the usual block when not given.
         every: denoising steps that one plan serves, as a count or a fraction of them all.
         rectify: add an estimate of what is not read to the output.
 
@@ -77,7 +74,7 @@ class Cluster(ContentMethod):
         """Tokens along (t, h, w) of the tile that a cluster begins as."""
         if self.tile is not None:
             return as_size("tile", self.tile)
-        return fit_tile(grid.size, (4, 4, 8 if grid.num_video_tokens >= LONG else 4))
+        return usual_tile(grid.size, 2 * block_tokens(grid.size))
 
     def search(self, content: Content) -> HeadPlan:
         """A plan for every head of every sample."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vidattn.grid import Grid, Size, fit_tile
+from vidattn.grid import Grid, Size, usual_tile
 from vidattn.method import Method, as_size
 from vidattn.methods.neighborhood import axis_window
 from vidattn.plan import Plan
@@ -50,7 +50,7 @@ class FreeSwim(Method):
         """The exact window of every query; ``q`` and ``k`` are not read."""
         window = (grid.t, *self.window)
         windows = tuple(axis_window(*axis, 1, 1, False) for axis in zip(grid.size, window))
-        tile = self.tile or fit_tile(grid.size, (4, 4, 4))
+        tile = self.tile or usual_tile(grid.size)
         plan = Plan.from_windows(grid, windows, tile=as_size("tile", tile), dilation=(1, 1, 1))
         is_above = grid.h > self.window[0] or grid.w > self.window[1]
         if not (self.sharpen and is_above):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidattn.grid import Grid, Size, fit_tile
+from vidattn.grid import Grid, Size, usual_tile
 from vidattn.method import Method, as_size
 from vidattn.plan import Plan, Window
 
@@ -68,7 +68,7 @@ class Neighborhood(Method):
         windows = tuple(
             axis_window(*axis) for axis in zip(grid.size, window, stride, dilation, causal)
         )
-        tile = self.tile or fit_tile(grid.size, (4, 4, 4))
+        tile = self.tile or usual_tile(grid.size)
         return Plan.from_windows(grid, windows, tile=as_size("tile", tile), dilation=dilation)
 
 

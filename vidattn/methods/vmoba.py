@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vidattn.content import Content, ContentMethod, check_share, tiles
-from vidattn.grid import Grid, Layout, Size, fit_tile
+from vidattn.grid import Grid, Layout, Size, block_tokens, usual_tile
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.pooled_scores import select_count, select_until
 from vidattn.method import as_size
@@ -95,11 +95,9 @@ class VMoBA(ContentMethod):
 
     def tile_of(self, grid: Grid) -> Size:
         """Tokens of one block along (t, h, w)."""
-        return (
-            fit_tile(self.chunk_of(grid), (4, 4, 4))
-            if self.tile is None
-            else as_size("tile", self.tile)
-        )
+        if self.tile is not None:
+            return as_size("tile", self.tile)
+        return usual_tile(self.chunk_of(grid), block_tokens(grid.size))
 
     def layout(self, grid: Grid, device: torch.device) -> Layout:
         """Tiles that lie in one chunk each."""

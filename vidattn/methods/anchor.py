@@ -24,7 +24,6 @@ from vidattn.method import as_size
 from vidattn.plan import Plan
 from vidattn.tiles import by_tile, distances, tile_counts
 
-
 # share of a density that every block of queries gets, however its anchor outshines the rest
 FLOOR = 0.5
 

@@ -49,26 +49,29 @@ def dense_weights(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None = 
     return scores.softmax(-1)
 
 
-def slow_trust(content: Content, blocks: Tensor, rest: Tensor) -> Tensor:
-    """(B, H) float64 least squares factor on what ``rest`` adds to attention of the keys."""
-    layout, grid = content.layout, content.grid
+def slow_trust(content: Content, mask: Tensor, rest: Tensor) -> Tensor:
+    """(B, H) float64 least squares factor on what ``rest`` adds to attention of the keys.
+
+    Args:
+        mask: (B|1, H|1, S, S) bool, who reads whom.
+    """
+    layout, grid, key_mask = content.layout, content.grid, content.key_mask
     weights = dense_weights(content.q, content.k, content.scale, content.key_mask)
     keys = content.k.double().repeat_interleave(content.q.shape[1] // content.k.shape[1], 1)
     video = [tokens_of(layout, j) for j in range(content.num_blocks)]
-    text = range(grid.text_start, grid.text_start + grid.text)
     factors = torch.zeros(weights.shape[:2], dtype=torch.float64)
     for b, h in itertools.product(*map(range, factors.shape)):
         fit = size = 0.0
         for token in sample(grid.num_video_tokens, NUM_SAMPLES).tolist():
             query = grid.video_start + token
             i = next(i for i, tokens in enumerate(video) if query in tokens)
-            pattern = blocks[b % len(blocks), h % blocks.shape[1], i]
-            read = [x for j in pattern.nonzero().flatten().tolist() for x in video[j]] + [*text]
+            read = mask[b % len(mask), h % mask.shape[1], query].nonzero().flatten().tolist()
             row = weights[b, h, query]
             sparse = row[read] @ keys[b, h, read] / row[read].sum()
             estimate = -rest[b, h, i].double().sum() * sparse
             for j, tokens in enumerate(video):
-                estimate += rest[b, h, i, j] * keys[b, h, tokens].mean(0)
+                readable = [x for x in tokens if key_mask is None or key_mask[b, x]]
+                estimate += rest[b, h, i, j] * keys[b, h, readable].mean(0)
             fit += (row @ keys[b, h] - sparse) @ estimate
             size += estimate @ estimate
         factors[b, h] = (fit / size).clamp(0, 1)

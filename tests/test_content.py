@@ -85,7 +85,7 @@ def test_a_rectified_plan_adds_what_it_does_not_read(grid):
     weights = dense_weights(content.q, content.k, 0.3, content.key_mask) * plan.mask()
     values = v.double().repeat_interleave(2, 1)
     rest = content.shares.masked_fill(blocks | ~content.is_coherent, 0)
-    factor = slow_trust(content, blocks, rest)
+    factor = slow_trust(content, plan.mask(), rest)
     expected = weights / weights.sum(-1, keepdim=True) @ values
     for b in range(2):
         for h in range(4):

@@ -12,7 +12,7 @@ from vidattn.methods import create_method, list_methods, method_class, plan
 
 def content(grid: Grid, method: str) -> dict[str, torch.Tensor]:
     """Random q and k for methods that read them."""
-    if not method_class(method).reads_content:
+    if not create_method(method).reads_content:
         return {}
     return {name: torch.randn(2, 3, grid.num_tokens, 16) for name in "qk"}
 
@@ -31,7 +31,7 @@ def test_defaults_are_valid_on_any_grid(name, grid):
 
 
 @pytest.mark.parametrize("grid", PUBLISHED, ids=str)
-@pytest.mark.parametrize("name", [n for n in list_methods() if not method_class(n).reads_content])
+@pytest.mark.parametrize("name", [n for n in list_methods() if not create_method(n).reads_content])
 def test_published_sizes_are_planned_with_no_token_lost(name, grid):
     made = plan(name, grid)
     assert 0 < made.density <= made.visited_density <= 1

@@ -37,6 +37,35 @@ def test_density_counts_video_pairs(grid):
     assert plan.visited_density >= plan.density
 
 
+def plans(grid: Grid) -> list[Plan]:
+    """A plan by a rule, one by windows, and one of whole blocks for two samples of three heads."""
+    layout = tile_layout(grid, (2, 2, 2))
+    nv = layout.num_video_blocks
+    window = create_method("neighborhood", window=3, dilation=(1, 2, 1), tile=(2, 2, 2))
+    blocks = torch.rand(2, 3, nv, nv) < 0.5
+    rule = Plan.from_rule(grid, layout, banded)
+    return [rule, window.plan(grid), Plan.from_blocks(grid, layout, blocks)]
+
+
+@pytest.mark.parametrize("grid", AWKWARD, ids=str)
+def test_some_rows_of_the_mask_are_seen_without_the_others(grid):
+    tokens = torch.arange(0, grid.num_tokens, 3).flip(0)
+    for plan in plans(grid):
+        assert torch.equal(plan.visible(tokens), plan.mask()[:, :, tokens])
+
+
+@pytest.mark.parametrize("grid", [g for g in AWKWARD if g.num_video_tokens < 150], ids=str)
+def test_the_share_that_is_read_of_a_block_is_counted_in_pairs_of_tokens(grid):
+    for plan in plans(grid):
+        mask, layout = plan.mask().double(), plan.layout
+        slots = layout.order.view(-1, layout.block)[: layout.num_video_blocks].tolist()
+        video = [[token for token in row if token >= 0] for row in slots]
+        for i, queries in enumerate(video):
+            for j, keys in list(enumerate(video))[:: 1 + len(video) // 8]:
+                share = mask[:, :, queries][..., keys].mean((-1, -2))
+                torch.testing.assert_close(plan.read_share[:, :, i, j].double(), share)
+
+
 def test_blocks_differ_by_sample_and_head():
     grid = Grid(3, 4, 5, text=3)
     layout = raster_layout(grid, 8)

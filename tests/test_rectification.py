@@ -9,6 +9,7 @@ from vidattn.content import Content, tiles
 from vidattn.fidelity import fidelity
 from vidattn.grid import Grid
 from vidattn.methods import create_method
+from vidattn.plan import Plan
 from vidattn.rectification import trust
 
 GRIDS = (Grid(3, 5, 7, text=5), Grid(3, 5, 7, text=5, text_first=True), Grid(2, 7, 9))
@@ -29,14 +30,17 @@ def case(grid):
 def factor(content, blocks, rest):
     video = [tokens_of(content.layout, j) for j in range(content.num_blocks)]
     means = torch.stack([content.k[:, :, tokens].mean(2) for tokens in video], 2)
-    given = (content.q, content.k, content.grid, content.layout, blocks, rest, means)
-    return trust(*given, scale=content.scale, key_mask=content.key_mask)
+    plan = Plan.from_blocks(content.grid, content.layout, blocks)
+    return trust(
+        content.q, content.k, plan, rest, means, scale=content.scale, key_mask=content.key_mask
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_it_is_the_least_squares_fit_of_attention_of_the_keys(grid):
     content, blocks, rest = case(grid)
-    expected = slow_trust(content, blocks, rest)
+    mask = Plan.from_blocks(grid, content.layout, blocks).mask()
+    expected = slow_trust(content, mask, rest)
     assert ((expected > 0) & (expected < 1)).sum() > expected.numel() // 2
     torch.testing.assert_close(factor(content, blocks, rest).double(), expected)
 

@@ -142,7 +142,7 @@ def test_counts_of_many_heads_are_a_mean():
 
 def test_counts_of_heads_with_plans_of_their_own():
     grid = Grid(3, 9, 8, text=5)
-    plans = [create_method("radial").plan(grid)]
+    plans = [create_method("radial", tile=(1, 4, 8)).plan(grid)]
     plans += [create_method("neighborhood", window=3, tile=(1, 4, 8)).plan(grid)]
     found = count(HeadPlan(tuple(plans), torch.tensor([0, 1, 1, 0, 1])))
     parts = [count(plan) for plan in plans]

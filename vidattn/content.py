@@ -6,13 +6,12 @@ blocks, nb all blocks.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -42,6 +41,9 @@ class Content:
         key_mask: (B, S) bool, False for keys that nobody may read.
         last: what the same method planned for the same place at an earlier step.
         rectify: whether ``plan`` adds an estimate of what is not read.
+
+    Raises:
+        ValueError: from ``of``, q and k missing, or of another length than the grid.
     """
 
     grid: Grid
@@ -53,14 +55,35 @@ class Content:
     last: Plan | HeadPlan | None = None
     rectify: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        grid: Grid,
+        layout_on: Callable[[torch.device], Layout],
+        q: Tensor | None,
+        k: Tensor | None,
+        scale: float | None,
+        *beside: object,
+    ) -> Content:
+        """The content of a call, without its gradients; without a scale, it is that of D."""
+        if q is None or k is None:
+            raise ValueError("this method reads content: give q and k, (B, H, S, D)")
+        if not q.shape[2] == k.shape[2] == grid.num_tokens:
+            raise ValueError(
+                f"q {tuple(q.shape)} and k {tuple(k.shape)} must have the {grid.num_tokens} tokens "
+                f"of {grid} on their third axis"
+            )
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return cls(grid, layout_on(q.device), q.detach(), k.detach(), scale, *beside)
+
     def on(self, layout: Layout) -> Content:
         """The same content in the blocks of another layout."""
-        return dataclasses.replace(self, layout=layout)
+        return replace(self, layout=layout)
 
     def of_heads(self, heads: Tensor) -> Content:
         """The content of some query heads, (h,) int64, each with its own keys."""
         group = self.q.shape[1] // self.k.shape[1]
-        return dataclasses.replace(self, q=self.q[:, heads], k=self.k[:, heads // group])
+        return replace(self, q=self.q[:, heads], k=self.k[:, heads // group])
 
     def rows(self) -> Iterator[Content]:
         """The content of one head of one sample after the other, samples first."""
@@ -68,7 +91,7 @@ class Content:
         for b, h in itertools.product(*map(range, self.q.shape[:2])):
             q, k = self.q[b : b + 1, h : h + 1], self.k[b : b + 1, h // group : h // group + 1]
             mask = None if self.key_mask is None else self.key_mask[b : b + 1]
-            yield dataclasses.replace(self, q=q, k=k, key_mask=mask)
+            yield replace(self, q=q, k=k, key_mask=mask)
 
     @property
     def num_blocks(self) -> int:
@@ -172,27 +195,37 @@ class Content:
     ) -> Plan:
         """The plan that reads some blocks of the video, rectified where the method is.
 
-        Rectified SpaAttn (Liu et al.): blocks that are not read though their means speak for them
-        enter the output as their share of attention times their mean value, and what was read
-        keeps the rest of the attention. Each head adds as much of that as ``trust`` says, ours.
-
         Args:
             blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block.
             shares: (B, H, nv, nv) of attention from block to block, where the method knows better
                 than ``shares`` of this.
             memory: what the next plan for this place starts from (see ``Plan``).
         """
+        return self.rectified(
+            Plan.from_blocks(self.grid, self.layout, blocks, memory=memory), shares
+        )
+
+    def rectified(self, plan: Plan, shares: Tensor | None = None) -> Plan:
+        """A plan in these blocks with an estimate of what it does not read, where one is wanted.
+
+        Rectified SpaAttn (Liu et al.): blocks that are not read though their means speak for them
+        enter the output as their share of attention times their mean value, and what was read
+        keeps the rest of the attention. Of a block that is read in part, the other part does. Each
+        head adds as much of that as ``trust`` says, ours.
+
+        Args:
+            shares: as in ``plan``.
+        """
         if not self.rectify:
-            return Plan.from_blocks(self.grid, self.layout, blocks, memory=memory)
+            return plan
         shares = self.shares if shares is None else shares
-        rest = shares.masked_fill(blocks | ~self.is_coherent, 0)
-        given = (self.q, self.k, self.grid, self.layout, blocks, rest, self._key_means[0])
+        rest = (shares * (1 - plan.read_share)).masked_fill(~self.is_coherent, 0)
+        given = (self.q, self.k, plan, rest, self._key_means[0])
         factor = trust(*given, scale=self.scale, key_mask=self.key_mask)
         rest = rest * factor[..., None, None]
         beside = self.layout.num_blocks - self.num_blocks
         gain = F.pad(1 - rest.sum(-1), (0, beside), value=1.0)
-        rest = F.pad(rest, (0, beside, 0, beside))
-        return Plan.from_blocks(self.grid, self.layout, blocks, gain=gain, rest=rest, memory=memory)
+        return replace(plan, gain=gain, rest=F.pad(rest, (0, beside, 0, beside)))
 
     def _for_queries(self, x: Tensor) -> Tensor:
         """(B, K, ...) of the keys as (B, H, ...)."""
@@ -263,17 +296,8 @@ class ContentMethod(Method):
         Raises:
             ValueError: q and k missing, or of another length than the grid.
         """
-        if q is None or k is None:
-            raise ValueError("this method reads content: give q and k, (B, H, S, D)")
-        if not q.shape[2] == k.shape[2] == grid.num_tokens:
-            raise ValueError(
-                f"q {tuple(q.shape)} and k {tuple(k.shape)} must have the {grid.num_tokens} tokens "
-                f"of {grid} on their third axis"
-            )
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        layout = self.layout(grid, q.device)
-        q, k = q.detach(), k.detach()
-        return self.search(Content(grid, layout, q, k, scale, key_mask, last, self.rectify))
+        given = (partial(self.layout, grid), q, k, scale, key_mask, last, self.rectify)
+        return self.search(Content.of(grid, *given))
 
     def keeps(self, made: int, now: int, num_steps: int | None) -> bool:
         """Whether fewer than ``every`` steps have gone by."""

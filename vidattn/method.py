@@ -20,7 +20,7 @@ class Method(ABC):
     The name of the file it stands in is the name it is registered under.
     """
 
-    # whether plan() needs q and k; such methods are ContentMethods (vidattn/content.py)
+    # whether plan() needs q and k; see vidattn/content.py and vidattn/pattern.py
     reads_content: ClassVar[bool] = False
 
     @abstractmethod

@@ -18,7 +18,7 @@ from vidattn.kernels.quantise import PRECISIONS
 from vidattn.registry import unknown
 
 Window = tuple[Tensor, Tensor]
-# rows of block lists taken together where all of them would need much memory
+# rows of block lists, or partial blocks, taken together where all of them would need much memory
 ROWS_AT_ONCE = 512
 
 
@@ -124,6 +124,43 @@ class Plan:
         slots = blocks.view(-1, nb, nb, n, n).transpose(2, 3).reshape(-1, nb * n, nb * n)
         slot = self.layout.slot_of_token
         return slots[:, slot[:, None], slot].unflatten(0, (lists.batch, lists.heads))
+
+    def visible(self, tokens: Tensor) -> Tensor:
+        """(B|1, H|1, R, S) bool, the rows of ``mask`` of R tokens, (R,) int64."""
+        lists, n, nb = self.lists, self.layout.block, self.layout.num_blocks
+        listed = torch.full((lists.num_rows, nb), -1, dtype=torch.int32, device=self.device)
+        number = torch.arange(lists.key_block.numel(), dtype=torch.int32, device=self.device)
+        listed[lists.row_of_entry, lists.key_block.long()] = number
+        key, query = self.layout.slot_of_token, self.layout.slot_of_token[tokens]
+        entry = listed.view(lists.batch, lists.heads, nb, nb)[:, :, query // n][..., key // n]
+        seen = entry >= 0
+        if self._num_partial == 0:
+            return seen
+        partial = seen & lists.is_partial[entry.long().clamp_min(0)]
+        if lists.box is not None:
+            inside = lists.box.visible(query[:, None], key)
+        else:
+            mask_id = lists.mask_id[entry.long().clamp_min(0)].long().clamp_min(0)
+            inside = lists.masks[mask_id, (query % n)[:, None], key % n]
+        return seen & (inside | ~partial)
+
+    @cached_property
+    def read_share(self) -> Tensor:
+        """(B|1, H|1, nv, nv) float32, the visible share of the pairs of tokens of video blocks."""
+        lists, n, nb = self.lists, self.layout.block, self.layout.num_blocks
+        share = torch.zeros(lists.num_rows, nb, device=self.device)
+        row, key = lists.row_of_entry, lists.key_block.long()
+        share[row, key] = 1
+        live = self.layout.live.view(nb, n)
+        partial = lists.is_partial.nonzero().flatten()
+        for begin in range(0, partial.numel(), ROWS_AT_ONCE):
+            some = partial[begin : begin + ROWS_AT_ONCE]
+            query = row[some] % nb
+            pairs = live[query][:, :, None] & live[key[some]][:, None]
+            seen = partial_mask(lists, n, query, some[:, None])[:, :, 0] & pairs
+            share[row[some], key[some]] = seen.sum((1, 2)) / pairs.sum((1, 2))
+        nv = self.layout.num_video_blocks
+        return share.view(lists.batch, lists.heads, nb, nb)[..., :nv, :nv]
 
     def summary(self) -> dict[str, float | int | str]:
         """Figures worth printing: densities, blocks and memory."""

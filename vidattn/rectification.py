@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vidattn.grid import Grid, Layout, sample
+from vidattn.grid import Layout, sample
 from vidattn.kernels.pooled_scores import block_deviations
+from vidattn.plan import Plan
 
 # queries that an estimate is judged by
 NUM_SAMPLES = 64
@@ -50,9 +51,7 @@ def is_coherent(
 def trust(
     q: Tensor,
     k: Tensor,
-    grid: Grid,
-    layout: Layout,
-    blocks: Tensor,
+    plan: Plan,
     rest: Tensor,
     means: Tensor,
     *,
@@ -70,8 +69,8 @@ def trust(
     Args:
         q: (B, H, S, D).
         k: (B, K, S, D), H a multiple of K.
-        blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block; text is read.
-        rest: (B, H, nv, nv) share of attention estimated for each block that is not read.
+        plan: what is read.
+        rest: (B, H, nv, nv) share of attention estimated for what is not read of each block.
         means: (B, K, nv, D) mean keys.
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
@@ -79,22 +78,18 @@ def trust(
     Returns:
         (B, H), 0 where the estimate makes no difference.
     """
-    nv, group = layout.num_video_blocks, q.shape[1] // k.shape[1]
-    block_of_token = layout.slot_of_token // layout.block
-    is_text = block_of_token >= nv
+    grid, layout, group = plan.grid, plan.layout, q.shape[1] // k.shape[1]
     queries = grid.video_start + sample(grid.num_video_tokens, NUM_SAMPLES).to(q.device)
     keys = k.to(means.dtype)
     fit = size = 0
     for some in queries.split(ROWS_AT_ONCE):
-        row = block_of_token[some]
         rows = q[:, :, some].to(means.dtype).unflatten(1, (-1, group))
         scores = (scale * rows @ keys[:, :, None].mT).flatten(1, 2)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
         weights = scores.softmax(-1)
-        read = blocks[:, :, row][..., block_of_token.clamp(max=nv - 1)] | is_text
-        kept = weights * read
-        left = rest[:, :, row]
+        kept = weights * plan.visible(some)
+        left = rest[:, :, layout.slot_of_token[some] // layout.block]
         kept = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
         missing = _average(weights - kept, keys)
         change = _average(left, means) - left.sum(-1, keepdim=True) * _average(kept, keys)

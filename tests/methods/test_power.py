@@ -60,8 +60,10 @@ def test_tiles_shrink_where_the_density_asks_for_it(grid, density):
 
 
 def test_tiles_are_as_large_as_ever_where_the_density_allows_it():
-    plans = [create_method("power", density=x).plan(Grid(5, 16, 16)) for x in (None, 0.4, 0.25)]
+    grid = Grid(8, 32, 32)
+    plans = [create_method("power", density=x).plan(grid) for x in (None, 0.4, 0.08)]
     assert [plan.layout.block for plan in plans] == [64, 64, 32]
+    assert create_method("power").plan(Grid(5, 16, 16)).layout.block == 8
 
 
 def test_full_budget_is_dense():

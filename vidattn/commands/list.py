@@ -16,7 +16,7 @@ from vidattn.commands.choice import (
     option_hints,
 )
 from vidattn.config import describe_type
-from vidattn.methods import label, list_methods, method_class
+from vidattn.methods import create_method, label, list_methods
 from vidattn.resources import resource
 from vidattn.schedule_file import PRESETS, list_presets, load_schedule
 
@@ -108,11 +108,11 @@ def _show_presets(console: Console) -> None:
 
 
 def _show_method(console: Console, name: str) -> None:
-    cls = method_class(name)
     console.print(f"[bold cyan]{name}[/]  {escape(describe_method(name))}\n")
     console.print(escape(explain_method(name)), soft_wrap=False)
-    reads = "reads queries and keys" if cls.reads_content else "is the same for every content"
-    console.print(f"\nThe plan {reads}.\n")
+    reads = create_method(name).reads_content
+    what = "reads queries and keys" if reads else "is the same for every content"
+    console.print(f"\nThe plan {what}.\n")
     meanings = describe_options(name)
     if not meanings:
         console.print("It has no options.")

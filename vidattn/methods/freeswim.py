@@ -12,46 +12,45 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from torch import Tensor
-
-from vidattn.grid import Grid, Size, usual_tile
-from vidattn.method import Method, as_size
+from vidattn.grid import Grid
 from vidattn.methods.neighborhood import axis_window
+from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
 
 
 @dataclass(frozen=True)
-class FreeSwim(Method):
+class FreeSwim(PatternMethod):
     """All frames of a window as large as the frames that the model was trained on.
 
     Args:
         window: rows and columns of the training resolution in tokens; (30, 52) is 480 x 832 of Wan.
         sharpen: whether to sharpen the scores, which is done only on grids above the window.
         tile: tokens of one block along each axis; chosen for the grid when not given.
+        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range.
     """
 
+    is_exact: ClassVar[bool] = True
+
     window: tuple[int, int] = (30, 52)
     sharpen: bool = True
-    tile: Size | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if len(self.window) != 2 or not all(isinstance(x, int) and x >= 1 for x in self.window):
             raise ValueError(
                 f"window must be the (rows, columns) of the training resolution, got {self.window}"
             )
-        if self.tile is not None:
-            as_size("tile", self.tile)
 
-    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
-        """The exact window of every query; ``q`` and ``k`` are not read."""
+    def pattern(self, grid: Grid) -> Plan:
+        """The exact window of every query."""
         window = (grid.t, *self.window)
         windows = tuple(axis_window(*axis, 1, 1, False) for axis in zip(grid.size, window))
-        tile = self.tile or usual_tile(grid.size)
-        plan = Plan.from_windows(grid, windows, tile=as_size("tile", tile), dilation=(1, 1, 1))
+        plan = Plan.from_windows(grid, windows, tile=self.tile_of(grid), dilation=(1, 1, 1))
         is_above = grid.h > self.window[0] or grid.w > self.window[1]
         if not (self.sharpen and is_above):
             return plan

@@ -8,17 +8,18 @@ A window longer than its axis covers the axis, where NATTEN raises.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from vidattn.grid import Grid, Size, usual_tile
-from vidattn.method import Method, as_size
+from vidattn.grid import Grid, Size
+from vidattn.method import as_size
+from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan, Window
 
 
 @dataclass(frozen=True)
-class Neighborhood(Method):
+class Neighborhood(PatternMethod):
     """A window on each axis; every option is a (t, h, w) tuple or one value for all three.
 
     Args:
@@ -27,18 +28,21 @@ class Neighborhood(Method):
         dilation: distance between the keys of a window.
         causal: whether a query reads only keys at or before its own position on the axis.
         tile: tokens of one block along each axis; chosen for the grid when not given.
+        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range.
     """
 
+    is_exact: ClassVar[bool] = True
+
     window: int | Size = (13, 15, 23)
     stride: int | Size = 1
     dilation: int | Size = 1
     causal: bool | tuple[bool, bool, bool] = False
-    tile: Size | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         window, stride = as_size("window", self.window), as_size("stride", self.stride)
         as_size("dilation", self.dilation)
         if any(s > w for s, w in zip(stride, window)):
@@ -51,8 +55,6 @@ class Neighborhood(Method):
             isinstance(causal, tuple | list) and len(causal) == 3 and set(causal) <= {True, False}
         ):
             raise ValueError(f"causal must be one bool or three, for (t, h, w), got {causal!r}")
-        if self.tile is not None:
-            as_size("tile", self.tile)
 
     def with_density(self, density: float, grid: Grid) -> Neighborhood:
         """A window of the shape of the grid; its stride and dilation stay."""
@@ -60,16 +62,15 @@ class Neighborhood(Method):
         stride = as_size("stride", self.stride)
         return replace(self, window=tuple(map(max, edges, stride)))
 
-    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
-        """The exact window of every query; ``q`` and ``k`` are not read."""
+    def pattern(self, grid: Grid) -> Plan:
+        """The exact window of every query."""
         window, stride = as_size("window", self.window), as_size("stride", self.stride)
         dilation = as_size("dilation", self.dilation)
         causal = (self.causal,) * 3 if isinstance(self.causal, bool) else self.causal
         windows = tuple(
             axis_window(*axis) for axis in zip(grid.size, window, stride, dilation, causal)
         )
-        tile = self.tile or usual_tile(grid.size)
-        return Plan.from_windows(grid, windows, tile=as_size("tile", tile), dilation=dilation)
+        return Plan.from_windows(grid, windows, tile=self.tile_of(grid), dilation=dilation)
 
 
 def axis_window(extent: int, window: int, stride: int, dilation: int, causal: bool) -> Window:

@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 
 from vidattn.content import check_share
-from vidattn.grid import Grid, Size, fit_tile, tile_layout
-from vidattn.method import Method, as_size
+from vidattn.grid import Grid, Size, block_tokens, tile_layout, usual_tile
+from vidattn.method import as_size
+from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
 from vidattn.tiles import axis_share, by_tile, distances, fit_reach, tile_counts, within
 
-# what blocks are shaped after, the first that the density allows
-TILES = ((4, 4, 4), (2, 4, 4), (2, 2, 4), (2, 2, 2))
-
 
 @dataclass(frozen=True)
-class Power(Method):
+class Power(PatternMethod):
     """A window of tiles, and tiles at power-of-two distances along the axes.
 
     Args:
@@ -40,6 +38,7 @@ class Power(Method):
             it as whole tiles allow.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given, and smaller
             where the powers alone would exceed ``density``.
+        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below what the powers keep.
@@ -48,19 +47,17 @@ class Power(Method):
     near: int | Size = 1
     axes: int = 1
     density: float | None = None
-    tile: Size | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         as_size("near", self.near, least=0)
         if self.axes not in (1, 2, 3):
             raise ValueError(f"axes must be 1, 2 or 3, got {self.axes}")
         check_share("density", self.density)
-        if self.tile is not None:
-            as_size("tile", self.tile)
 
-    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
-        """Whole tiles, by their distance; ``q`` and ``k`` are not read."""
-        tile = as_size("tile", self.tile or self._fit(grid.size))
+    def pattern(self, grid: Grid) -> Plan:
+        """Whole tiles, by their distance."""
+        tile = self.tile_of(grid)
         counts = tile_counts(grid.size, tile)
         near = as_size("near", self.near, least=0)
         if self.density is not None:
@@ -73,10 +70,13 @@ class Power(Method):
         blocks = within(counts, near) | _powers(counts, self.axes)
         return Plan.from_blocks(grid, tile_layout(grid, tile), blocks[None, None])
 
-    def _fit(self, size: Size) -> Size:
-        """The largest tile whose powers alone stay within the density; the usual one without it."""
-        found = [fit_tile(size, wanted) for wanted in TILES]
-        room = self.density or 1.0
+    def tile_of(self, grid: Grid) -> Size:
+        """The usual tile, or the largest whose powers alone stay within the density."""
+        if self.tile is not None:
+            return super().tile_of(grid)
+        size, room = grid.size, self.density or 1.0
+        most = block_tokens(size)
+        found = [usual_tile(size, tokens) for tokens in (64, 32, 16, 8) if tokens <= most]
         fits = (x for x in found if _density(size, x, self.axes, (0, 0, 0)) <= room)
         return next(fits, found[0])
 

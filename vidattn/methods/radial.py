@@ -16,14 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.grid import Grid, Layout, Size, fit_tile, frame_layout, tile_layout
-from vidattn.method import Method, as_size
+from vidattn.grid import Grid, Layout, Size, block_tokens, frame_layout, tile_layout, usual_tile
+from vidattn.method import as_size
+from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 
 
 @dataclass(frozen=True)
-class Radial(Method):
+class Radial(PatternMethod):
     """Windows that halve whenever the distance in frames doubles.
 
     Args:
@@ -34,6 +35,7 @@ class Radial(Method):
         near: frames up to this distance read each other whole.
         sink: whether every frame reads the first frame whole.
         tile: tokens of one block along (t, h, w), with t = 1; chosen for the grid when not given.
+        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below what ``near`` and ``sink``
@@ -45,9 +47,9 @@ class Radial(Method):
     window: str = "tile"
     near: int = 1
     sink: bool = True
-    tile: Size | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(
                 f"density must be above 0 and at most 1, got {self.density}: it is the share of "
@@ -62,11 +64,16 @@ class Radial(Method):
         if self.tile is not None and as_size("tile", self.tile)[0] != 1:
             raise ValueError(f"tile must be one frame deep, (1, h, w), got {self.tile}")
 
-    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
-        """Whole blocks, by their distance in time and space; ``q`` and ``k`` are not read."""
-        # large blocks run faster, but in a small frame no window would show
-        wanted = (1, 8, 16) if grid.h * grid.w >= 1024 else (1, 8, 8)
-        tile = self.tile or fit_tile((1, grid.h, grid.w), wanted)
+    def tile_of(self, grid: Grid) -> Size:
+        """One frame deep; large blocks run faster, but in a small frame no window would show."""
+        if self.tile is not None:
+            return super().tile_of(grid)
+        tokens = 128 if grid.h * grid.w >= 1024 else block_tokens(grid.size)
+        return usual_tile(grid.size, tokens, is_flat=True)
+
+    def pattern(self, grid: Grid) -> Plan:
+        """Whole blocks, by their distance in time and space."""
+        tile = self.tile_of(grid)
         block = math.prod(tile)
         per_frame = tile_layout(Grid(1, grid.h, grid.w), tile)
         layout = tile_layout(grid, tile)

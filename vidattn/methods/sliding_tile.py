@@ -14,11 +14,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vidattn.content import check_share
-from vidattn.grid import Grid, Size
-from vidattn.method import Method, as_size
+from vidattn.grid import Grid, Size, block_tokens
+from vidattn.method import as_size
+from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan, Window
 from vidattn.tiles import fit_reach, tile_counts
 
@@ -28,7 +28,7 @@ LARGEST_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class SlidingTile(Method):
+class SlidingTile(PatternMethod):
     """A window of whole tiles, which slides inward at the edges of the video.
 
     Args:
@@ -36,7 +36,8 @@ class SlidingTile(Method):
         density: kept share of the video pairs, between 0 and 1; sets ``window`` to come as close
             to it as whole tiles allow.
         tile: tokens of a tile along (t, h, w); (6, 8, 8) when not given, halved along an axis of
-            fewer than four such tiles.
+            fewer than four such tiles; on a grid of fewer than 8,192 tokens, the usual block.
+        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below that of one tile.
@@ -44,17 +45,20 @@ class SlidingTile(Method):
 
     window: int | Size = 3
     density: float | None = None
-    tile: Size | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         as_size("window", self.window)
         check_share("density", self.density)
-        if self.tile is not None:
-            as_size("tile", self.tile)
 
-    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
-        """Whole tiles, by their distance; ``q`` and ``k`` are not read."""
-        tile = as_size("tile", self.tile or _halved(grid.size))
+    def tile_of(self, grid: Grid) -> Size:
+        """Tokens of a tile along (t, h, w)."""
+        is_small = block_tokens(grid.size) < 64
+        return super().tile_of(grid) if self.tile or is_small else _halved(grid.size)
+
+    def pattern(self, grid: Grid) -> Plan:
+        """Whole tiles, by their distance."""
+        tile = self.tile_of(grid)
         window = as_size("window", self.window)
         if self.density is not None:
             reach = fit_reach(

@@ -204,8 +204,9 @@ def _by_query(content: Content, kept: Tensor, chunk: Tensor) -> Plan:
     number[partial] = pattern * len(gaps)
     number = number[..., chunk]
     number = torch.where(number < 0, -1, number + gap)
-    plan = content.plan(some[..., chunk])
-    return replace(plan, lists=_masked(plan.lists, _of_entries(plan, number), masks))
+    plan = Plan.from_blocks(content.grid, content.layout, some[..., chunk])
+    lists = _masked(plan.lists, _of_entries(plan, number), masks)
+    return content.rectified(replace(plan, lists=lists))
 
 
 def _of_entries(plan: Plan, number: Tensor) -> Tensor:

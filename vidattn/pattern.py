@@ -1,0 +1,87 @@
+"""Methods whose plan is a pattern of the grid, the same for every content."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vidattn.content import Content
+from vidattn.grid import Grid, Size, usual_tile
+from vidattn.head_plan import HeadPlan
+from vidattn.method import Method, as_size
+from vidattn.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternMethod(Method):
+    """A method that reads no content, unless it is to estimate what it does not read.
+
+    Args:
+        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
+        rectify: add an estimate of what is not read to the output, from queries and keys.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    # whether blocks decide nothing but the speed, unless it is rectified: then large ones will do
+    is_exact: ClassVar[bool] = False
+
+    tile: Size | None = None
+    rectify: bool = False
+
+    def __post_init__(self):
+        if self.tile is not None:
+            as_size("tile", self.tile)
+
+    @property
+    def reads_content(self) -> bool:
+        """Whether it is rectified."""
+        return self.rectify
+
+    @abstractmethod
+    def pattern(self, grid: Grid) -> Plan:
+        """Who reads whom; one plan for all samples and heads."""
+
+    def tile_of(self, grid: Grid) -> Size:
+        """Tokens of one block along (t, h, w)."""
+        if self.tile is not None:
+            return as_size("tile", self.tile)
+        return usual_tile(grid.size, 64 if self.is_exact and not self.rectify else None)
+
+    def plan(
+        self,
+        grid: Grid,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        key_mask: Tensor | None = None,
+        last: Plan | HeadPlan | None = None,
+    ) -> Plan:
+        """The pattern, with an estimate of what it does not read if there is to be one.
+
+        Args:
+            q, k, scale, key_mask: as in ``ContentMethod.plan``, read for the estimate alone.
+            last: is of no use.
+
+        Raises:
+            ValueError: an estimate without q and k, or those of another length than the grid.
+        """
+        if not self.rectify:
+            return self.pattern(grid)
+        device = torch.device("cpu") if q is None else q.device
+        plan = _pattern(self, grid, device)
+        content = Content.of(grid, lambda _: plan.layout, q, k, scale, key_mask, None, True)
+        return replace(content, scale=content.scale * plan.sharpness).rectified(plan)
+
+
+@lru_cache(maxsize=32)
+def _pattern(method: PatternMethod, grid: Grid, device: torch.device) -> Plan:
+    """A pattern on a device, made once: it keeps what it found out about its blocks."""
+    return method.pattern(grid).to(device)

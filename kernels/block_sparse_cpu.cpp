@@ -28,19 +28,13 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#if VIDATTN_WIDTH > 4
-#include <immintrin.h>
-#endif
 
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
 
 namespace {
 
-typedef int32_t i32;
-typedef int64_t i64;
 typedef uint8_t u8;
 typedef uint16_t u16;
-typedef uint32_t u32;
 typedef uint64_t u64;
 
 enum Status { OK, BAD_LISTS, NO_MEMORY };
@@ -48,18 +42,13 @@ enum Kind { FLOAT32, BFLOAT16, FLOAT16 };
 
 constexpr int PIECE = 64;                // slots whose products share one packed block
 constexpr int GRANULE = 16;              // padding rounds up to so many: the widest vector
-constexpr int ROWS = 4;                  // rows of a register tile
-constexpr int W = VIDATTN_WIDTH;         // floats to a vector
 constexpr int VECTORS = PIECE / W;       // vectors to a row of a piece
-constexpr int TILE = W == 16 ? 4 : 3;    // vectors to a row of the widest register tile
 constexpr bool PAIRS = VIDATTN_PAIRS;    // whether a word holds a pair of bfloat16
 constexpr int PAIR = PAIRS ? 2 : 1;      // numbers to a word
 constexpr int VECTOR_WORDS = W / PAIR;   // words that hold the weights of a vector of slots
 constexpr int PIECE_WORDS = PIECE / PAIR;
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 constexpr float LOWEST = -1e30f;         // maximum of a row that has seen no key
 constexpr float NEVER = 1e30f;           // log-sum-exp of a row that gets no weights
-constexpr float LEAST = -100;            // log2 of the least weight: products stay normal
 constexpr float SLACK = 8;               // weights may reach 2 ** SLACK before the maximum moves
 constexpr i64 WORKSPACE = 128ll << 20;   // bytes of packed blocks held at a time, about
 constexpr double THREAD_FLOPS = 4e6;     // work that pays for starting a thread
@@ -91,8 +80,6 @@ struct Call {
   i64 plan_batch, plan_heads, num_entries, num_masks, kind, threads;
   double scale;
 };
-
-inline i64 round_up(i64 x, i64 step) { return (x + step - 1) / step * step; }
 
 struct Buffer {
   float* data = nullptr;
@@ -209,33 +196,13 @@ inline i64 piece_at(const Job& j, i64 owner, i64 block, i64 piece) {
   return (owner * j.nb + block) * j.pieces + piece;
 }
 
-typedef float V __attribute__((vector_size(4 * W)));
-typedef i32 I __attribute__((vector_size(4 * W)));
-typedef u32 U __attribute__((vector_size(4 * W)));
-
-INLINE V load(const float* from) {
-  V x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
 INLINE U load(const i32* from) {
   U x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
 
-INLINE void store(float* to, V x) { std::memcpy(to, &x, sizeof x); }
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define VIDATTN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define VIDATTN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
-#endif
-
 #if VIDATTN_WIDTH == 16
-INLINE V splat(float x) { return (V)_mm512_set1_ps(x); }
-INLINE V larger(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE u32 bits_of_equal(U a, U b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
 INLINE bool any_above(V a, V b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
@@ -244,28 +211,14 @@ INLINE bool any_above(V a, V b) {
 INLINE V hide(V x, u32 bits) {
   return (V)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)bits, (__m512)x);
 }
-INLINE V zip_low(V a, V b) {
-  return VIDATTN_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-INLINE V zip_high(V a, V b) {
-  return VIDATTN_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
 #else
 #if VIDATTN_WIDTH == 8
-INLINE V larger(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
-INLINE V splat(float x) { return (V)_mm256_set1_ps(x); }
 INLINE u32 bits_of(I mask) { return u32(_mm256_movemask_ps((__m256)mask)); }
-INLINE V zip_low(V a, V b) { return VIDATTN_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-INLINE V zip_high(V a, V b) { return VIDATTN_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
 #else
-INLINE V larger(V a, V b) { return a > b ? a : b; }
-INLINE V splat(float x) { return V{x, x, x, x}; }
 INLINE u32 bits_of(I mask) {
   mask &= I{1, 2, 4, 8};
   return u32(mask[0] | mask[1] | mask[2] | mask[3]);
 }
-INLINE V zip_low(V a, V b) { return VIDATTN_SHUFFLE(a, b, 0, 4, 1, 5); }
-INLINE V zip_high(V a, V b) { return VIDATTN_SHUFFLE(a, b, 2, 6, 3, 7); }
 #endif
 INLINE u32 bits_of_equal(U a, U b) { return bits_of((I)(a == b)); }
 INLINE bool any_above(V a, V b) { return bits_of((I)(a > b)) != 0; }
@@ -332,34 +285,6 @@ INLINE V exp2(V given) {
   V power = (V)((U)p + ((U)whole << 23));
   return MASKED ? (V)((I)power & ~(I)(given < splat(2 * LEAST))) : power;
 #endif
-}
-
-INLINE float sum_of(V x) {
-  float total = 0;
-  for (int i = 0; i < W; i++) total += x[i];
-  return total;
-}
-
-// (rows, words) to (words, rows), both multiples of a granule.
-void transpose_words(const float* from, i64 rows, i64 words, float* to) {
-  for (i64 r = 0; r < rows; r += W)
-    for (i64 c = 0; c < words; c += W) {
-      V x[W], y[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) x[i] = load(from + (r + i) * words + c);
-      // a shuffle of all rows, done once for every bit of a row's number, swaps rows and columns
-      for (int step = 1; step < W; step *= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W / 2; i++) {
-          y[2 * i] = zip_low(x[i], x[i + W / 2]);
-          y[2 * i + 1] = zip_high(x[i], x[i + W / 2]);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) x[i] = y[i];
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < W; i++) store(to + (c + i) * rows + r, x[i]);
-    }
 }
 
 INLINE float from_half(u16 x) {
@@ -460,7 +385,7 @@ void pack_keys(const Job& j, i64 task, Scratch& s) {
     u64 readable = j.readable_keys(h.sample, block, piece);
     float* values = j.values.data + at;
     load_piece(j, j.call.k, h.sample, h.key, block, piece, readable, 1, s.keys);
-    transpose_words(s.keys, j.ld, j.words, j.keys.data + at);
+    transpose(s.keys, j.ld, j.words, j.keys.data + at);
     load_piece(j, j.call.v, h.sample, h.key, block, piece, readable, 1, PAIRS ? s.keys : values);
     if (PAIRS) pack_pairs(j, s.keys, values);
   }
@@ -837,7 +762,7 @@ void pack_both(const Job& j, const Rows& x, const Head& h, i64 block, i64 piece,
   float* loaded = PAIRS ? space : rows;
   u64 all = low_bits(j.piece_slots(piece));
   load_piece(j, x, h.sample, h.query, block, piece, all, factor, loaded);
-  transpose_words(loaded, j.ld, j.words, across);
+  transpose(loaded, j.ld, j.words, across);
   if (PAIRS) pack_pairs(j, loaded, rows);
 }
 

@@ -1,6 +1,7 @@
 """Compiles a C++ file with the compiler of this machine, once, and loads it.
 
-The library lies in a folder of the user under a hash of its source, the flags and the compiler.
+The library lies in a folder of the user under a hash of its source with the headers beside it,
+the flags and the compiler.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -51,7 +53,7 @@ def load(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = find_compiler()
     flags = (*FLAGS, *flags)
-    made_of = (source.read_bytes(), *flags, sys.platform, platform.machine())
+    made_of = (*_texts(source), *flags, sys.platform, platform.machine())
     name = f"{source.stem}-{_hash(*made_of)}"
     version = _hash(*compiler, _version(compiler)) if compiler else "*"
     cache, temporary = _folders()
@@ -94,6 +96,16 @@ def _compile(source: Path, flags: tuple[str, ...], compiler: tuple[str, ...], na
     finally:
         Path(made).unlink(missing_ok=True)
     return folder / name
+
+
+def _texts(source: Path) -> list[bytes]:
+    """A file, and the files that it and they include from its folder, each once."""
+    files = [source]
+    for path in files:
+        named = re.findall(rb'^#include "([^"]+)"', path.read_bytes(), re.MULTILINE)
+        found = (source.with_name(name.decode()) for name in named)
+        files += [path for path in dict.fromkeys(found) if path not in files]
+    return [path.read_bytes() for path in files]
 
 
 def _hash(*parts: str | bytes) -> str:

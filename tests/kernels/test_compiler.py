@@ -48,6 +48,15 @@ def test_it_is_compiled_once_and_anew_when_anything_changes(folders, monkeypatch
     assert len(list((folders / "cache").iterdir())) == 3
 
 
+def test_it_is_compiled_anew_when_a_header_beside_it_changes(folders):
+    path = source(folders, "VALUE")
+    path.write_text('#include "outer.h"\n' + path.read_text())
+    (folders / "outer.h").write_text('#pragma once\n#include "inner.h"\n')
+    for value in (3, 4):
+        (folders / "inner.h").write_text(f'#include "outer.h"\n#define VALUE {value}\n')
+        assert again(path).answer() == value
+
+
 def test_flags_of_its_own_make_another_library(folders):
     path = source(folders, "GIVEN")
     for value in (1, 2, 1):

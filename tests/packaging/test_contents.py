@@ -55,7 +55,7 @@ def test_wheel_holds_every_module_and_file(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     data = {
         f"vidattn/{path.relative_to(ROOT).as_posix()}"
-        for pattern in ("configs/**/*.yaml", "assets/tiny-t2v/**/*", "kernels/*.cpp")
+        for pattern in ("configs/**/*.yaml", "assets/tiny-t2v/**/*", "kernels/*.cpp", "kernels/*.h")
         for path in ROOT.glob(pattern)
         if path.is_file()
     }

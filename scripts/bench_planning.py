@@ -25,7 +25,7 @@ from vidattn.commands.draw import smooth_content
 from vidattn.content import ContentMethod
 from vidattn.grid import Grid
 from vidattn.measure import hardware
-from vidattn.methods import list_methods, method_class, name_of
+from vidattn.methods import create_method, list_methods, method_class, name_of
 from vidattn.methods import plan as plan_of
 
 # HunyuanVideo at 129x720x1280, and a round million
@@ -168,9 +168,11 @@ def resident_mib(field: str) -> float:
 def growth(frame: tuple[int, int]) -> dict:
     """The pairs that radial attention visits as a video gets longer, and their exponent."""
     rows = []
+    # the shorter videos in blocks as large as those of the longest
+    tile = create_method("radial").tile_of(Grid(LENGTHS[-1] // math.prod(frame), *frame))
     for num_tokens in LENGTHS:
         grid = Grid(num_tokens // math.prod(frame), *frame)
-        pairs = round(plan_of("radial", grid).visited_density * num_tokens**2)
+        pairs = round(plan_of("radial", grid, tile=tile).visited_density * num_tokens**2)
         rows.append({"tokens": num_tokens, "frames": grid.t, "visited_pairs": pairs})
     points = [(row["tokens"], row["visited_pairs"]) for row in rows]
     frames = [(row["tokens"], row["tokens"] * math.log2(row["frames"])) for row in rows]

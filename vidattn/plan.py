@@ -134,7 +134,7 @@ class Plan:
         key, query = self.layout.slot_of_token, self.layout.slot_of_token[tokens]
         entry = listed.view(lists.batch, lists.heads, nb, nb)[:, :, query // n][..., key // n]
         seen = entry >= 0
-        if self._num_partial == 0:
+        if lists.box is None and lists.masks is None:
             return seen
         partial = seen & lists.is_partial[entry.long().clamp_min(0)]
         if lists.box is not None:
@@ -152,7 +152,8 @@ class Plan:
         row, key = lists.row_of_entry, lists.key_block.long()
         share[row, key] = 1
         live = self.layout.live.view(nb, n)
-        partial = lists.is_partial.nonzero().flatten()
+        whole = lists.box is None and lists.masks is None
+        partial = row[:0] if whole else lists.is_partial.nonzero().flatten()
         for begin in range(0, partial.numel(), ROWS_AT_ONCE):
             some = partial[begin : begin + ROWS_AT_ONCE]
             query = row[some] % nb

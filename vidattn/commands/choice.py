@@ -115,10 +115,11 @@ def make_choice(name: str, given: dict[str, str]) -> Choice:
 
 
 def option_hints(name: str) -> dict[str, object]:
-    """The type of every option of a method."""
+    """The type of every option of a method, its own before those that others have too."""
     cls = method_class(name)
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
+    return {field.name: hints[field.name] for field in fields}
 
 
 def parse_value(option: str, text: str, hint: object) -> object:

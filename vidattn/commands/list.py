@@ -128,9 +128,9 @@ def _show_method(console: Console, name: str) -> None:
             escape(meanings[option]),
         )
     console.print(table)
-    option = next(iter(meanings))
-    example = default_of(name, option)
-    example = "0.3" if example == "none" else example
+    defaults = {option: default_of(name, option) for option in meanings}
+    option = next(x for x in meanings if x == "density" or defaults[x] != "none")
+    example = "0.3" if option == "density" else defaults[option]
     console.print(
         f"\nWritten --{option.replace('_', '-')} {example}, or inside the method as "
         f"{name}:{option}={example}."

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidattn.commands.draw import smooth_content
-from vidattn.content import ContentMethod
 from vidattn.grid import Grid
 from vidattn.measure import hardware
-from vidattn.methods import create_method, list_methods, method_class, name_of
+from vidattn.method import Method
+from vidattn.methods import create_method, label, list_methods
 from vidattn.methods import plan as plan_of
 
 # HunyuanVideo at 129x720x1280, and a round million
@@ -66,10 +67,12 @@ whole, so the exponent, fitted over the whole range, is larger the larger the fr
 SEARCHES = """
 ## Searches
 
-Methods that read content, with their defaults, on one head of {tokens:,} tokens and {dim}
-dimensions in float32; medians of {rounds} searches. A generation of {steps} steps, none of them
-dense, searches as often as the method says; overhead is the CPU time of these searches over that of
-dense attention, {dense_s:.2f} s a step. A later search may take something over from the one before.
+Methods that read content, with their defaults or rectified, on one head of {tokens:,} tokens and
+{dim} dimensions in float32; medians of {rounds} searches. A generation of {steps} steps, none of
+them dense, searches as often as the method says; overhead is the CPU time of these searches over
+that of dense attention, {dense_s:.2f} s a step. A later search may take something over from the one
+before. `paro` is not here: with a calibration it searches for nothing, and without one it calibrates
+itself, which takes many times as long.
 
 {table}
 """
@@ -190,10 +193,17 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     return statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points)))[0]
 
 
-def content_methods() -> list[ContentMethod]:
-    """The methods that read content, with their defaults."""
-    classes = map(method_class, list_methods())
-    return [cls() for cls in classes if issubclass(cls, ContentMethod)]
+def content_methods() -> list[Method]:
+    """The methods that read content, with their defaults, and rectified ones beside them.
+
+    Not among them is paro, which reads content where it has to calibrate itself alone.
+    """
+    made = []
+    for name in list_methods():
+        plain = create_method(name)
+        if hasattr(plain, "rectify"):
+            made += [plain] if plain.rectify else [plain, replace(plain, rectify=True)]
+    return [method for method in made if method.reads_content]
 
 
 def searches(rounds: int) -> dict:
@@ -206,7 +216,7 @@ def searches(rounds: int) -> dict:
     return facts | {"rows": rows}
 
 
-def search(method: ContentMethod, grid: Grid, q: Tensor, dense_s: float, rounds: int) -> dict:
+def search(method: Method, grid: Grid, q: Tensor, dense_s: float, rounds: int) -> dict:
     """The time of a first and a later search, and of all those of a generation."""
     found = []
     for layer in dict.fromkeys(map(method.at, LAYERS)):
@@ -218,11 +228,11 @@ def search(method: ContentMethod, grid: Grid, q: Tensor, dense_s: float, rounds:
     density, first_s, later_s = (statistics.mean(x) for x in zip(*found))
     count = len(search_steps(method, NUM_STEPS))
     overhead = (first_s + (count - 1) * later_s) / (NUM_STEPS * dense_s)
-    row = {"method": name_of(method), "density": density, "num_searches": count}
+    row = {"method": label(method), "density": density, "num_searches": count}
     return row | {"first_s": first_s, "later_s": later_s, "overhead": overhead}
 
 
-def search_steps(method: ContentMethod, num_steps: int) -> list[int]:
+def search_steps(method: Method, num_steps: int) -> list[int]:
     """The steps at which a method plans anew."""
     steps = [0]
     for step in range(1, num_steps):

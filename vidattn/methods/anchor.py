@@ -50,6 +50,8 @@ class Anchor(ContentMethod):
     theta: float = 12.0
     density: float | None = None
     near: int | Size = 0
+    # every other step of fifty
+    every: int | float = 0.04
 
     def __post_init__(self):
         super().__post_init__()

@@ -56,8 +56,8 @@ class Cluster(ContentMethod):
     iterations: int = 8
     warm_iterations: int = 2
     block: int | None = None
-    # every other step of fifty
-    every: int | float = 0.04
+    # every third step of fifty
+    every: int | float = 0.06
 
     def __post_init__(self):
         super().__post_init__()

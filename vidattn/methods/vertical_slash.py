@@ -46,6 +46,8 @@ class VerticalSlash(ContentMethod):
     density: float = 0.25
     vertical: float = 0.25
     samples: int = 128
+    # every other step of fifty
+    every: int | float = 0.04
 
     def __post_init__(self):
         super().__post_init__()

@@ -71,7 +71,7 @@ Methods that read content, with their defaults or rectified, on one head of {tok
 {dim} dimensions in float32; medians of {rounds} searches. A generation of {steps} steps, none of
 them dense, searches as often as the method says; overhead is the CPU time of these searches over
 that of dense attention, {dense_s:.2f} s a step. A later search may take something over from the one
-before. `paro` is not here: with a calibration it searches for nothing, and without one it calibrates
+before. `paro` is not here: with a calibration it searches for nothing, without one it calibrates
 itself, which takes many times as long.
 
 {table}

@@ -189,11 +189,15 @@ def candidates_at(
 ) -> list[Method]:
     """Each method at each density that it can be set to, or as it is where it cannot.
 
+    In a schedule some heads of a layer may be alone: what one head gets is not to depend on others.
+
     Args:
         methods: with the names of the options that are to stay as they are.
     """
     found: list[Method] = []
     for method, fixed in methods.items():
+        alone = method.by_head()
+        method = alone if _agree(alone, method, fixed) else method
         variants = [method.with_density(density, grid) for density in densities]
         found += [x for x in variants if x is not None and _agree(x, method, fixed)] or [method]
     return list(dict.fromkeys(found))

@@ -50,6 +50,10 @@ class Method(ABC):
             return replace(self, density=density)
         return None
 
+    def by_head(self) -> Method:
+        """The method with nothing shared among the heads of a layer: the same one by default."""
+        return self
+
     def misfit(self, transformer: str, layers: int, heads: int | None) -> str | None:
         """Why a method that was prepared for one model cannot serve another, None where it can.
 

@@ -66,6 +66,15 @@ def test_losses_are_those_of_masked_attention():
             assert losses.densities[number, layer].tolist() == pytest.approx([plan.density] * 2)
 
 
+def test_heads_are_tried_on_their_own_unless_that_is_asked_for():
+    shared = create_method("adaspa", recall=0.5)
+    alone = [create_method("adaspa", recall=None, density=x) for x in (0.2, 0.4)]
+    grid = Grid(3, 5, 7)
+    assert candidates_at({shared: []}, (0.2, 0.4), grid) == alone
+    kept = candidates_at({shared: ["recall"]}, (0.2, 0.4), grid)
+    assert [(x.recall, x.density) for x in kept] == [(0.5, 0.2), (0.5, 0.4)]
+
+
 def test_guards_and_steps_are_left_out():
     _, losses = run(Probe({NEAR: []}, (), DenseGuard(1, 0), {1}), times=(900.0, 600.0))
     assert losses.places == (("transformer", 1),)

@@ -13,7 +13,7 @@ attention.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -46,6 +46,10 @@ class AdaSpa(ContentMethod):
         super().__post_init__()
         check_share("density", self.density)
         check_share("recall", self.recall)
+
+    def by_head(self) -> AdaSpa:
+        """The method with one density for all heads."""
+        return replace(self, recall=None)
 
     def search(self, content: Content) -> Plan:
         """The best blocks of every row by their mass, with the densities of the heads."""

@@ -47,13 +47,6 @@ def plans(grid: Grid) -> list[Plan]:
     return [rule, window.plan(grid), Plan.from_blocks(grid, layout, blocks)]
 
 
-@pytest.mark.parametrize("grid", AWKWARD, ids=str)
-def test_some_rows_of_the_mask_are_seen_without_the_others(grid):
-    tokens = torch.arange(0, grid.num_tokens, 3).flip(0)
-    for plan in plans(grid):
-        assert torch.equal(plan.visible(tokens), plan.mask()[:, :, tokens])
-
-
 @pytest.mark.parametrize("grid", [g for g in AWKWARD if g.num_video_tokens < 150], ids=str)
 def test_the_share_that_is_read_of_a_block_is_counted_in_pairs_of_tokens(grid):
     for plan in plans(grid):

@@ -125,25 +125,6 @@ class Plan:
         slot = self.layout.slot_of_token
         return slots[:, slot[:, None], slot].unflatten(0, (lists.batch, lists.heads))
 
-    def visible(self, tokens: Tensor) -> Tensor:
-        """(B|1, H|1, R, S) bool, the rows of ``mask`` of R tokens, (R,) int64."""
-        lists, n, nb = self.lists, self.layout.block, self.layout.num_blocks
-        listed = torch.full((lists.num_rows, nb), -1, dtype=torch.int32, device=self.device)
-        number = torch.arange(lists.key_block.numel(), dtype=torch.int32, device=self.device)
-        listed[lists.row_of_entry, lists.key_block.long()] = number
-        key, query = self.layout.slot_of_token, self.layout.slot_of_token[tokens]
-        entry = listed.view(lists.batch, lists.heads, nb, nb)[:, :, query // n][..., key // n]
-        seen = entry >= 0
-        if lists.box is None and lists.masks is None:
-            return seen
-        partial = seen & lists.is_partial[entry.long().clamp_min(0)]
-        if lists.box is not None:
-            inside = lists.box.visible(query[:, None], key)
-        else:
-            mask_id = lists.mask_id[entry.long().clamp_min(0)].long().clamp_min(0)
-            inside = lists.masks[mask_id, (query % n)[:, None], key % n]
-        return seen & (inside | ~partial)
-
     @cached_property
     def read_share(self) -> Tensor:
         """(B|1, H|1, nv, nv) float32, the visible share of the pairs of tokens of video blocks."""

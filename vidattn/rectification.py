@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vidattn.fidelity import visible_keys
 from vidattn.grid import Layout, sample
 from vidattn.kernels.pooled_scores import block_deviations
 from vidattn.plan import Plan
@@ -88,7 +89,7 @@ def trust(
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
         weights = scores.softmax(-1)
-        kept = weights * plan.visible(some)
+        kept = weights * visible_keys(plan, some)
         left = rest[:, :, layout.slot_of_token[some] // layout.block]
         kept = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
         missing = _average(weights - kept, keys)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vidattn.fidelity import fidelity, recall, visible_keys
+from vidattn.fidelity import fidelity, recall
 from vidattn.grid import Grid, raster_layout, tile_layout
 from vidattn.head_plan import HeadPlan
 from vidattn.methods import plan
 from vidattn.plan import Plan
+from vidattn.visible import visible_keys
 
 GRIDS = [Grid(5, 3, 3), Grid(1, 5, 4, text=3), Grid(3, 5, 7, text=4, text_first=True)]
 

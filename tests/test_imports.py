@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"grid", "registry", "resources", "kernels"},
     {"plan", "tiles", "gpus", "video_models", "config"},
-    {"head_plan"},
+    {"head_plan", "visible"},
     {"method", "reorder", "rectification"},
     {"content", "calibration"},
+    {"pattern"},
     {"methods", "cache", "attention"},
     {"mixture", "schedule", "measure", "fidelity", "video", "allocation"},
     {"draw", "neighborhood", "perception", "simulate", "schedule_file"},

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidattn.fidelity import visible_keys
 from vidattn.head_plan import HeadPlan
 from vidattn.measure import speedup_bound
 from vidattn.plan import Plan
+from vidattn.visible import visible_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

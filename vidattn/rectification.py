@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vidattn.fidelity import visible_keys
 from vidattn.grid import Layout, sample
 from vidattn.kernels.pooled_scores import block_deviations
 from vidattn.plan import Plan
+from vidattn.visible import visible_keys
 
 # queries that an estimate is judged by
 NUM_SAMPLES = 64

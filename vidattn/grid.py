@@ -187,19 +187,16 @@ def fit_tile(size: Size, tile: Size) -> Size:
     return min(shapes, key=cost)
 
 
-def block_tokens(size: Size, most: int = 64) -> int:
-    """How many tokens of a grid one block is to have.
+def block_tokens(size: Size) -> int:
+    """How many tokens of a grid one block is to have, 64 at most.
 
     Large blocks run faster, but of a small grid too few are left to choose from: there are at least
     128 of them, unless they would have fewer than 8 tokens.
 
-    Args:
-        most: a power of two, at least 8.
-
     >>> block_tokens((21, 30, 52)), block_tokens((5, 16, 16))
     (64, 8)
     """
-    return max(8, min(most, 2 ** ((math.prod(size) // 128).bit_length() - 1)))
+    return max(8, min(64, 2 ** ((math.prod(size) // 128).bit_length() - 1)))
 
 
 def usual_tile(size: Size, tokens: int | None = None, *, is_flat: bool = False) -> Size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -75,9 +75,10 @@ class PatternMethod(Method):
         """
         if not self.rectify:
             return self.pattern(grid)
-        device = torch.device("cpu") if q is None else q.device
-        plan = _pattern(self, grid, device)
-        content = Content.of(grid, lambda _: plan.layout, q, k, scale, key_mask, None, True)
+        made = partial(_pattern, self, grid)
+        given = (lambda device: made(device).layout, q, k, scale, key_mask, None, True)
+        content = Content.of(grid, *given)
+        plan = made(content.q.device)
         return replace(content, scale=content.scale * plan.sharpness).rectified(plan)
 
 

@@ -140,7 +140,7 @@ class Plan:
             query = row[some] % nb
             pairs = live[query][:, :, None] & live[key[some]][:, None]
             seen = partial_mask(lists, n, query, some[:, None])[:, :, 0] & pairs
-            share[row[some], key[some]] = seen.sum((1, 2)) / pairs.sum((1, 2))
+            share[row[some], key[some]] = seen.sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)
         nv = self.layout.num_video_blocks
         return share.view(lists.batch, lists.heads, nb, nb)[..., :nv, :nv]
 

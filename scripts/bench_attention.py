@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.kernels.block_lists import HIDDEN, partial_bias
 from vidattn.kernels.block_sparse_cpu import instruction_set
 from vidattn.measure import hardware
 from vidattn.methods import plan as plan_of
 from vidattn.plan import Plan
+from vidattn.visible import visible_keys
 
 HEADS = 2
 # a function slower than this is timed once
@@ -234,26 +234,11 @@ def figures(index: int, seconds: dict[str, float]) -> dict[str, float | None]:
 def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> float:
     """Relative RMS distance to float64 masked attention on some queries."""
     tokens = torch.randperm(plan.grid.num_tokens)[:SAMPLED_QUERIES]
-    visible = torch.stack([visible_keys(plan, int(token)) for token in tokens])
+    visible = visible_keys(plan, tokens)
     scores = q[:, :, tokens].double() @ k.double().mT * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     exact = weights @ v.double()
     return ((out[:, :, tokens] - exact).norm() / exact.norm()).item()
-
-
-def visible_keys(plan: Plan, token: int) -> Tensor:
-    """(S,) bool, the keys that one query of a shared plan reads."""
-    lists, layout, n = plan.lists, plan.layout, plan.layout.block
-    slot = int(layout.slot_of_token[token])
-    row = torch.tensor([slot // n])
-    entries = torch.arange(int(lists.row_start[row]), int(lists.row_start[row + 1]))[None]
-    # without a predicate every listed block is whole
-    seen = torch.ones(entries.numel() * n, dtype=torch.bool)
-    if lists.box is not None or lists.masks is not None:
-        seen = partial_bias(lists, n, row, entries, torch.float32)[0, slot % n] > HIDDEN / 2
-    slots = (lists.key_block[entries[0]].long()[:, None] * n + torch.arange(n)).flatten()
-    keys = layout.order[slots[seen]].long()
-    return torch.zeros(plan.grid.num_tokens, dtype=torch.bool).index_fill_(0, keys[keys >= 0], True)
 
 
 def to_markdown(rows: list[dict], machine: dict, rounds: int, rates: dict) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.compiler import CompileError, load
+from vidattn.kernels.constant import constant_result
 from vidattn.kernels.library import Operator
 
 SOURCE = Path(__file__).with_name("block_sparse_cpu.cpp")
@@ -80,7 +81,7 @@ def block_sparse_attention(
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def is_available(dtype: torch.dtype) -> bool:
     """Whether this engine runs a dtype on this machine; why it has no compiler is logged."""
     if dtype not in DTYPES:

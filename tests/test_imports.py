@@ -23,6 +23,7 @@ LAYERS = (
     {"pipelines", "backbones"},
     {"commands"},
     {"cli", "scripts"},
+    {"__main__"},
 )
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 BESIDE = ("kernels", "pipelines", "backbones")
@@ -68,10 +69,8 @@ def complaint(me: str, name: str) -> str | None:
     you = rest[0] if rest else ""
     if you not in RANK:
         # vidattn itself or a name it re-exports: only programs use the front door.
-        top = len(LAYERS) - 1
-        return (
-            None if RANK[me] == top else f"imports {name}; import from the module that defines it"
-        )
+        is_program = RANK[me] >= RANK["cli"]
+        return None if is_program else f"imports {name}; import from the module that defines it"
     if you != me and RANK[you] >= RANK[me]:
         return f"{me} imports {you}: layer {RANK[me]} may import lower ones, {you} is {RANK[you]}"
     return None

@@ -1,7 +1,9 @@
 """Sparse spatio-temporal attention: Grid -> plan -> attend, and patch for diffusers pipelines."""
 
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 _HERE = Path(__file__).resolve().parent
@@ -9,15 +11,11 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
     # A wheel nests kernels/, pipelines/ and backbones/ in vidattn; a checkout has them beside it.
     __path__.append(str(_HERE.parent))
 
-from vidattn.attention import attend
-from vidattn.grid import Grid
-
-# Importing the module vidattn.plan, which the lines above do, binds its name here. The function
-# takes the name over, for good: Python binds a submodule only when it first loads it.
-from vidattn.methods import list_methods, plan
-from vidattn.neighborhood import neighborhood_attention
-
 if TYPE_CHECKING:
+    from vidattn.attention import attend
+    from vidattn.grid import Grid
+    from vidattn.methods import list_methods, plan
+    from vidattn.neighborhood import neighborhood_attention
     from vidattn.pipelines.patch import patch, unpatch
 
 __version__ = "0.1.0"
@@ -31,17 +29,36 @@ __all__ = [
     "unpatch",
 ]
 
-# These import diffusers, which takes longer than everything else together.
-_LAZY = {"patch": "vidattn.pipelines.patch", "unpatch": "vidattn.pipelines.patch"}
+# Imported when they are first asked for: the command line answers many questions without PyTorch,
+# and attention needs no diffusers.
+_HOMES = {
+    "Grid": "vidattn.grid",
+    "attend": "vidattn.attention",
+    "list_methods": "vidattn.methods",
+    "neighborhood_attention": "vidattn.neighborhood",
+    "patch": "vidattn.pipelines.patch",
+    "plan": "vidattn.methods",
+    "unpatch": "vidattn.pipelines.patch",
+}
 
 
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'vidattn' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
-    globals()[name] = value
-    return value
+class _Package(ModuleType):
+    """The package, in which the function ``plan`` stands before the module of that name."""
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'vidattn' has no attribute {name!r}")
+        value = getattr(import_module(_HOMES[name]), name)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing a module binds its name in its package; one that means a function is left to it.
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted([*__all__, "__version__"])
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+sys.modules[__name__].__class__ = _Package

@@ -24,6 +24,7 @@ from vidattn.kernels import (
     reference,
 )
 from vidattn.kernels.compensation import compensate
+from vidattn.kernels.constant import constant_result
 from vidattn.kernels.pooled_scores import block_means
 from vidattn.plan import Plan
 from vidattn.registry import unknown
@@ -186,7 +187,7 @@ def _quantised(q, k, v, plan, scale, key_mask, backend) -> tuple[Tensor, Tensor]
 
 
 @lru_cache
-@torch.compiler.assume_constant_result
+@constant_result
 def _auto_quantised(device: str, dtype: torch.dtype, precision: str) -> str:
     fits = quantised_triton.runs(precision) and dtype in quantised_triton.DTYPES
     engine = "triton" if fits and block_sparse_triton.is_available(device) else "torch"
@@ -238,7 +239,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None)
 
 
 @lru_cache
-@torch.compiler.assume_constant_result
+@constant_result
 def _auto_engine(device: str, dtype: torch.dtype) -> str:
     if device == "cpu":
         engine = "cpp" if block_sparse_cpu.is_available(dtype) else "torch"

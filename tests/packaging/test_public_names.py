@@ -29,7 +29,7 @@ def run(code):
 
 def test_public_names_are_listed_and_resolve():
     assert set(vidattn.__all__) == PUBLIC
-    assert PUBLIC <= set(dir(vidattn))
+    assert set(dir(vidattn)) == PUBLIC | {"__version__"}
     assert all(callable(getattr(vidattn, name)) for name in PUBLIC)
 
 
@@ -75,3 +75,18 @@ def test_the_function_plan_wins_and_heavy_libraries_stay_out():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     run("from vidattn.plan import Plan\n" + STAYS_A_FUNCTION + heavy)
+
+
+def test_importing_costs_little_beside_pytorch_and_leaves_its_compiler_alone():
+    run(
+        "import sys, time, vidattn\n"
+        "assert 'torch' not in sys.modules, 'the command line answers much without it'\n"
+        "begin = time.process_time()\n"
+        "import torch\n"
+        "torch_s, before = time.process_time() - begin, set(sys.modules)\n"
+        "vidattn.Grid, vidattn.attend, vidattn.plan, vidattn.neighborhood_attention\n"
+        "all_s = time.process_time() - begin\n"
+        "compiler = {'torch._dynamo', 'torch._inductor', 'triton', 'sympy'}\n"
+        "assert not compiler & (set(sys.modules) - before)\n"
+        "assert all_s < 1.3 * torch_s, (all_s, torch_s)\n"
+    )

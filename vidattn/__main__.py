@@ -1,0 +1,7 @@
+"""`python -m vidattn`: the command line."""
+
+import sys
+
+from vidattn.cli import main
+
+sys.exit(main())

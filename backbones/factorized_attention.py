@@ -1,7 +1,7 @@
-"""Factorized attention: to patches of a feature map, and to the mean of the windows that tile it.
+"""Factorized attention: to patches of a feature map, and to a pool of the windows that tile it.
 
 Qin et al., "Factorization Vision Transformer: Modeling Long Range Dependency with Local Window
-Cost", arXiv:2312.08614.
+Cost", arXiv:2312.08614, as in the released code.
 
 Letters: B batch, n heads, H, W size of a feature map, N its cells, C channels, D head dim.
 """
@@ -13,7 +13,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from vidattn.backbones.bilevel_routing import pad_to_multiple
+from vidattn.backbones.neighborhood_attention import grow
 
 
 class CoarseGroup(nn.Module):
@@ -21,7 +21,8 @@ class CoarseGroup(nn.Module):
 
     Args:
         dim: channels of the group.
-        stride: cells to a side of a patch; the map is padded to whole patches.
+        stride: cells to a side of a patch; what is left of the map at its right and bottom is not
+            read, but a map without a whole patch is padded to one.
     """
 
     def __init__(self, dim: int, stride: int, device=None, dtype=None):
@@ -35,7 +36,7 @@ class CoarseGroup(nn.Module):
 
     def forward(self, q: Tensor, x: Tensor) -> Tensor:
         """(B, N, C) from queries (B, N, C) and a feature map (B, H, W, C)."""
-        x = pad_to_multiple(x, self.stride)
+        x = grow(x, self.stride)
         x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         k, v = split(self.kv(x))
         v = v + self.local_conv(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -43,11 +44,11 @@ class CoarseGroup(nn.Module):
 
 
 class FineGroup(nn.Module):
-    """Keys and values of one dilated window: the mean of all those that tile the map.
+    """Keys and values of one dilated window, pooled from all those that tile the map.
 
-    What the published text says of the fusion of windows was not at hand. The released code pools
-    the windows and channels of a cell as one axis, which mixes channels unless there is only one
-    window; here every channel is averaged over the windows.
+    As in the released code, the windows and channels of a cell are one axis, pooled to as many
+    numbers as a head has channels: with several windows, a number is the mean of some channels of
+    one window, and not of one channel of all windows.
 
     Args:
         dim: channels of the group.
@@ -69,8 +70,8 @@ class FineGroup(nn.Module):
 
     def forward(self, q: Tensor, x: Tensor) -> Tensor:
         """(B, N, C) from queries (B, N, C) and a feature map (B, H, W, C)."""
-        x = mean_window(x, self.window, self.dilation)
-        k, v = split(self.kv(self.fc(x.unflatten(-1, (self.num_heads, -1)))))
+        x = pooled_window(x, self.num_heads, self.window, self.dilation)
+        k, v = split(self.kv(self.fc(x)))
         k, v = k.flatten(3), v.flatten(3)
         v = v + self.local_conv(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return attend(q, k, v, self.num_heads)
@@ -91,16 +92,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 @register_notrace_function
-def mean_window(x: Tensor, window: int, dilation: int) -> Tensor:
-    """The mean of dilated windows that tile a map (B, H, W, C): (B, window, window, C).
+def pooled_window(x: Tensor, num_heads: int, window: int, dilation: int) -> Tensor:
+    """A pool of the dilated windows that tile a map (B, H, W, C): (B, window, window, n, D).
 
     The map is reflected at its right and bottom, as often as it takes, to whole windows.
     """
     rows = tiles(x.shape[1], window, dilation, x.device)
     columns = tiles(x.shape[2], window, dilation, x.device)
     x = x[:, rows.flatten()][:, :, columns.flatten()]
-    x = x.unflatten(2, columns.shape).unflatten(1, rows.shape)
-    return x.mean((1, 3))
+    x = x.unflatten(2, columns.shape).unflatten(1, rows.shape).unflatten(-1, (num_heads, -1))
+    # (B, window, window, n, windows * D)
+    x = x.permute(0, 2, 4, 5, 1, 3, 6).flatten(4)
+    return x.unflatten(-1, (-1, len(rows) * len(columns))).mean(-1)
 
 
 def tiles(extent: int, window: int, dilation: int, device: torch.device) -> Tensor:

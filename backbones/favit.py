@@ -6,15 +6,17 @@ Cost", arXiv:2312.08614.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
 
 from vidattn.backbones.convolved_block import ConvolvedBlock, ConvolvedMlp
 from vidattn.backbones.doubling_pyramid import build, check_stages
 from vidattn.backbones.factorized_attention import FactorizedAttention
-from vidattn.backbones.overlapping_patches import OverlappingPyramid
+from vidattn.backbones.overlapping_patches import OverlappingPyramid, rename
 from vidattn.backbones.pyramid import pretrained_cfg
 
 
@@ -72,26 +74,66 @@ class FaViT(OverlappingPyramid):
         )
 
 
+# (pattern, replacement) from the names of the authors' code, each applied in this order
+NAMES = (
+    (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
+    (r"\.attn\.kv_g\.", ".attn.coarse.kv."),
+    (r"\.attn\.local_conv_g\.", ".attn.coarse.local_conv."),
+    (r"\.attn\.(sr|norm)\.", r".attn.coarse.\1."),
+    (r"\.attn\.kv_l\.depth_conv\.", ".attn.mix.0."),
+    (r"\.attn\.kv_l\.point_conv\.", ".attn.mix.1."),
+    (r"\.attn\.fcs\.(\d)\.", r".attn.fine.\1.fc."),
+    (r"\.attn\.single_heads\.(\d)\.", r".attn.fine.\1.kv."),
+    (r"\.attn\.local_convs\.(\d)\.", r".attn.fine.\1.local_conv."),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of ``model`` from one of the authors' code, or in its own layout."""
+    state_dict = state_dict.get("model", state_dict)
+    if any(name.startswith("stages.") for name in state_dict):
+        return state_dict
+    renamed = {}
+    for name, tensor in state_dict.items():
+        name = rename(name, len(model.feature_info))
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _create(name: str, pretrained: bool, **options) -> FaViT:
+    options = {"pretrained_filter_fn": checkpoint_filter_fn} | options
+    return build(FaViT, name, pretrained, **options)
+
+
 # no weights are released
-default_cfgs = generate_default_cfgs({f"favit_b{i}": pretrained_cfg("stem.proj") for i in range(3)})
+default_cfgs = generate_default_cfgs({f"favit_b{i}": pretrained_cfg("stem.proj") for i in range(4)})
 
 
 @register_model
 def favit_b0(pretrained: bool = False, **options) -> FaViT:
     """3.4 M parameters, 0.6 G multiply-adds."""
     defaults = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
-    return build(FaViT, "favit_b0", pretrained, **defaults | options)
+    return _create("favit_b0", pretrained, **defaults | options)
 
 
 @register_model
 def favit_b1(pretrained: bool = False, **options) -> FaViT:
-    """13 M parameters, 2.4 G multiply-adds; paths are dropped as in the smallest."""
+    """13 M parameters, 2.4 G multiply-adds."""
     defaults = {"embed_dim": 64, "depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
-    return build(FaViT, "favit_b1", pretrained, **defaults | options)
+    return _create("favit_b1", pretrained, **defaults | options)
 
 
 @register_model
 def favit_b2(pretrained: bool = False, **options) -> FaViT:
-    """25 M parameters, 4.5 G multiply-adds; paths are dropped as in the smallest."""
+    """25 M parameters, 4.5 G multiply-adds."""
     defaults = {"embed_dim": 64, "depths": (2, 3, 18, 3), "drop_path_rate": 0.1}
-    return build(FaViT, "favit_b2", pretrained, **defaults | options)
+    return _create("favit_b2", pretrained, **defaults | options)
+
+
+@register_model
+def favit_b3(pretrained: bool = False, **options) -> FaViT:
+    """48 M parameters, 8.5 G multiply-adds."""
+    defaults = {"embed_dim": 96, "depths": (2, 3, 14, 3), "drop_path_rate": 0.3}
+    return _create("favit_b3", pretrained, **defaults | options)

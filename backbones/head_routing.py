@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.module_tracker import ModuleTracker
 
 
 class HeadRouter(nn.Module):
@@ -77,7 +79,8 @@ def balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what every router adds to the loss, so that all its heads stay in use.
 
     Each is E times the sum, over the heads to choose from, of the mean gate and the share of
-    tokens that take the head. The authors add 0.01 times their mean.
+    tokens that take the head. The authors add 0.01 times their mean. Blocks may be checkpointed,
+    and the backward pass may run inside the ``with`` block or behind it.
 
     >>> with balance_losses(model) as losses:
     ...     loss = criterion(model(images), labels)
@@ -88,9 +91,14 @@ def balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def listen(router: HeadRouter):
         def look(module, inputs, logits):
-            gates = logits.flatten(0, -2).softmax(-1)
-            taken = chosen(gates, router.num_routed)
-            losses.append(gates.shape[-1] * (gates.mean(0) * taken.mean(0)).sum())
+            # a checkpointed block that is computed again adds nothing
+            if ModuleTracker().is_bw:
+                return
+            # and counts what its forward pass saved, which this is no part of
+            with saved_tensors_hooks(_same, _same):
+                gates = logits.flatten(0, -2).softmax(-1)
+                taken = chosen(gates, router.num_routed)
+                losses.append(gates.shape[-1] * (gates.mean(0) * taken.mean(0)).sum())
 
         return router.routed.register_forward_hook(look)
 
@@ -101,3 +109,7 @@ def balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

@@ -149,7 +149,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     state_dict = state_dict.get("model", state_dict)
     renamed = neighborhood_checkpoint.checkpoint_filter_fn(state_dict, model)
     table = ".relative_position_bias_table"
-    return {name.replace(table, ".rpb"): tensor for name, tensor in renamed.items()}
+    renamed = {name.replace(table, ".rpb"): tensor for name, tensor in renamed.items()}
+    return neighborhood_checkpoint.resize_biases(renamed, model)
 
 
 default_cfgs = generate_default_cfgs(

@@ -67,7 +67,8 @@ class L2ViTBlock(nn.Module):
             self.local = LocalConcentration(dim, drop_path, **dd)
         else:
             sides = (window, window)
-            self.attn = WindowAttention(dim, num_heads, sides, (0, 0), has_bias=False, **dd)
+            options = {"has_bias": False, "shrinks": False, **dd}
+            self.attn = WindowAttention(dim, num_heads, sides, (0, 0), **options)
             self.local = ConvolvedPosition(dim, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
@@ -118,8 +119,6 @@ class Downsample(nn.Module):
 
 class L2ViT(DoublingPyramid):
     """L2ViT; takes images of any size.
-
-    A map smaller than a window is a window of its own; the released code pads it to a whole one.
 
     Args:
         in_chans: channels of an image.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 import torch
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 # (pattern, replacement), each applied to a whole name in this order; {next} is one more
@@ -40,12 +41,14 @@ TRANSFORMERS = (
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of ``model`` from one in either layout, or in its own.
 
+    Position biases of windows of another size are resized, as the authors do.
+
     Args:
         state_dict: as the released file holds it.
         model: the model that loads it.
     """
     if any(name.startswith("stages.") for name in state_dict):
-        return state_dict
+        return resize_biases(state_dict, model)
     is_transformers = any(".attention.self." in name for name in state_dict)
     rules = TRANSFORMERS if is_transformers else AUTHORS
     # made from the window by whoever needs it
@@ -54,7 +57,20 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         for name, tensor in state_dict.items()
         if not name.endswith(".relative_position_index")
     }
-    return _join(renamed) if is_transformers else renamed
+    return resize_biases(_join(renamed) if is_transformers else renamed, model)
+
+
+def resize_biases(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict whose tables of position biases, ``rpb``, are as large as those of a model."""
+    tables = {name: x for name, x in model.named_parameters() if name.endswith(".rpb")}
+    resized = {}
+    for name, x in state_dict.items():
+        if name in tables and x.dim() == tables[name].dim() and x.shape != tables[name].shape:
+            window = model.get_submodule(name.removesuffix(".rpb")).window
+            sides = (window, window) if isinstance(window, int) else tuple(window)
+            x = resize_rel_pos_bias_table_simple(x, sides, tuple(tables[name].shape))
+        resized[name] = x
+    return resized
 
 
 def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 FORMATS = ("NCHW", "NHWC")
 
 
-def pretrained_cfg(first_conv: str, *, size: int = 224, reduction: int = 32, **fields) -> dict:
+def pretrained_cfg(
+    first_conv: str | None, *, size: int = 224, reduction: int = 32, **fields
+) -> dict:
     """timm's description of a model, or of its weights.
 
     Args:
-        first_conv: name of the layer that reads the image.
+        first_conv: name of the layer that reads the image; None where timm cannot adapt its weights
+            to other channels.
         size: edge of the square images it was trained on.
         reduction: pixels to a cell of the last feature map.
         fields: of ``timm.models.PretrainedCfg``, such as ``url``.
@@ -59,7 +62,8 @@ class Stage(nn.Module):
         """Feature map after the last block."""
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+            # of two kinds, this one lets a loss be taken inside a block, as head_routing.py does
+            return checkpoint_seq(self.blocks, x, use_reentrant=False)
         return self.blocks(x)
 
 

@@ -86,7 +86,8 @@ class SwiFT(VolumePyramid):
 
     Args:
         in_chans: channels of a scan.
-        num_classes: 0 for no classifier.
+        num_classes: 0 for no classifier; 1 for the released one of two classes, whose output is the
+            logit of the second.
         global_pool: pooling of the head, as timm names it; "" for none.
         scan_size: voxels along each axis, and frames.
         patch: voxels along each axis of a patch, and frames.
@@ -103,7 +104,7 @@ class SwiFT(VolumePyramid):
     def __init__(
         self,
         in_chans: int = 1,
-        num_classes: int = 2,
+        num_classes: int = 1,
         global_pool: str = "avg",
         scan_size: Sequence[int] = (96, 96, 96, 20),
         patch: Sequence[int] = (6, 6, 6, 1),
@@ -195,7 +196,7 @@ default_cfgs = generate_default_cfgs(
             # timm knows two axes
             input_size=(1, 96, 96),
             pool_size=(2, 2),
-            num_classes=2,
+            num_classes=1,
             # scans are normalized one by one
             mean=(0.0,),
             std=(1.0,),

@@ -7,13 +7,15 @@ Letters: B batch, C channels, T, H, W size of a video or its map.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import adapt_input_conv, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from vidattn.backbones.attention_block import AttentionBlock
 from vidattn.backbones.doubling_pyramid import build, check_stages
@@ -40,8 +42,7 @@ class VideoPatches(nn.Module):
 class VideoSwin(VolumePyramid):
     """Video Swin; takes videos of any size and length.
 
-    On a map smaller than a window a bias belongs to the distance of query and key. The released
-    code picks others there when the map is lower or narrower than a window.
+    The released weights for Something-Something v2 are of a base model with ``window=(16, 7, 7)``.
 
     Args:
         in_chans: channels of a video.
@@ -78,7 +79,7 @@ class VideoSwin(VolumePyramid):
 
         def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
             shift = [side // 2 if index % 2 else 0 for side in window]
-            attn = WindowAttention(dim, num_heads[stage], window, shift, **dd)
+            attn = WindowAttention(dim, num_heads[stage], window, shift, by_place=True, **dd)
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
         super().__init__(
@@ -102,8 +103,12 @@ class VideoSwin(VolumePyramid):
         return {"*.rpb"}
 
 
-# (pattern, replacement) from the names of torchvision, each applied in this order
+# (pattern, replacement) from the names of the authors, then of torchvision, each applied in this
+# order
 NAMES = (
+    (r"^backbone\.", ""),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"^cls_head\.fc_cls\.", "head.fc."),
     (r"^patch_embed\.", "stem."),
     (r"\.relative_position_bias_table$", ".rpb"),
     (r"\.mlp\.0\.", ".mlp.fc1."),
@@ -113,13 +118,19 @@ NAMES = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of ``model`` from one of torchvision, or in its own layout."""
+    """A state dict of ``model`` from one of the authors, of torchvision, or in its own layout.
+
+    What was trained with other windows in space, or with other channels, is resized.
+    """
     renamed = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in state_dict.get("state_dict", state_dict).items():
         # made from the window by whoever needs it
         if name.endswith(".relative_position_index"):
             continue
-        # stages and what lies between them take turns
+        # the layer between two stages belongs to the first of them, in the files of the authors
+        if found := re.match(r"(?:backbone\.)?layers\.(\d+)\.downsample\.", name):
+            name = f"stages.{int(found[1]) + 1}.downsample.{name[found.end() :]}"
+        # stages and what lies between them take turns, in those of torchvision
         if found := re.match(r"features\.(\d+)\.(\d+\.)?", name):
             stage, is_between = divmod(int(found[1]), 2)
             place = f"{stage + 1}.downsample." if is_between else f"{stage}.blocks.{found[2]}"
@@ -127,7 +138,43 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         for pattern, replacement in NAMES:
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
-    return renamed
+    return _resize(renamed, model)
+
+
+def _resize(state_dict: dict[str, Tensor], model: VideoSwin) -> dict[str, Tensor]:
+    """Position biases for the windows of a model, and a stem for its channels."""
+    for i, stage in enumerate(model.stages):
+        for j, block in enumerate(stage.blocks):
+            name = f"stages.{i}.blocks.{j}.attn.rpb"
+            if name in state_dict:
+                state_dict[name] = resize_biases(state_dict[name], block.attn.window)
+    name = "stem.proj.weight"
+    if name in state_dict and state_dict[name].dim() == 5:
+        # timm knows the layers of images: patches of two axes
+        weight = state_dict[name].flatten(2, 3)
+        weight = adapt_input_conv(model.in_chans, weight, weight.shape[1])
+        state_dict[name] = weight.unflatten(2, state_dict[name].shape[2:4])
+    return state_dict
+
+
+def resize_biases(rpb: Tensor, window: Sequence[int]) -> Tensor:
+    """Position biases of windows with other heights and widths, resized as the authors do.
+
+    Args:
+        rpb: (distances, n), of windows as long as the new ones in time, and square.
+        window: frames, rows and columns of the new windows.
+
+    Returns:
+        (distances, n) for these windows; ``rpb`` where it was made for others.
+    """
+    frames, *size = (2 * side - 1 for side in window)
+    side = math.isqrt(len(rpb) // frames)
+    if len(rpb) != frames * side**2 or [side, side] == size:
+        return rpb
+    # (frames, n, rows, columns)
+    table = rpb.view(frames, side, side, -1).permute(0, 3, 1, 2)
+    table = interpolate(table, size, mode="bicubic", align_corners=False)
+    return table.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _create(name: str, pretrained: bool, **options) -> VideoSwin:
@@ -135,18 +182,29 @@ def _create(name: str, pretrained: bool, **options) -> VideoSwin:
     return build(VideoSwin, name, pretrained, **options)
 
 
-def _weights(file: str) -> dict:
-    url = f"https://download.pytorch.org/models/swin3d_{file}.pth"
+def _weights(url: str, num_classes: int = 400) -> dict:
     # timm knows sizes of frames, not lengths of videos
-    return pretrained_cfg("stem.proj", url=url, num_classes=400)
+    return pretrained_cfg(None, url=url, num_classes=num_classes)
+
+
+def _torchvision(file: str) -> dict:
+    return _weights(f"https://download.pytorch.org/models/swin3d_{file}.pth")
+
+
+def _authors(file: str, num_classes: int = 400) -> dict:
+    folder = "https://github.com/SwinTransformer/storage/releases/download/v1.0.4"
+    return _weights(f"{folder}/swin_{file}.pth", num_classes)
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "video_swin_tiny.tv_k400": _weights("t-7615ae03"),
-        "video_swin_small.tv_k400": _weights("s-da41c237"),
-        "video_swin_base.tv_k400": _weights("b_1k-24f7c7c6"),
-        "video_swin_base.tv_in22k_k400": _weights("b_22k-7c6ae6fa"),
+        "video_swin_tiny.tv_k400": _torchvision("t-7615ae03"),
+        "video_swin_small.tv_k400": _torchvision("s-da41c237"),
+        "video_swin_base.tv_k400": _torchvision("b_1k-24f7c7c6"),
+        "video_swin_base.tv_in22k_k400": _torchvision("b_22k-7c6ae6fa"),
+        "video_swin_base.ms_in22k_k600": _authors(
+            "base_patch244_window877_kinetics600_22k", num_classes=600
+        ),
     }
 )
 

@@ -23,7 +23,7 @@ class WindowAttention(nn.Module):
     """Every cell of a map attends to the window that it lies in.
 
     The map is padded with zeros to whole windows, and padding is read like any other cell. On an
-    axis that is no longer than a window there is one window, as long as the axis.
+    axis that is shorter than a window there is one window, as long as the axis if windows shrink.
 
     Args:
         dim: channels.
@@ -31,6 +31,10 @@ class WindowAttention(nn.Module):
         window: cells of a window, for each axis.
         shift: where the second window begins, for each axis; 0 for windows side by side.
         has_bias: whether every distance on the axes has a bias of the scores, for each head.
+        shrinks: whether a window is as short as the map; else the map is padded to it.
+        by_place: whether a window that has shrunk takes the biases between as many first cells of
+            a whole one, row by row, as in the released code of Video Swin; else those of its own
+            distances.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class WindowAttention(nn.Module):
         shift: Sequence[int],
         *,
         has_bias: bool = True,
+        shrinks: bool = True,
+        by_place: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -53,6 +59,7 @@ class WindowAttention(nn.Module):
                 f"shift must be from 0 to below window on each axis, got {shift} and {window}"
             )
         self.num_heads, self.window, self.shift = num_heads, list(window), list(shift)
+        self.shrinks, self.by_place = shrinks, by_place
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         # at query - key + window - 1 on each axis, the last axis fastest
         num_distances = math.prod(2 * side - 1 for side in window)
@@ -68,8 +75,10 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., C), like ``x``."""
-        qkv = self.qkv(pad_to_windows(x, self.window))
-        out = attend_in_windows(qkv, self.rpb, self.num_heads, self.window, self.shift)
+        qkv = self.qkv(pad_to_windows(x, self.window, self.shrinks))
+        out = attend_in_windows(
+            qkv, self.rpb, self.num_heads, self.window, self.shift, None, self.by_place
+        )
         return self.proj(crop(out, x))
 
 
@@ -106,9 +115,12 @@ def pad_axes(x: Tensor, first: int, sides: list[int]) -> Tensor:
 
 
 @register_notrace_function
-def pad_to_windows(x: Tensor, window: list[int]) -> Tensor:
-    """Pad a map (B, ..., C) to whole windows, which fit into an axis shorter than they are."""
-    return pad_axes(x, 1, [min(side, x.shape[1 + i]) for i, side in enumerate(window)])
+def pad_to_windows(x: Tensor, window: list[int], shrinks: bool = True) -> Tensor:
+    """Pad a map (B, ..., C) to whole windows, which are no longer than an axis if they shrink."""
+    sides = window
+    if shrinks:
+        sides = [min(side, x.shape[1 + i]) for i, side in enumerate(window)]
+    return pad_axes(x, 1, sides)
 
 
 @register_notrace_function
@@ -136,6 +148,7 @@ def attend_in_windows(
     window: list[int],
     shift: list[int],
     factor: Tensor | None = None,
+    by_place: bool = False,
 ) -> Tensor:
     """Attention inside windows.
 
@@ -147,33 +160,58 @@ def attend_in_windows(
         shift: cells of the first window, for each axis; 0 for as many as the others.
         factor: (distances, n), what the sigmoid of a score is multiplied by to be a weight;
             weights are a softmax for None.
+        by_place: as WindowAttention takes it.
 
     Returns:
         (B, ..., C).
     """
-    # boxes whose windows are all alike: before, between and behind the shifted borders of an axis
-    boxes = [qkv]
-    counts: list[int] = []
-    for i, (side, step) in enumerate(zip(window, shift)):
-        extent = qkv.shape[1 + i]
-        # no border of an axis that is one window
-        cuts = [extent] if step == 0 or extent <= side else [step, extent - side, side - step]
-        parts: list[Tensor] = []
-        for box in boxes:
-            parts += torch.split(box, cuts, 1 + i)
-        boxes = parts
-        counts += [len(cuts)]
-    boxes = [attend_in_blocks(box, rpb, num_heads, window, factor) for box in boxes]
+    boxes, begins, counts = cut_at_borders(qkv, window, shift)
+    whole = [min(side, extent) for side, extent in zip(window, qkv.shape[1:-1])]
+    outs: list[Tensor] = []
+    for box, begin in zip(boxes, begins):
+        sides = [min(side, extent) for side, extent in zip(window, box.shape[1:-1])]
+        bias = None if rpb is None else biases_of_box(rpb, window, whole, begin, sides, by_place)
+        scale = None if factor is None else biases_of_box(factor, window, whole, begin, sides)
+        outs.append(attend_in_blocks(box, bias, num_heads, window, scale))
     for i in range(len(window) - 1, -1, -1):
         count = counts[i]
         if count > 1:
-            boxes = [torch.cat(boxes[j : j + count], 1 + i) for j in range(0, len(boxes), count)]
-    return boxes[0]
+            outs = [torch.cat(outs[j : j + count], 1 + i) for j in range(0, len(outs), count)]
+    return outs[0]
+
+
+def cut_at_borders(
+    x: Tensor, window: list[int], shift: list[int]
+) -> tuple[list[Tensor], list[list[int]], list[int]]:
+    """Boxes of a map whose windows are all alike: before, between and behind shifted borders.
+
+    Returns:
+        The boxes, those of the last axis next to each other; where in its window, were it whole,
+        each begins; and how many there are along each axis.
+    """
+    nowhere: list[int] = []
+    boxes, begins = [x], [nowhere]
+    counts: list[int] = []
+    for i, (side, step) in enumerate(zip(window, shift)):
+        extent = x.shape[1 + i]
+        # no border of an axis that is one window
+        cuts, starts = [extent], [0]
+        if step > 0 and extent > side:
+            cuts, starts = [step, extent - side, side - step], [side - step, 0, 0]
+        parts: list[Tensor] = []
+        begins_of_parts: list[list[int]] = []
+        for box, begin in zip(boxes, begins):
+            parts += torch.split(box, cuts, 1 + i)
+            for start in starts:
+                begins_of_parts.append(begin + [start])
+        boxes, begins = parts, begins_of_parts
+        counts += [len(cuts)]
+    return boxes, begins, counts
 
 
 def attend_in_blocks(
     qkv: Tensor,
-    rpb: Tensor | None,
+    bias: Tensor | None,
     num_heads: int,
     window: list[int],
     factor: Tensor | None = None,
@@ -182,10 +220,11 @@ def attend_in_blocks(
 
     Args:
         qkv: (B, ..., 3 * C), of whole windows, or shorter than one.
-        rpb: as attend_in_windows takes it.
+        bias: (1, n, P, P) of the scores; none for None.
         num_heads: n.
         window: cells of a window, for each axis.
-        factor: as attend_in_windows takes it.
+        factor: (1, n, P, P), what the sigmoid of a score is multiplied by to be a weight; weights
+            are a softmax for None.
 
     Returns:
         (B, ..., C).
@@ -204,13 +243,13 @@ def attend_in_blocks(
     x = x.permute([last, 0] + outer + [last + 1] + inner + [last + 2])
     # (B * blocks, n, P, D) each
     q, k, v = x.flatten(-1 - num_axes, -2).flatten(1, 1 + num_axes).unbind(0)
-    bias = None if rpb is None else position_biases(rpb, window, sides).to(q.dtype)
+    bias = None if bias is None else bias.to(q.dtype)
     if factor is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:
         scores = q @ k.mT * q.shape[-1] ** -0.5
         weights = (scores if bias is None else scores + bias).sigmoid()
-        out = weights * position_biases(factor, window, sides).to(q.dtype) @ v
+        out = weights * factor.to(q.dtype) @ v
     # (B, blocks, n, sides, D), then as the map was
     out = out.reshape([batch] + blocks + [num_heads] + sides + [-1])
     order = [0]
@@ -220,12 +259,34 @@ def attend_in_blocks(
     return out.reshape([batch] + size + [-1])
 
 
-def position_biases(rpb: Tensor, window: list[int], sides: list[int]) -> Tensor:
-    """(1, n, P, P) biases of a query and a key of a window that is ``sides`` long."""
+def biases_of_box(
+    rpb: Tensor,
+    window: list[int],
+    whole: list[int],
+    begin: list[int],
+    sides: list[int],
+    by_place: bool = False,
+) -> Tensor:
+    """(1, n, P, P) biases of a query and a key of a box of cells inside a window.
+
+    Args:
+        rpb: (distances, n) of a window.
+        window: its cells, for each axis.
+        whole: likewise, as far as the map reaches.
+        begin: where in the window the box begins.
+        sides: cells of the box.
+        by_place: as WindowAttention takes it.
+    """
+    number = torch.zeros(1, dtype=torch.long, device=rpb.device)
+    for extent, first, side in zip(whole, begin, sides):
+        cells = torch.arange(first, first + side, device=rpb.device)
+        number = (number[:, None] * extent + cells).flatten()
     index = torch.zeros(1, 1, dtype=torch.long, device=rpb.device)
-    for full, side in zip(window, sides):
-        cells = torch.arange(side, device=rpb.device)
-        distances = cells[:, None] - cells + full - 1
-        index = index[:, None, :, None] * (2 * full - 1) + distances[:, None, :]
-        index = index.flatten(2).flatten(0, 1)
+    step = 1
+    for i in range(len(window) - 1, -1, -1):
+        extent = window[i] if by_place else whole[i]
+        place = number % extent
+        number = number.div(extent, rounding_mode="floor")
+        index = index + (place[:, None] - place + window[i] - 1) * step
+        step *= 2 * window[i] - 1
     return rpb[index].permute(2, 0, 1)[None]

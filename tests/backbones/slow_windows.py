@@ -7,10 +7,10 @@ import torch
 from tests.backbones.slow_models import linear
 
 
-def slow_window_attention(p, name, x, *, heads, window, shift):
+def slow_window_attention(p, name, x, *, heads, window, shift, shrinks=True):
     """(B, ..., C), like ``x``: pad, shift around the edges, mask what was no neighbor before."""
     size = x.shape[1:-1]
-    sides = [min(*pair) for pair in zip(window, size)]
+    sides = [min(*pair) for pair in zip(window, size)] if shrinks else window
     shifts = [0 if n <= w else s for n, w, s in zip(size, window, shift)]
     padded = [-(-n // w) * w for n, w in zip(size, sides)]
     cells = list(itertools.product(*map(range, padded)))

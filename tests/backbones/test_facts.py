@@ -54,6 +54,7 @@ FACTS = {
     "favit_b0": (3_427_704, 0.6),
     "favit_b1": (12_958_568, 2.4),
     "favit_b2": (24_919_896, 4.5),
+    "favit_b3": (48_746_440, 8.5),
     # added up by hand: these sizes have no released code
     "vsa_swin_tiny": (28_755_952, None),
     "gated_swinrmt_retention_tiny": (13_328_680, None),
@@ -63,7 +64,7 @@ FACTS = {
     "video_swin_small": (49_816_678, 166),
     "video_swin_base": (88_048_984, 282),
     # the released code has 576 more, in a norm that it does not use
-    "swift": (4_315_214, None),
+    "swift": (4_314_925, None),
 }
 # what the paper counts for, where that is no image
 VOLUMES = {"video": (3, 32, 224, 224)}

@@ -1,4 +1,4 @@
-"""FaViT against slow attention from the paper, one query at a time."""
+"""FaViT against a slow model from the paper and the released code, one query at a time."""
 
 import pytest
 import timm
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import vidattn.backbones  # noqa: F401
-from tests.backbones.slow_models import conv, linear, norm
-from vidattn.backbones.factorized_attention import FactorizedAttention
+from tests.backbones.loading import CLASSES, assert_same, load
+from tests.backbones.slow_models import conv, draw, layer, linear, norm
 
 
 def softly(q, keys, values):
@@ -24,39 +24,44 @@ def folded(place, extent):
     return place if extent > 1 else 0
 
 
-def mean_window(x, window, dilation):
-    """The mean of all the windows that tile (B, H, W, C), cell by cell."""
+def pooled_window(x, heads, window, dilation):
+    """(B, window, window, n, D) the windows that tile (B, H, W, C), pooled cell by cell."""
     H, W = x.shape[1:3]
+    x = x.unflatten(-1, (heads, -1))
     span = dilation * (window - 1) + 1
-    out = x.new_zeros(len(x), window, window, x.shape[3])
+    out = x.new_zeros(len(x), window, window, *x.shape[3:])
     corners = [(y, z) for y in range(0, H, span) for z in range(0, W, span)]
-    for y, z in corners:
-        for i in range(window):
-            for j in range(window):
-                row, column = folded(y + i * dilation, H), folded(z + j * dilation, W)
-                out[:, i, j] += x[:, row, column] / len(corners)
+    for i in range(window):
+        for j in range(window):
+            places = [
+                (folded(y + i * dilation, H), folded(z + j * dilation, W)) for y, z in corners
+            ]
+            # window after window, as the authors pool them
+            line = torch.cat([x[:, row, column] for row, column in places], -1)
+            out[:, i, j] = F.adaptive_avg_pool1d(line, x.shape[-1])
     return out
 
 
-def slow_factorized(p, x, heads, stride, window):
+def slow_factorized(p, name, x, heads, stride, window):
     """Factorized attention of (B, H, W, C)."""
     B, H, W, C = x.shape
     eighth, out = C // 8, []
-    q = linear(p, "q", x)
-    patches = F.pad(x[..., :eighth], (0, 0, 0, -W % stride, 0, -H % stride))
-    patches = norm(p, "coarse.norm", conv(p, "coarse.sr", patches, stride=stride))
-    k, v = linear(p, "coarse.kv", patches).chunk(2, -1)
-    v = v + conv(p, "coarse.local_conv", v, padding=1, groups=eighth)
+    q = linear(p, f"{name}.q", x)
+    # a map without a whole patch, which the authors' code does not take, is padded to one
+    patches = F.pad(x[..., :eighth], (0, 0, 0, max(0, stride - W), 0, max(0, stride - H)))
+    patches = norm(p, f"{name}.norm", conv(p, f"{name}.sr", patches, stride=stride))
+    k, v = linear(p, f"{name}.kv_g", patches).chunk(2, -1)
+    v = v + conv(p, f"{name}.local_conv_g", v, padding=1, groups=eighth)
     sources = [(q[..., None, :eighth], k[..., None, :], v[..., None, :])]
-    mixed = conv(p, "mix.0", x[..., eighth:], padding=1, groups=C - eighth)
-    mixed = conv(p, "mix.1", mixed)
+    mixed = conv(p, f"{name}.kv_l.depth_conv", x[..., eighth:], padding=1, groups=C - eighth)
+    mixed = conv(p, f"{name}.kv_l.point_conv", mixed)
     number = 1 if stride == 1 else 2
     fine = q[..., eighth:].view(B, H, W, heads, -1)
     for i, (part, query) in enumerate(zip(mixed.chunk(number, -1), fine.chunk(number, -1))):
-        cells = mean_window(part, window, stride if i else 1).view(B, window, window, heads, -1)
-        k, v = linear(p, f"fine.{i}.kv", linear(p, f"fine.{i}.fc", cells)).chunk(2, -1)
+        cells = linear(p, f"{name}.fcs.{i}", pooled_window(part, heads, window, stride if i else 1))
+        k, v = linear(p, f"{name}.single_heads.{i}", cells).chunk(2, -1)
         options = {"padding": 1, "groups": part.shape[-1]}
-        v = v + conv(p, f"fine.{i}.local_conv", v.flatten(3), **options).view(v.shape)
+        v = v + conv(p, f"{name}.local_convs.{i}", v.flatten(3), **options).view(v.shape)
         sources.append((query, k, v))
     for query, k, v in sources:
         found = torch.empty_like(query)
@@ -65,50 +70,71 @@ def slow_factorized(p, x, heads, stride, window):
                 keys, values = (list(x.flatten(1, 2).unbind(1)) for x in (k, v))
                 found[:, i, j] = softly(query[:, i, j], keys, values)
         out.append(found.flatten(3))
-    return linear(p, "proj", torch.cat(out, -1))
+    return linear(p, f"{name}.proj", torch.cat(out, -1))
 
 
-# whole windows and patches, ragged ones, and maps smaller than either
-@pytest.mark.parametrize("size", [(6, 3), (5, 7), (1, 2)])
-@pytest.mark.parametrize("stride", [1, 2])
+DIM, HEADS, DEPTHS, STRIDES, MLP, WINDOW = 16, (1, 2), (1, 2), (2, 1), (2, 1), 3
+
+
+def shapes():
+    """Names and shapes of a state dict of the authors' code."""
+    found = {}
+    for i, depth in enumerate(DEPTHS):
+        dim, number = DIM * 2**i, i + 1
+        patches = (dim, 3, 7, 7) if i == 0 else (dim, dim // 2, 3, 3)
+        found |= layer(f"patch_embed{number}.proj", *patches)
+        found |= layer(f"patch_embed{number}.norm", dim) | layer(f"norm{number}", dim)
+        eighth, wide, hidden = dim // 8, 7 * dim // 8, dim * MLP[i]
+        for j in range(depth):
+            block, attn = f"block{number}.{j}", f"block{number}.{j}.attn"
+            found |= layer(f"{block}.norm1", dim) | layer(f"{block}.norm2", dim)
+            found |= layer(f"{attn}.q", dim, dim) | layer(f"{attn}.proj", dim, dim)
+            found |= layer(f"{attn}.sr", eighth, eighth, STRIDES[i], STRIDES[i])
+            found |= layer(f"{attn}.norm", eighth) | layer(f"{attn}.kv_g", 2 * eighth, eighth)
+            found |= layer(f"{attn}.local_conv_g", eighth, 1, 3, 3)
+            found |= layer(f"{attn}.kv_l.depth_conv", wide, 1, 3, 3)
+            found |= layer(f"{attn}.kv_l.point_conv", wide, wide, 1, 1)
+            groups = 1 if STRIDES[i] == 1 else 2
+            fine, head = wide // groups, wide // groups // HEADS[i]
+            for k in range(groups):
+                found |= layer(f"{attn}.fcs.{k}", head, head)
+                found |= layer(f"{attn}.single_heads.{k}", 2 * head, head)
+                found |= layer(f"{attn}.local_convs.{k}", fine, 1, 3, 3)
+            found |= layer(f"{block}.mlp.fc1", hidden, dim)
+            found |= layer(f"{block}.mlp.dwconv.dwconv", hidden, 1, 3, 3)
+            found |= layer(f"{block}.mlp.fc2", dim, hidden)
+    return found | layer("head", CLASSES, dim)
+
+
+def slow_favit(state, images):
+    p = {name: x.double() for name, x in state.items()}
+    x = images.double().permute(0, 2, 3, 1)
+    for i, depth in enumerate(DEPTHS):
+        patches = {"stride": 2, "padding": 1} if i else {"stride": 4, "padding": 3}
+        x = conv(p, f"patch_embed{i + 1}.proj", x, **patches)
+        x = norm(p, f"patch_embed{i + 1}.norm", x)
+        for j in range(depth):
+            block = f"block{i + 1}.{j}"
+            y = norm(p, f"{block}.norm1", x, 1e-6)
+            x = x + slow_factorized(p, f"{block}.attn", y, HEADS[i], STRIDES[i], WINDOW)
+            y = linear(p, f"{block}.mlp.fc1", norm(p, f"{block}.norm2", x, 1e-6))
+            y = conv(p, f"{block}.mlp.dwconv.dwconv", y, padding=1, groups=y.shape[-1])
+            x = x + linear(p, f"{block}.mlp.fc2", F.gelu(y))
+        x = norm(p, f"norm{i + 1}", x, 1e-6)
+    return linear(p, "head", x.mean((1, 2)))
+
+
+# maps of 6 x 3 and 3 x 2 cells, so one window and more; 5 x 7, where a patch is left over; one cell
+@pytest.mark.parametrize("size", [(24, 12), (19, 28), (4, 3)])
 @torch.no_grad()
-def test_factorized_attention(size, stride):
-    layer = FactorizedAttention(32, 2, stride, window=3).double()
-    for x in layer.parameters():
-        x.normal_(std=0.5)
-    x = torch.randn(2, *size, 32).double()
-    answer = slow_factorized(dict(layer.named_parameters()), x, 2, stride, 3)
-    torch.testing.assert_close(layer(x), answer, atol=1e-9, rtol=1e-9)
-
-
-@torch.no_grad()
-def test_model():
-    options = {"depths": (1, 1), "num_heads": (1, 2), "strides": (2, 1), "mlp_ratios": (2, 1)}
-    options |= {"embed_dim": 16, "window": 3, "num_classes": 5, "drop_path_rate": 0.0}
-    model = timm.create_model("favit_b0", **options).double().eval()
-    state = model.state_dict()
-    for x in state.values():
-        x.normal_(std=0.5)
-    images = torch.randn(2, 3, 19, 28).double()
-    x = conv(state, "stem.proj", images.permute(0, 2, 3, 1), stride=4, padding=3)
-    x = norm(state, "stem.norm", x)
-    for i, heads, stride in ((0, 1, 2), (1, 2, 1)):
-        if i:
-            x = norm(state, "stages.1.downsample.prenorm", x, 1e-6)
-            x = conv(state, "stages.1.downsample.proj", x, stride=2, padding=1)
-            x = norm(state, "stages.1.downsample.norm", x)
-        block = f"stages.{i}.blocks.0"
-        attn = {
-            name.removeprefix(f"{block}.attn."): each
-            for name, each in state.items()
-            if name.startswith(f"{block}.attn.")
-        }
-        x = x + slow_factorized(attn, norm(state, f"{block}.norm1", x, 1e-6), heads, stride, 3)
-        y = linear(state, f"{block}.mlp.fc1", norm(state, f"{block}.norm2", x, 1e-6))
-        y = F.gelu(conv(state, f"{block}.mlp.dwconv", y, padding=1, groups=y.shape[-1]))
-        x = x + linear(state, f"{block}.mlp.fc2", y)
-    answer = linear(state, "head.fc", norm(state, "norm", x, 1e-6).mean((1, 2)))
-    torch.testing.assert_close(model(images), answer, atol=1e-9, rtol=1e-9)
+def test_weights_of_the_released_code(size, tmp_path):
+    state, images = draw(shapes()), torch.randn(2, 3, *size)
+    options = {"embed_dim": DIM, "depths": DEPTHS, "num_heads": HEADS, "strides": STRIDES}
+    options |= {"mlp_ratios": MLP, "window": WINDOW}
+    model = load("favit_b0", {"model": state}, tmp_path, **options)
+    assert_same(model, images, slow_favit(state, images))
+    again = load("favit_b0", model.state_dict(), tmp_path, **options)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def slow_l2vit(state, images):
                 x = x + concentrate(p, f"{block}.local_mp", norm(p, f"{block}.norm3", x))
             else:
                 options = {"heads": HEADS[i], "window": (WINDOW, WINDOW), "shift": (0, 0)}
-                x = x + slow_window_attention(p, f"{block}.attn", y, **options)
+                # as released, a map is padded to a window at least
+                x = x + slow_window_attention(p, f"{block}.attn", y, shrinks=False, **options)
                 x = x + conv(p, f"{block}.cpe.1.proj", x, **place)
             y = F.gelu(linear(p, f"{block}.mlp.fc1", norm(p, f"{block}.norm2", x)))
             x = x + linear(p, f"{block}.mlp.fc2", y)
@@ -102,7 +103,7 @@ def slow_l2vit(state, images):
 
 
 # with weights this large the sum of products passes its floor for some queries, not for all
-@pytest.mark.parametrize("size", [(28, 34), (9, 20)])
+@pytest.mark.parametrize("size", [(28, 34), (9, 20), (5, 7)])
 @torch.no_grad()
 def test_released_weights(size, tmp_path):
     state, images = draw(shapes()), torch.randn(2, 3, *size)

@@ -182,6 +182,30 @@ def test_balance_of_heads():
     assert len(losses) == 1
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_balance_with_checkpointing(inside):
+    """The backward pass may run inside the ``with`` block or behind it."""
+    options = OPTIONS | {"depths": (2, 2), "drop_path_rate": 0.0}
+    model, images = timm.create_model("moh_vit_tiny", **options), torch.randn(2, 3, 32, 40)
+
+    def gradients():
+        model.zero_grad()
+        with balance_losses(model) as losses:
+            loss = model(images).square().sum()
+            if inside:
+                (loss + 10 * torch.stack(losses).mean()).backward()
+        if not inside:
+            (loss + 10 * torch.stack(losses).mean()).backward()
+        return losses, {name: x.grad for name, x in model.named_parameters()}
+
+    losses, grads = gradients()
+    assert len(losses) == 2
+    model.set_grad_checkpointing()
+    found, checkpointed = gradients()
+    torch.testing.assert_close(found, losses)
+    torch.testing.assert_close(checkpointed, grads)
+
+
 @pytest.mark.parametrize(("num_shared", "num_routed"), [(0, 2), (1, 3), (4, 0)])
 @torch.no_grad()
 def test_weights_of_heads(num_shared, num_routed):

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from transformers import DinatConfig
 from transformers.models.dinat import modeling_dinat
 
@@ -147,7 +148,19 @@ def test_other_images_and_classes(tmp_path):
 def test_weights_of_another_variant_are_named(tmp_path):
     _, state, ours, _ = neighborhood("dinat_mini")
     with pytest.raises(RuntimeError, match=r"stages\.0\.blocks\.0\.attn\.rpb"):
-        load("dinat_mini", state, tmp_path, **ours | {"window": 5})
+        load("dinat_mini", state, tmp_path, **ours | {"num_heads": (2, 2, 4)})
+
+
+@pytest.mark.parametrize("layout", ["theirs", "ours"])
+@torch.no_grad()
+def test_biases_of_another_window_are_resized(layout, tmp_path):
+    _, state, ours, _ = neighborhood("dinat_mini")
+    table = state["levels.1.blocks.0.attn.rpb"].double()
+    if layout == "ours":
+        state = load("dinat_mini", state, tmp_path, **ours).state_dict()
+    model = load("dinat_mini", state, tmp_path, **ours | {"window": 5})
+    answer = F.interpolate(table[None], (9, 9), mode="bicubic")[0]
+    torch.testing.assert_close(model.stages[1].blocks[0].attn.rpb, answer, rtol=1e-6, atol=1e-6)
 
 
 def test_own_weights_load_as_they_are(tmp_path):

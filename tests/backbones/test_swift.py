@@ -84,6 +84,16 @@ def test_authors_weights(frames, tmp_path):
     torch.testing.assert_close(model.double().eval()(scans), answer)
 
 
+def test_the_released_head_of_two_classes_has_one_output(tmp_path):
+    options = {name: x for name, x in OURS.items() if name != "num_classes"}
+    state = draw(authors_shapes() | layer("output_head.head", 1, 4 * DIM))
+    torch.save({"state_dict": state}, tmp_path / "weights.ckpt")
+    overlay = {"file": str(tmp_path / "weights.ckpt")}
+    model = timm.create_model("swift", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    assert model.num_classes == 1
+    torch.testing.assert_close(model.head.fc.weight, state["output_head.head.weight"])
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="depths and num_heads must have one entry for each"):
         timm.create_model("swift", depths=(1, 1))

@@ -38,6 +38,23 @@ def test_every_cell_reads_its_window(size, window, shift, has_bias):
     )
 
 
+@pytest.mark.parametrize("shift", [(0, 0), (1, 2)])
+@torch.no_grad()
+def test_a_map_is_padded_to_a_window_if_windows_do_not_shrink(shift):
+    attn = WindowAttention(4, 2, (3, 5), shift, shrinks=False, dtype=torch.float64)
+    torch.nn.init.normal_(attn.rpb)
+    state = {f"attn.{name}": tensor for name, tensor in attn.named_parameters()}
+    for size in ((2, 7), (4, 3), (1, 1)):
+        x = torch.randn(2, *size, 4, dtype=torch.float64)
+        options = {
+            "heads": 2,
+            "window": (3, 5),
+            "shift": [0 if n <= w else s for n, w, s in zip(size, (3, 5), shift)],
+        }
+        answer = slow_window_attention(state, "attn", x, shrinks=False, **options)
+        torch.testing.assert_close(attn(x), answer)
+
+
 def test_merging_joins_neighbors():
     merging = PatchMerging(1, 3, (3, 1), dtype=torch.float64)
     x = torch.randn(2, 5, 2, 4, 1, dtype=torch.float64)

@@ -187,14 +187,14 @@ def test_compare_runs_every_method_and_leaves_out_what_cannot(
     monkeypatch.setattr("vidattn.commands.choice.list_methods", lambda: ["dense", "radial", "topk"])
     code, out, err = run(
         capfd, "compare", "a red boot", "--model", original, "--output", tmp_path,
-        "--method", "all:density=0.02", "--metrics", "ssim,psnr,ms-ssim", *SMALL,
+        "--method", "all:density=0.001", "--metrics", "ssim,psnr,ms-ssim", *SMALL,
         "--frames", "5", "--steps", "2",
     )  # fmt: skip
     assert code == 0, err
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["methods"]) == ["dense", "topk:density=0.02"]
-    assert "left out: radial:density=0.02: radial cannot go down" in out
-    row = report["methods"]["topk:density=0.02"]
+    assert list(report["methods"]) == ["dense", "topk:density=0.001"]
+    assert "left out: radial:density=0.001: radial cannot go down" in out
+    row = report["methods"]["topk:density=0.001"]
     assert row["ms_ssim"] < 1 and "lpips" not in row
     head = (tmp_path / "report.md").read_text().splitlines()[0]
     assert head.endswith("| SSIM | PSNR | MS-SSIM |")
@@ -230,7 +230,10 @@ def test_what_compare_cannot_measure_is_said_before_it_runs(
         (("--height", "50"), "a multiple of 16; the nearest are 48 and 64"),
         (("--width", "7"), "a multiple of 16; the nearest are 16"),
         (("--image", __file__), "makes videos from text"),
-        (("--method", "radial:density=0.01"), "radial cannot go down to density 0.01"),
+        (
+            ("--method", "radial:density=0.01,near=0"),
+            "radial cannot go down to density 0.01",
+        ),
     ],
 )
 def test_what_the_model_cannot_do_is_said_before_it_runs(original, flags, words, capfd, tmp_path):

@@ -1,6 +1,8 @@
 """Every registered method by the same rules; a new file in vidattn/methods is tested as it is."""
 
 import dataclasses
+import inspect
+from itertools import product
 
 import pytest
 import torch
@@ -8,6 +10,13 @@ import torch
 from tests.grids import AWKWARD, PUBLISHED
 from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods, method_class, plan
+
+# options that a method may not be able to serve on every grid
+EDGES = ({"density": 0.001}, {"density": 1.0}, {"tile": (1, 16, 16)}, {"near": 50})
+
+
+def options_of(name: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(method_class(name))}
 
 
 def content(grid: Grid, method: str) -> dict[str, torch.Tensor]:
@@ -45,6 +54,50 @@ def test_method_describes_itself(name):
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
     for field in dataclasses.fields(cls):
         assert f"{field.name}:" in cls.__doc__, f"option {field.name} is not explained"
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_options_are_given_by_keyword(name):
+    parameters = inspect.signature(method_class(name)).parameters.values()
+    assert all(x.kind is x.KEYWORD_ONLY for x in parameters)
+
+
+# each refuses at least one of the grids
+HARD = {
+    "freeswim": {"window": (3, 3)},
+    "neighborhood": {"window": 3},
+    "power": {"density": 0.02},
+    "radial": {"density": 0.02, "near": 1},
+    "sliding_tile": {"density": 0.02, "tile": (4, 4, 4)},
+    "strided": {"density": 0.02, "tile": (4, 4, 4)},
+}
+PACKED = {"freeswim", "neighborhood", "sliding_tile"}
+# the last is too large for those to pack a position of it
+GRIDS = [Grid(1, 2, 3), Grid(5, 9, 4, text=11), Grid(9, 8, 8), Grid(512, 1024, 1024)]
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_what_cannot_be_planned_is_refused_before(name):
+    refused = 0
+    for grid, options in product(GRIDS, ({}, HARD.get(name, {}), *EDGES)):
+        options = {key: x for key, x in options.items() if key in options_of(name)}
+        method = create_method(name, **options)
+        if grid.num_tokens > 9999 and name not in PACKED:
+            continue
+        why = None
+        try:
+            method.check(grid)
+        except ValueError as error:
+            why = str(error)
+        try:
+            content = torch.randn(2, 1, 1, grid.num_tokens, 8) if why is None else (None, None)
+            made = method.plan(grid, *content)
+        except ValueError as error:
+            assert str(error) == why
+            refused += 1
+        else:
+            assert why is None and made.grid == grid
+    assert refused or name not in HARD
 
 
 def test_unknown_method_lists_near_ones():

@@ -232,7 +232,7 @@ class Content:
         return x.repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContentMethod(Method):
     """A method that reads queries and keys; a subclass says in ``search`` who reads whom.
 
@@ -296,6 +296,7 @@ class ContentMethod(Method):
         Raises:
             ValueError: q and k missing, or of another length than the grid.
         """
+        self.check(grid)
         given = (partial(self.layout, grid), q, k, scale, key_mask, last, self.rectify)
         return self.search(Content.of(grid, *given))
 

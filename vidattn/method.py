@@ -13,9 +13,9 @@ from vidattn.head_plan import HeadPlan
 from vidattn.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A frozen dataclass of options whose defaults are valid on any grid.
+    """A frozen dataclass of options, given by keyword, whose defaults are valid on any grid.
 
     The name of the file it stands in is the name it is registered under.
     """
@@ -30,6 +30,12 @@ class Method(ABC):
         A method that reads content is given ``q`` (B, H, S, D) and ``k`` (B, K, S, D), H a multiple
         of K, plans every sample and head of ``q`` on its own, and may be told more (see
         ``ContentMethod.plan``).
+        """
+
+    def check(self, grid: Grid) -> None:  # noqa: B027
+        """Raise ValueError where ``plan`` would, whatever it is given, because of the grid.
+
+        It takes no tensors and little time, so a run can be refused before anything is loaded.
         """
 
     def at(self, layer: int) -> Method:

@@ -139,7 +139,8 @@ def _on_plan(q, k, v, size, options, scale, extra_k, extra_v, backend) -> Tensor
 def _plan(
     grid: Grid, window: Size, stride: Size, dilation: Size, causal: Flags, device: torch.device
 ) -> Plan:
-    return Neighborhood(window, stride, dilation, causal).plan(grid).to(device)
+    method = Neighborhood(window=window, stride=stride, dilation=dilation, causal=causal)
+    return method.plan(grid).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -262,7 +263,7 @@ def _options(num_axes: int, *values) -> tuple[Size, Size, Size, Flags]:
         found.append((kind(kind is int),) * (3 - num_axes) + each)
     window, stride, dilation, causal = found
     # the method checks the values
-    Neighborhood(window, stride, dilation, causal)
+    Neighborhood(window=window, stride=stride, dilation=dilation, causal=causal)
     return window, stride, dilation, causal
 
 

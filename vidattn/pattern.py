@@ -73,6 +73,7 @@ class PatternMethod(Method):
         Raises:
             ValueError: an estimate without q and k, or those of another length than the grid.
         """
+        self.check(grid)
         if not self.rectify:
             return self.pattern(grid)
         made = partial(_pattern, self, grid)

@@ -119,10 +119,10 @@ def test_a_mix_errs_less_than_any_one_method_of_its_density():
 
 
 def test_methods_that_cannot_plan_are_left_out_with_their_reason():
-    radial = create_method("radial", density=0.01)
+    radial = create_method("radial", density=0.01, near=0)
     _, losses = run(Probe({radial: ["density"], NEAR: []}, (), NO_GUARD, {0}))
     assert losses.candidates == (NEAR, Dense())
-    assert "cannot go down to density 0.01" in losses.refusals["radial:density=0.01"]
+    assert "cannot go down to density 0.01" in losses.refusals["radial:density=0.01,near=0"]
 
 
 def test_text_and_padding_are_as_in_the_model():

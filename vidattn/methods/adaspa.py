@@ -22,7 +22,7 @@ from vidattn.kernels.pooled_scores import select_share
 from vidattn.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdaSpa(ContentMethod):
     """The blocks that hold most attention by an exact search, more of them in the hardest heads.
 

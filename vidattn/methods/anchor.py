@@ -28,7 +28,7 @@ from vidattn.tiles import by_tile, distances, tile_counts
 FLOOR = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Anchor(ContentMethod):
     """The own tile, and those with a key about as good as the best one there.
 

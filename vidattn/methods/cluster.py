@@ -27,7 +27,7 @@ from vidattn.method import as_size
 from vidattn.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cluster(ContentMethod):
     """Clusters of tokens that are alike, and for each the clusters it attends to most.
 

@@ -12,7 +12,7 @@ from vidattn.method import Method
 from vidattn.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dense(Method):
     """Full attention over the whole sequence."""
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vidattn.grid import Grid
+from vidattn.kernels.block_lists import check_packable
 from vidattn.methods.neighborhood import axis_window
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FreeSwim(PatternMethod):
     """All frames of a window as large as the frames that the model was trained on.
 
@@ -41,10 +42,17 @@ class FreeSwim(PatternMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.window) != 2 or not all(isinstance(x, int) and x >= 1 for x in self.window):
+        window = self.window
+        if not isinstance(window, tuple | list) or [type(x) for x in window] != [int, int]:
+            window = (0, 0)
+        if min(window) < 1:
             raise ValueError(
                 f"window must be the (rows, columns) of the training resolution, got {self.window}"
             )
+
+    def check(self, grid: Grid) -> None:
+        """Refuse a grid too large for a box."""
+        check_packable(grid.size)
 
     def pattern(self, grid: Grid) -> Plan:
         """The exact window of every query."""

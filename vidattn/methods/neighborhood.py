@@ -13,12 +13,13 @@ from typing import ClassVar
 import torch
 
 from vidattn.grid import Grid, Size
+from vidattn.kernels.block_lists import check_packable
 from vidattn.method import as_size
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan, Window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Neighborhood(PatternMethod):
     """A window on each axis; every option is a (t, h, w) tuple or one value for all three.
 
@@ -61,6 +62,10 @@ class Neighborhood(PatternMethod):
         edges = (max(1, round(extent * density ** (1 / 3))) for extent in grid.size)
         stride = as_size("stride", self.stride)
         return replace(self, window=tuple(map(max, edges, stride)))
+
+    def check(self, grid: Grid) -> None:
+        """Refuse a grid too large for a box."""
+        check_packable(grid.size)
 
     def pattern(self, grid: Grid) -> Plan:
         """The exact window of every query."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vidattn.calibration import load_calibration
+from vidattn.calibration import Calibration, load_calibration
 from vidattn.grid import Grid
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels.quantise import PRECISIONS
@@ -26,7 +26,7 @@ from vidattn.registry import unknown
 from vidattn.reorder import order_mass, order_scores, ordered_plan, select_blocks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Paro(Method):
     """The blocks with the most attention, in the best of the six orders of t, h and w.
 
@@ -133,7 +133,17 @@ class Paro(Method):
         plan = ordered_plan(grid, blocks, self.block, orders, memory=(orders,))
         return plan.with_precision(self.precision)
 
+    def check(self, grid: Grid) -> None:
+        """Refuse another grid, or more layers, than the file is for."""
+        if self.calibration is not None:
+            self._file_for(grid)
+
     def _from_file(self, grid: Grid) -> Plan | HeadPlan:
+        found = self._file_for(grid)
+        blocks = found.masks[min(self.step, len(found.masks) - 1), self.layer]
+        return ordered_plan(grid, blocks[None], found.block, found.orders[self.layer])
+
+    def _file_for(self, grid: Grid) -> Calibration:
         found = load_calibration(self.calibration)
         if found.size != grid.size:
             raise ValueError(
@@ -145,5 +155,4 @@ class Paro(Method):
                 f"calibration '{self.calibration}' has {len(found.orders)} layers, asked for "
                 f"layer {self.layer}, counted from 0"
             )
-        blocks = found.masks[min(self.step, len(found.masks) - 1), self.layer]
-        return ordered_plan(grid, blocks[None], found.block, found.orders[self.layer])
+        return found

@@ -26,7 +26,7 @@ from vidattn.plan import Plan
 from vidattn.tiles import axis_share, by_tile, distances, fit_reach, tile_counts, within
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Power(PatternMethod):
     """A window of tiles, and tiles at power-of-two distances along the axes.
 
@@ -55,19 +55,15 @@ class Power(PatternMethod):
             raise ValueError(f"axes must be 1, 2 or 3, got {self.axes}")
         check_share("density", self.density)
 
+    def check(self, grid: Grid) -> None:
+        """Refuse a density below what the powers keep."""
+        self._near_on(grid)
+
     def pattern(self, grid: Grid) -> Plan:
         """Whole tiles, by their distance."""
         tile = self.tile_of(grid)
         counts = tile_counts(grid.size, tile)
-        near = as_size("near", self.near, least=0)
-        if self.density is not None:
-            near = fit_reach(
-                self.density,
-                counts,
-                lambda box: _density(grid.size, tile, self.axes, box),
-                f" with tiles of {tile}; set fewer axes or a smaller tile",
-            )
-        blocks = within(counts, near) | _powers(counts, self.axes)
+        blocks = within(counts, self._near_on(grid)) | _powers(counts, self.axes)
         return Plan.from_blocks(grid, tile_layout(grid, tile), blocks[None, None])
 
     def tile_of(self, grid: Grid) -> Size:
@@ -79,6 +75,18 @@ class Power(PatternMethod):
         found = [usual_tile(size, tokens) for tokens in (64, 32, 16, 8) if tokens <= most]
         fits = (x for x in found if _density(size, x, self.axes, (0, 0, 0)) <= room)
         return next(fits, found[0])
+
+    def _near_on(self, grid: Grid) -> Size:
+        """Tiles that the window reaches along each axis."""
+        if self.density is None:
+            return as_size("near", self.near, least=0)
+        tile = self.tile_of(grid)
+        return fit_reach(
+            self.density,
+            tile_counts(grid.size, tile),
+            lambda box: _density(grid.size, tile, self.axes, box),
+            f" with tiles of {tile}; set fewer axes or a smaller tile",
+        )
 
 
 def is_power(gap: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from vidattn.plan import Plan
 from vidattn.tiles import tile_counts, within
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rectified(ContentMethod):
     """The best key blocks and the nearest ones, and an estimate of what is not read.
 

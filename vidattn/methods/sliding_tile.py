@@ -17,6 +17,7 @@ import torch
 
 from vidattn.content import check_share
 from vidattn.grid import Grid, Size, block_tokens
+from vidattn.kernels.block_lists import check_packable
 from vidattn.method import as_size
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan, Window
@@ -27,7 +28,7 @@ TILE = (6, 8, 8)
 LARGEST_BLOCK = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlidingTile(PatternMethod):
     """A window of whole tiles, which slides inward at the edges of the video.
 
@@ -56,20 +57,29 @@ class SlidingTile(PatternMethod):
         is_small = block_tokens(grid.size) < 64
         return super().tile_of(grid) if self.tile or is_small else _halved(grid.size)
 
+    def check(self, grid: Grid) -> None:
+        """Refuse a density below that of one tile, and a grid too large for a box."""
+        check_packable(grid.size)
+        self._window_on(grid)
+
     def pattern(self, grid: Grid) -> Plan:
         """Whole tiles, by their distance."""
-        tile = self.tile_of(grid)
-        window = as_size("window", self.window)
-        if self.density is not None:
-            reach = fit_reach(
-                self.density,
-                tile_counts(grid.size, tile),
-                lambda reach: math.prod(map(_share, grid.size, reach, tile)),
-                f" with tiles of {tile}; set a smaller tile",
-            )
-            window = tuple(far + 1 for far in reach)
+        tile, window = self.tile_of(grid), self._window_on(grid)
         windows = tuple(map(axis_window, grid.size, window, tile))
         return Plan.from_windows(grid, windows, tile=_piece(tile), dilation=(1, 1, 1))
+
+    def _window_on(self, grid: Grid) -> Size:
+        """Tiles that a tile reads along each axis."""
+        if self.density is None:
+            return as_size("window", self.window)
+        tile = self.tile_of(grid)
+        t, h, w = fit_reach(
+            self.density,
+            tile_counts(grid.size, tile),
+            lambda reach: math.prod(map(_share, grid.size, reach, tile)),
+            f" with tiles of {tile}; set a smaller tile",
+        )
+        return t + 1, h + 1, w + 1
 
 
 def axis_window(extent: int, window: int, edge: int) -> Window:

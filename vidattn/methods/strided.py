@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from vidattn.content import Content, ContentMethod, check_share
-from vidattn.grid import Size
+from vidattn.grid import Grid, Size
 from vidattn.method import as_size
 from vidattn.plan import Plan
 from vidattn.tiles import axis_share, fit_reach, tile_counts, within
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Strided(ContentMethod):
     """A window of tiles around each tile, and every ``stride``-th tile of the video.
 
@@ -77,23 +77,31 @@ class Strided(ContentMethod):
         """Always, unless what is not read is estimated from the tokens."""
         return not self.rectify or super().keeps(made, now, num_steps)
 
+    def check(self, grid: Grid) -> None:
+        """Refuse a density below that of the stride."""
+        self._near_on(grid)
+
     def search(self, content: Content) -> Plan:
         """Whole tiles, by the number of the head."""
-        tile, size = self.tile_of(content.grid), content.grid.size
-        counts, num_heads = tile_counts(size, tile), content.q.shape[1]
+        counts = tile_counts(content.grid.size, self.tile_of(content.grid))
+        num_heads = content.q.shape[1]
         shares = (self.layer * num_heads + torch.arange(num_heads)) % self.strides
         strided = share_of_tile(counts, self.strides) == shares[:, None]
-        near = as_size("near", self.near, least=0)
-        if self.density is not None:
-            # outside of the window, a head reads one share of the tiles
-            near = fit_reach(
-                self.density,
-                counts,
-                lambda box: 1 - (1 - 1 / self.strides) * (1 - _window_share(size, tile, box)),
-                f" with stride {self.strides}; set a larger stride or a smaller tile",
-            )
-        blocks = (strided[:, None] | within(counts, near))[None]
+        blocks = (strided[:, None] | within(counts, self._near_on(content.grid)))[None]
         return content.plan(blocks.to(content.q.device))
+
+    def _near_on(self, grid: Grid) -> Size:
+        """Tiles that the window reaches along each axis."""
+        if self.density is None:
+            return as_size("near", self.near, least=0)
+        size, tile = grid.size, self.tile_of(grid)
+        return fit_reach(
+            self.density,
+            tile_counts(size, tile),
+            # outside of the window, a head reads one share of the tiles
+            lambda box: 1 - (1 - 1 / self.strides) * (1 - _window_share(size, tile, box)),
+            f" with stride {self.strides}; set a larger stride or a smaller tile",
+        )
 
 
 def share_of_tile(counts: Size, stride: int) -> Tensor:

@@ -35,7 +35,7 @@ ROWS_AT_ONCE = 16
 LARGE = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Svg(ContentMethod):
     """The nearest frames, places, rows or columns, whichever keep most attention of a head.
 

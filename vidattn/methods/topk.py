@@ -16,7 +16,7 @@ from vidattn.kernels.pooled_scores import select_mass, select_share
 from vidattn.plan import Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TopK(ContentMethod):
     """The best key blocks of every query block, by attention between block means.
 

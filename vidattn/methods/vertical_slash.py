@@ -24,7 +24,7 @@ from vidattn.plan import Plan
 from vidattn.tiles import tile_counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VerticalSlash(ContentMethod):
     """Keys that every query reads, and tiles at distances that hold much attention.
 

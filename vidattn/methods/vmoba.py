@@ -37,7 +37,7 @@ SELECTIONS = ("global", "query", "topk")
 GRANULARITIES = ("block", "query")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VMoBA(ContentMethod):
     """The own chunk of every query, and the chunks that a gate chooses.
 

@@ -1,133 +1,87 @@
-"""A patched pipeline: knows when a generation begins and ends, and times its parts."""
+"""What happens in one generation: a call of a pipeline, or all that runs outside of any."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from time import perf_counter
 
-import torch
-from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from vidattn.pipelines.loop import Call, Loop
+from vidattn.pipelines.record import Diary
+from vidattn.pipelines.steps import Run, Walk
 from vidattn.pipelines.stopwatch import Stopwatch
-from vidattn.pipelines.swap import swap_in, swap_out
 
 
 class Generation:
-    """The calls of one pipeline.
+    """What the transformers of a patch did in one generation, and the runs that they are in."""
 
-    Args:
-        pipe: gets a class that announces its calls.
-        begin: called before each generation.
-        finish: called after each generation that did not fail.
-    """
+    def __init__(self):
+        # by name of the transformer
+        self.diaries: dict[str, Diary] = defaultdict(Diary)
+        self.num_steps = 0
+        # of making plans
+        self.plan_watch = Stopwatch()
+        # of a patched pipeline
+        self.vae, self.text_encoder = Stopwatch(), Stopwatch()
+        self.total_ms: float | None = None
+        # by the times that are walked through, and thread
+        self._walks: WeakIdKeyDictionary[object, dict[int, Walk]] = WeakIdKeyDictionary()
 
-    def __init__(self, pipe: object, begin: Callable[[], None], finish: Callable[[], None]):
-        self.pipe, self._begin, self._finish = pipe, begin, finish
-        self._depth = 0
-        self.reset()
-        self._undo: list[Callable[[], None]] = []
-        for name, part in pipe.components.items():
-            if not isinstance(part, nn.Module):
-                continue
-            if "encoder" in name:
-                self._time_forward(part)
-            elif name.startswith(("vae", "audio_vae")):
-                # torch.compile leaves encode and decode to the module inside
-                part = getattr(part, "_orig_mod", part)
-                swap_in(part, vae_namespace, self)
-                self._undo.append(functools.partial(swap_out, part))
-        swap_in(pipe, pipeline_namespace, self)
+    def walk(self, loop: Loop) -> Walk:
+        """The run of a loop, a new one where the loop begins anew, gone to where the loop is."""
+        walks, thread = self._walks.setdefault(loop.times, {}), threading.get_ident()
+        if thread not in walks or not walks[thread].has(loop):
+            walks[thread] = Walk(loop)
+        walks[thread].follow(loop)
+        return walks[thread]
 
-    def reset(self) -> None:
-        """Forget the times."""
-        self.vae, self.text_encoder, self.total_ms = Stopwatch(), Stopwatch(), 0.0
+    def count(self, run: Run) -> None:
+        """Count the step that a run is at, once."""
+        if run.counted != run.step:
+            run.counted = run.step
+            self.num_steps += 1
 
-    def remove(self) -> None:
-        """Give everything its own class back."""
-        swap_out(self.pipe)
-        for undo in self._undo:
-            undo()
+    def forget(self) -> None:
+        """Forget the runs, whose plans take memory."""
+        self._walks.clear()
+
+
+class Generations:
+    """The generations of one patch, in all threads."""
+
+    def __init__(self):
+        self._local = threading.local()
+        self._calls: weakref.WeakKeyDictionary[Call, Generation] = weakref.WeakKeyDictionary()
+        # what runs outside of pipelines
+        self._alone = Generation()
+        self.latest = self._alone
+
+    @property
+    def open(self) -> Generation | None:
+        """The generation that was begun in this thread, None outside of one."""
+        return getattr(self._local, "open", None)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """One call of the pipeline; a call from inside another is part of that."""
-        if self._depth:
-            yield
-            return
-        self.reset()
-        self._begin()
-        self._depth += 1
-        start = perf_counter()
+    def begin(self) -> Iterator[Generation]:
+        """A new generation, which what this thread does in a with block belongs to."""
+        before, generation = self.open, Generation()
+        self._local.open = self.latest = generation
         try:
-            yield
-            self._finish()
+            yield generation
         finally:
-            self._depth -= 1
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            self.total_ms = (perf_counter() - start) * 1e3
+            self._local.open = before
+            generation.forget()
 
-    def _time_forward(self, part: nn.Module) -> None:
-        hook = TimingHook(self)
-        for handle in (
-            part.register_forward_pre_hook(hook.before, with_kwargs=True),
-            part.register_forward_hook(hook.after),
-        ):
-            self._undo.append(handle.remove)
-
-
-class TimingHook:
-    """Times the forward of a text encoder; a copy of it does nothing."""
-
-    def __init__(self, generation: Generation | None = None):
-        self._generation, self._start = generation, None
-
-    def __reduce__(self):
-        return TimingHook, ()
-
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook."""
-        if self._generation is not None and not torch.compiler.is_compiling():
-            device = _device_of(*args, *kwargs.values())
-            self._start = Stopwatch.now(device), device
-
-    def after(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Forward hook."""
-        if self._start is not None and not torch.compiler.is_compiling():
-            self._generation.text_encoder.add(*self._start)
-            self._start = None
-
-
-def pipeline_namespace(base: type) -> dict[str, object]:
-    """What the subclass of a pipeline class has of its own."""
-    call = base.__call__
-
-    @functools.wraps(call)
-    def __call__(self, *args, **kwargs):
-        with self._vidattn.running():
-            return call(self, *args, **kwargs)
-
-    return {"__call__": __call__}
-
-
-def vae_namespace(base: type) -> dict[str, object]:
-    """What the subclass of a VAE class has of its own."""
-
-    def timed(method):
-        @functools.wraps(method)
-        def run(self, *args, **kwargs):
-            if torch.compiler.is_compiling():
-                return method(self, *args, **kwargs)
-            with self._vidattn.vae.span(_device_of(*args, *kwargs.values())):
-                return method(self, *args, **kwargs)
-
-        return run
-
-    names = [name for name in ("encode", "decode") if hasattr(base, name)]
-    return {name: timed(getattr(base, name)) for name in names}
-
-
-def _device_of(*values: object) -> torch.device:
-    return next((x.device for x in values if isinstance(x, torch.Tensor)), torch.device("cpu"))
+    def now(self, call: Call | None) -> Generation:
+        """The generation that a forward pass in a call of a pipeline, or in none, belongs to."""
+        generation = self.open
+        if generation is None:
+            generation = self._alone if call is None else self._calls.get(call)
+        if generation is None:
+            generation = self._calls[call] = Generation()
+        self.latest = generation
+        return generation

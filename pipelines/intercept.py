@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vidattn.pipelines import masks
-from vidattn.pipelines.swap import swap_in, swap_out
+from vidattn.pipelines.swap import MARK, swap_in, swap_out
 
 # the operators read what changes from step to step, which a replayed CUDA graph would freeze
 TAGS = tuple(tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe")
@@ -140,7 +140,7 @@ def take(processor: object, layer: Layer) -> None:
 
 def give_back(processor: object, layer: Layer) -> None:
     """Undo ``take``; a backend chosen meanwhile stays."""
-    swap_out(processor)
+    swap_out(processor, layer)
     keep_choice(processor, layer)
 
 
@@ -148,6 +148,12 @@ def keep_choice(processor: object, layer: Layer) -> None:
     """Put the backend that the user chose where diffusers keeps it."""
     if layer.chosen_backend is not None:
         processor._attention_backend = layer.chosen_backend
+
+
+def owner(processor: object) -> Layer | None:
+    """The layer that a processor attends for, None for one of nobody's."""
+    found = getattr(processor, MARK, ())
+    return found[-1] if found else None
 
 
 def _route(base: type) -> str:
@@ -164,7 +170,9 @@ def _namespace(base: type) -> dict[str, object]:
 
     @functools.wraps(call)
     def __call__(self, *args, **kwargs):
-        layer = self._vidattn
+        layer = owner(self)
+        if layer is None:
+            return call(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             with layer:
                 return call(self, *args, **kwargs)
@@ -178,11 +186,17 @@ def _namespace(base: type) -> dict[str, object]:
     if route != "own":
         return {"__call__": __call__}
 
-    def store(self, backend):
-        self._vidattn.chosen_backend = backend
+    def read(self):
+        # diffusers always sees the native backend, which leads to the function that we catch
+        return self.__dict__.get("_attention_backend") if owner(self) is None else NATIVE
 
-    # diffusers always sees the native backend, which leads to the function that we catch
-    return {"__call__": __call__, "_attention_backend": property(lambda self: NATIVE, store)}
+    def store(self, backend):
+        if (layer := owner(self)) is None:
+            self.__dict__["_attention_backend"] = backend
+        else:
+            layer.chosen_backend = backend
+
+    return {"__call__": __call__, "_attention_backend": property(read, store)}
 
 
 def _scores_are_skipped() -> bool:

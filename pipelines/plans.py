@@ -5,16 +5,16 @@ Letters: B batch, H heads, S tokens, D head dim.
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from vidattn.fidelity import recall
-from vidattn.grid import Grid, sample
+from vidattn.grid import sample
 from vidattn.head_plan import HeadPlan, join, select_heads
-from vidattn.pipelines.record import Pass, Searches
+from vidattn.pipelines.passes import Pass, is_backward
 from vidattn.pipelines.sequence import Call
 from vidattn.pipelines.settings import Settings
 from vidattn.plan import Plan
@@ -29,17 +29,8 @@ NUM_SAMPLES = 8
 class Plans:
     """The plans of one transformer."""
 
-    def __init__(self, settings: Settings):
-        self._settings = settings
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the plans that were read from content."""
-        # plans that serve or start off later ones, with the step they were made at, by thread,
-        # layer, turn, grid, heads and part
-        self._kept: dict[tuple, tuple[int, Plan | HeadPlan]] = {}
-        # by layer
-        self.searches: dict[int, Searches] = defaultdict(Searches)
+    def __init__(self, transformer: str, settings: Settings):
+        self._transformer, self._settings = transformer, settings
 
     def plan(
         self, parts: Parts, layer: int, current: Pass, call: Call, q: Tensor, k: Tensor
@@ -47,52 +38,94 @@ class Plans:
         """The plan of a layer whose heads follow ``parts``.
 
         Args:
+            parts: by the numbers that heads have in the model.
             q: (B, H, S, D) queries.
             k: (B, K, S, D) keys.
+
+        Raises:
+            RuntimeError: the call is run again, and what it followed is gone.
         """
-        fixed = self._settings.fixed_plans(call.grid, q.device)
-        if parts not in fixed:
-            plans = [self._part(part, layer, current, call, q, k) for part in parts]
-            plan = plans[0] if len(parts) == 1 else join(plans, [part.heads for part in parts])
-            if any(part.method.reads_content for part in parts):
-                return plan
-            fixed[parts] = plan
-        return fixed[parts]
+        fixed, what = self._settings.fixed_plans(call.grid, q.device), (parts, call.heads)
+        if what in fixed:
+            return fixed[what]
+        reads_content = any(part.method.reads_content for part in parts)
+        place = layer, current.take_call(layer) if reads_content else 0
+        if is_backward() and place in current.made:
+            return current.made[place]
+        plans = [self._part(part, place, current, call, q, k) for part in parts]
+        plan = plans[0]
+        if len(parts) > 1:
+            plan = join(plans, [call.heads.here(part.heads) for part in parts])
+        if not reads_content:
+            fixed[what] = plan
+        elif current.has_backward:
+            current.made[place] = plan
+        return plan
 
     def _part(
-        self, part: Part, layer: int, current: Pass, call: Call, q: Tensor, k: Tensor
+        self, part: Part, place: tuple[int, int], current: Pass, call: Call, q: Tensor, k: Tensor
     ) -> Plan | HeadPlan:
-        method, grid = part.method, call.grid
+        """The plan of some heads, kept from an earlier step or new."""
+        method, run, step = part.method, current.run, current.step
         if not method.reads_content:
-            return self._fixed_part(part, grid, q.device)
-        step, num_steps = current.step, self._settings.steps.num_steps
-        key = (threading.get_ident(), layer, current.turn, grid, q.shape[:2], part)
-        made, last = self._kept.get(key, (step, None))
+            return self._fixed_part(part, call, q.device)
+        key = (self._transformer, place, current.turn, call.grid, q.shape[:2], call.heads, part)
+        if is_backward() and key in run.kept:
+            raise RuntimeError(
+                f"layer {place[0]} is run again for a backward pass, and the plan that it followed "
+                "is gone: train without torch.compile, or with a method that does not remember "
+                "earlier steps"
+            )
+        made, last = run.kept.get(key, (step, None))
         last = last if made < step else None
-        if last is not None and method.keeps(made, step, num_steps):
+        if last is not None and method.keeps(made, step, run.num_steps):
             return last
-        keys = call.keys
+        plan = self._search(part, place[0], current, call, q, k, last)
+        if run.keeps_plans and (plan.memory or method.keeps(step, step + 1, run.num_steps)):
+            run.kept[key] = step, plan
+        return plan
+
+    def _search(
+        self,
+        part: Part,
+        layer: int,
+        current: Pass,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        last: Plan | HeadPlan | None,
+    ) -> Plan | HeadPlan:
+        """A new plan from the content of a call."""
+        grid, keys = call.grid, call.keys
         if part.heads is not None:
-            heads, group = torch.tensor(part.heads, device=q.device), q.shape[1] // k.shape[1]
-            q, k = q[:, heads], k[:, heads // group]
+            mine = torch.tensor(call.heads.here(part.heads), device=q.device)
+            q, k = q[:, mine], k[:, mine // (q.shape[1] // k.shape[1])]
         if call.turn:
             q, k = (x.roll(-call.turn, 2) for x in (q, k))
             keys = None if keys is None else keys.roll(-call.turn, 1)
-        with self._settings.watch.span(q.device), torch.no_grad():
-            plan = method.plan(grid, q, k, scale=call.scale, key_mask=keys, last=last)
-            plan = plan.to(q.device)
+        with current.generation.plan_watch.span(q.device), planning(q.device):
+            given = {"scale": call.scale, "key_mask": keys}
+            plan = part.method.plan(grid, q, k, **given, last=last).to(q.device)
             some = grid.video_start + sample(grid.num_video_tokens, NUM_SAMPLES).to(q.device)
-            kept = recall(q, k, plan, some, scale=call.scale, key_mask=keys)
-            self.searches[layer].add(step, kept)
-        if plan.memory or method.keeps(step, step + 1, num_steps):
-            self._kept[key] = step, plan
+            kept = recall(q, k, plan, some, **given)
+        if not is_backward():
+            current.diary.searches[layer].add(current.step, kept)
         return plan
 
-    def _fixed_part(self, part: Part, grid: Grid, device: torch.device) -> Plan | HeadPlan:
+    def _fixed_part(self, part: Part, call: Call, device: torch.device) -> Plan | HeadPlan:
         """The plan of a method that does not read content, made once per grid and device."""
-        fixed, whole = self._settings.fixed_plans(grid, device), (Part(part.method),)
-        if whole not in fixed:
-            with self._settings.watch.span(device), torch.no_grad():
-                fixed[whole] = part.method.plan(grid).to(device)
-        plan = fixed[whole]
-        return plan if part.heads is None else select_heads(plan, part.heads)
+        fixed, what = self._settings.fixed_plans(call.grid, device), Part(part.method)
+        if what not in fixed:
+            with self._settings.generations.latest.plan_watch.span(device), planning(device):
+                fixed[what] = part.method.plan(call.grid).to(device)
+        numbers = call.heads.numbers if part.heads is None else part.heads
+        if part.heads is None and call.heads.are_all:
+            return fixed[what]
+        return select_heads(fixed[what], numbers)
+
+
+@contextmanager
+def planning(device: torch.device) -> Iterator[None]:
+    """Make plans in their own dtypes and without gradients, in a with block."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

@@ -1,29 +1,16 @@
-"""What is known about one forward pass, and what one layer did in one generation."""
+"""What is known about one forward pass, and what a transformer did in one generation."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from vidattn.grid import Size
+from vidattn.grid import Grid
 from vidattn.pipelines.stopwatch import Stopwatch
 from vidattn.schedule import Part
-
-
-@dataclass
-class Pass:
-    """One forward pass of a transformer, number ``turn`` of its denoising step."""
-
-    size: Size
-    num_before: int
-    step: int
-    turn: int
-    dense_step: bool
-    start: object
-    ran: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -82,3 +69,15 @@ class Searches:
             self.step, self.recalls = step, []
         self.num += 1
         self.recalls.append(recall)
+
+
+@dataclass
+class Diary:
+    """What one transformer has done in one generation."""
+
+    num_passes: int = 0
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    grids: set[Grid] = field(default_factory=set)
+    # by layer
+    tallies: dict[int, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    searches: dict[int, Searches] = field(default_factory=lambda: defaultdict(Searches))

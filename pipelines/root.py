@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vidattn.grid import Size
 from vidattn.pipelines.family import Family
+from vidattn.pipelines.passes import Context
 
 
 class Passes(Protocol):
@@ -19,23 +22,61 @@ class Passes(Protocol):
     family: Family
     number: Tensor
 
+    context: ContextOf
+
     def begin(self, hidden_states: Tensor, timestep: Tensor, size: Size, num_before: int) -> None:
         """A forward pass begins."""
 
     def end(self, output: Tensor) -> None:
         """A forward pass ends."""
 
-    def swap_processors(self) -> None:
+    def put_in(self) -> None:
         """Put back what somebody has replaced."""
 
 
-def install(site: Passes, model: nn.Module) -> list[RemovableHandle]:
-    """Have ``site`` told about the forward passes of ``model``."""
+def install(site: Passes, model: nn.Module) -> list[Callable[[], None]]:
+    """Have ``site`` told about the forward passes of ``model``; what undoes it."""
     hook = RootHook(site, list(inspect.signature(type(model).forward).parameters)[1:])
-    return [
-        model.register_forward_pre_hook(hook.before, with_kwargs=True),
-        model.register_forward_hook(hook.after),
+    undo = [
+        model.register_forward_pre_hook(hook.before, with_kwargs=True).remove,
+        model.register_forward_hook(hook.after).remove,
     ]
+    if hasattr(type(model), "cache_context"):
+        site.context.model = model
+        model.cache_context = site.context
+        undo.append(lambda: model.__dict__.pop("cache_context", None))
+    return undo
+
+
+class ContextOf:
+    """Stands before the ``cache_context`` of a transformer and remembers what it is told.
+
+    That of a copy of the transformer remembers nothing.
+    """
+
+    def __init__(self):
+        self.model: nn.Module | None = None
+        self._local: threading.local | None = threading.local()
+
+    def __reduce__(self):
+        return ContextOf, (), {"model": self.model, "_local": None}
+
+    @property
+    def now(self) -> Context:
+        """What this thread is in."""
+        return getattr(self._local, "now", None) or Context()
+
+    @contextmanager
+    def __call__(self, name: str, **steps: object) -> Iterator[None]:
+        with type(self.model).cache_context(self.model, name, **steps):
+            if self._local is None:
+                yield
+                return
+            before, self._local.now = self.now, Context(name, **steps)
+            try:
+                yield
+            finally:
+                self._local.now = before
 
 
 class RootHook:
@@ -57,7 +98,7 @@ class RootHook:
         hidden_states = arguments["hidden_states"]
         timestep = torch.as_tensor(arguments["timestep"])
         if not torch.compiler.is_compiling():
-            site.swap_processors()
+            site.put_in()
             site.begin(hidden_states, timestep, size, num_before)
             return None
         hidden_states = torch.ops.vidattn.begin(

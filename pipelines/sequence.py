@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidattn.grid import Grid
 from vidattn.pipelines import masks
 from vidattn.pipelines.family import Family
-from vidattn.pipelines.record import Pass
+from vidattn.pipelines.heads import Heads, heads_here
+from vidattn.pipelines.passes import Pass
 
 
 class Call(NamedTuple):
@@ -22,21 +23,29 @@ class Call(NamedTuple):
         turn: how many tokens at the front of the sequence stand at the end of the grid.
         keys: (B, S) bool, those that may be read.
         scale: factor of the scores, None for the usual one.
+        heads: which of the model's it has.
     """
 
     grid: Grid
     turn: int
     keys: Tensor | None
     scale: float | None
+    heads: Heads
 
 
 def find_video(
-    family: Family, current: Pass, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None
+    family: Family,
+    module: nn.Module,
+    current: Pass,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
 ) -> Call:
-    """Find the video among (B, H, S, D) queries.
+    """Find the video among the (B, H, S, D) queries of a layer.
 
     Raises:
-        ValueError: the sequence has no grid, or its mask is none of keys.
+        ValueError: the sequence has no grid, its mask is none of keys, or some heads are unknown.
     """
     length, (t, h, w) = q.shape[2], current.size
     beside = length - t * h * w
@@ -56,4 +65,4 @@ def find_video(
     # a grid has its text on one side; attention does not mind turning the sequence
     turn = before if after else 0
     grid = Grid(t, h, w, text=beside, text_first=bool(before) and not turn)
-    return Call(grid, turn, keys, scale)
+    return Call(grid, turn, keys, scale, heads_here(module, q))

@@ -8,19 +8,18 @@ import torch
 
 from vidattn.grid import Grid
 from vidattn.head_plan import HeadPlan
-from vidattn.pipelines.steps import StepCounter
-from vidattn.pipelines.stopwatch import Stopwatch
+from vidattn.pipelines.generation import Generations
+from vidattn.pipelines.steps import Steps
 from vidattn.plan import Plan
 from vidattn.schedule import Part, Schedule
 
 
 class Settings:
-    """Schedule, strictness and steps of one patch, shared by its transformers."""
+    """Schedule, strictness, steps and generations of one patch, shared by its transformers."""
 
-    def __init__(self, schedule: Schedule, strict: bool, steps: StepCounter):
-        self.schedule, self.strict, self.steps = schedule, strict, steps
-        # of making plans
-        self.watch = Stopwatch()
+    def __init__(self, schedule: Schedule, strict: bool):
+        self.schedule, self.strict = schedule, strict
+        self.steps, self.generations = Steps(), Generations()
         # a generation has one grid, or one per length of text; training may have more
         self.fixed_plans = lru_cache(maxsize=16)(_no_plans)
 

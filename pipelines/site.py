@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import copy
 import re
-import threading
 from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
 from vidattn.attention import attend
-from vidattn.grid import Grid, Size
+from vidattn.grid import Size
 from vidattn.head_plan import HeadPlan
 from vidattn.pipelines.break_even import break_even
+from vidattn.pipelines.checkpoint import tie, untie
 from vidattn.pipelines.family import family_of
-from vidattn.pipelines.intercept import Layer, give_back, keep_choice, numbered, take
+from vidattn.pipelines.intercept import Layer, give_back, keep_choice, numbered, owner, take
+from vidattn.pipelines.passes import Pass, Passes, is_backward
 from vidattn.pipelines.plans import Plans
-from vidattn.pipelines.record import Pass, Tally
-from vidattn.pipelines.root import install
+from vidattn.pipelines.root import ContextOf, install
 from vidattn.pipelines.sequence import Call, find_video
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.stopwatch import Stopwatch
-from vidattn.pipelines.swap import is_swapped, swap_out
+from vidattn.pipelines.swap import swap_out
 from vidattn.plan import Plan
 from vidattn.schedule import Model, Part
 
@@ -52,13 +52,12 @@ class Site:
         paired = family.paired_mask
         self.layers = [Layer(path, i, self, paired) for i, (path, _) in enumerate(self.modules)]
         self.num_guarded = settings.schedule.guard.num_layers(len(self.layers))
-        self.plans = Plans(settings)
+        self.plans = Plans(name, settings)
+        self.passes = Passes(name, settings)
+        self.context = ContextOf()
         self._shared: dict[int, object] = {}
-        self._passes: dict[int, Pass] = {}
-        self._latest: Pass | None = None
-        self.reset()
-        self.swap_processors()
-        self._hooks = install(self, model)
+        self.put_in()
+        self._undo = install(self, model)
 
     @property
     def shape(self) -> Model:
@@ -67,34 +66,28 @@ class Site:
         only = heads.pop() if len(heads) == 1 else None
         return Model(type(self.model).__name__, len(self.layers), only)
 
-    def reset(self) -> None:
-        """Forget what the layers did."""
-        self.tallies = [Tally() for _ in self.layers]
-        self.watch = Stopwatch()
-        self.num_passes = 0
-        self.grids: set[Grid] = set()
-        self.plans.reset()
-        self._finite: Tensor | None = None
-
     def remove(self) -> None:
         """Take our layers out again."""
-        for hook in self._hooks:
-            hook.remove()
+        for undo in self._undo:
+            undo()
+        untie(self.model, self.passes)
         for layer, (_, module) in zip(self.layers, self.modules):
             processor = module.processor
-            if not (is_swapped(processor) and processor._vidattn is layer):
+            if owner(processor) is not layer:
                 continue
             give_back(processor, layer)
             if layer.index in self._shared:
                 module.processor = self._shared[layer.index]
                 keep_choice(module.processor, layer)
 
-    def swap_processors(self) -> None:
+    def put_in(self) -> None:
         """Put our layers in, also where somebody has replaced the processor since."""
+        if torch.is_grad_enabled():
+            tie(self.model, self.passes)
         todo = [
             (layer, module)
             for layer, (_, module) in zip(self.layers, self.modules)
-            if not (is_swapped(module.processor) and module.processor._vidattn is layer)
+            if owner(module.processor) is not layer
         ]
         if not todo:
             return
@@ -107,35 +100,13 @@ class Site:
                 # one object serves several layers; each needs its own to know which it is
                 self._shared[layer.index] = processor
                 processor = module.processor = copy.copy(processor)
-            elif is_swapped(processor):
-                swap_out(processor)
+            elif (other := owner(processor)) is not None:
+                swap_out(processor, other)
             take(processor, layer)
 
     def begin(self, hidden_states: Tensor, timestep: Tensor, size: Size, num_before: int) -> None:
-        """A forward pass begins.
-
-        Raises:
-            FloatingPointError: the latents are not finite, or what the last pass made of them.
-        """
-        steps, guard = self.settings.steps, self.settings.schedule.guard
-        finite = torch.isfinite(hidden_states.detach()).all()
-        before = finite if self._finite is None else self._finite.to(finite.device)
-        timestep = timestep.detach().float().to(finite.device)
-        # one wait for the device, not three
-        facts = torch.stack([before.float(), finite.float(), timestep.mean()])
-        was_finite, is_finite, mean = facts.tolist()
-        self._finite = None
-        if not was_finite and self._latest is not None:
-            self._output_not_finite()
-        step = steps.count(mean)
-        if not is_finite:
-            self._not_finite(f"the latents were NaN or infinite at the start of step {step + 1}")
-        dense_step = step < guard.num_steps(steps.num_steps)
-        start = Stopwatch.now(hidden_states.device)
-        last = self._passes.get(threading.get_ident())
-        turn = last.turn + 1 if last is not None and last.step == step else 0
-        self._latest = Pass(size, num_before, step, turn, dense_step, start)
-        self._passes[threading.get_ident()] = self._latest
+        """A forward pass begins (see ``Passes.begin``)."""
+        self.passes.begin(hidden_states, timestep, size, num_before, self.context.now)
 
     def end(self, output: Tensor) -> None:
         """A forward pass ends.
@@ -143,22 +114,9 @@ class Site:
         Raises:
             RuntimeError: a layer did not run in it, and strict.
         """
-        current = self.current()
-        self.watch.add(current.start, output.device)
-        self.num_passes += 1
-        self._finite = torch.isfinite(output.detach()).all()
-        if self.num_passes == 1 and not getattr(self.model, "is_cache_enabled", False):
-            self.check_ran(current.ran)
-
-    def check_finite(self) -> None:
-        """Look at the output of the last forward pass.
-
-        Raises:
-            FloatingPointError: it is not finite.
-        """
-        finite, self._finite = self._finite, None
-        if finite is not None and not bool(finite):
-            self._output_not_finite()
+        is_first = self.passes.end(output)
+        if is_first and not getattr(self.model, "is_cache_enabled", False):
+            self.check_ran(self.passes.current().ran)
 
     def check_ran(self, ran: set[int]) -> None:
         """Compare the layers that ran with those there are.
@@ -176,12 +134,12 @@ class Site:
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale) -> Tensor:
         """(B, H, S, D) attention of a layer: sparse, or dense where a guard says so."""
-        current = self.current()
+        current = self.passes.current()
         current.ran.add(layer.index)
         why, call, plan, parts = self._why_dense(layer, current), None, None, ()
         if why is None:
             try:
-                call = find_video(self.family, current, q, k, mask, scale)
+                call = self.find_video(layer, current, q, k, mask, scale)
             except ValueError as error:
                 why = str(error)
                 self.cannot(layer, why, record=False)
@@ -194,19 +152,25 @@ class Site:
             out = layer.dense(q, k, v, mask, scale)
         else:
             out = self._sparse(q, k, v, plan, call)
-        # a recomputation for the backward pass is no call of the model
-        if torch._C._current_graph_task_id() == -1:
+        # what is run again for the backward pass is no call of the model
+        if not is_backward():
             density = None if plan is None else plan.density
-            self.tallies[layer.index].add(start, q.device, density, why, parts)
+            current.diary.tallies[layer.index].add(start, q.device, density, why, parts)
         return out
+
+    def find_video(
+        self, layer: Layer, current: Pass, q: Tensor, k: Tensor, mask: Tensor | None, scale
+    ) -> Call:
+        """What a call of a layer is about (see ``sequence``)."""
+        module = self.modules[layer.index][1]
+        return find_video(self.family, module, current, q, k, mask, scale)
 
     def skipped(self, layer: Layer, allowed: bool) -> None:
         """A layer ran without attending."""
         if not (allowed or self.family.may_skip):
             self.cannot(layer, "it does not use scaled_dot_product_attention")
         else:
-            self.current().ran.add(layer.index)
-            self.tallies[layer.index].num_dense[SKIPPED] += 1
+            self._note(layer, SKIPPED)
 
     def cannot(self, layer: Layer, why: str, record: bool = True) -> None:
         """A call of a layer cannot be sparse.
@@ -214,29 +178,19 @@ class Site:
         Raises:
             RuntimeError: strict.
         """
-        if self.settings.strict and self._why_dense(layer, self.current()) is None:
+        if self.settings.strict and self._why_dense(layer, self.passes.current()) is None:
             raise RuntimeError(
                 f"{self.name}.{layer.name} cannot run sparse: {why}. Unpatch the model, guard the "
                 "layer with dense_layers, or patch with strict=False to let it run dense"
             )
         if record:
-            self.current().ran.add(layer.index)
-            self.tallies[layer.index].num_dense[why] += 1
+            self._note(layer, why)
 
-    def current(self) -> Pass:
-        """The forward pass that this thread is in.
-
-        Raises:
-            RuntimeError: there is none.
-        """
-        # the backward pass recomputes blocks in threads of its own
-        current = self._passes.get(threading.get_ident(), self._latest)
-        if current is None:
-            raise RuntimeError(
-                f"a layer of {self.name} ran before the transformer did: call the transformer, not "
-                "its blocks"
-            )
-        return current
+    def _note(self, layer: Layer, why: str) -> None:
+        """Count a dense call that takes no time of ours."""
+        current = self.passes.current()
+        current.ran.add(layer.index)
+        current.diary.tallies[layer.index].num_dense[why] += 1
 
     def _why_dense(self, layer: Layer, current: Pass) -> str | None:
         if self.settings.schedule.is_dense:
@@ -250,15 +204,15 @@ class Site:
 
     def _place(self, layer: Layer, current: Pass) -> tuple[str, int, int, int | None]:
         """Where a schedule finds a layer."""
-        return self.name, layer.index, current.step, self.settings.steps.num_steps
+        return self.name, layer.index, current.step, current.num_steps
 
     def _plan(
         self, layer: Layer, current: Pass, call: Call, q: Tensor, k: Tensor
     ) -> tuple[Plan | HeadPlan, tuple[Part, ...]]:
         """The plan of a layer, and the methods it is made of."""
-        self.grids.add(call.grid)
+        current.diary.grids.add(call.grid)
         at = self._place(layer, current)
-        parts = self.settings.schedule.parts(*at, num_heads=q.shape[1])
+        parts = call.heads.parts(self.settings.schedule.parts(*at, num_heads=call.heads.total))
         return self.plans.plan(parts, layer.index, current, call, q, k), parts
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan | HeadPlan, call: Call) -> Tensor:
@@ -271,13 +225,3 @@ class Site:
         q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
         keys = None if keys is None else keys.roll(-turn, 1)
         return attend(q, k, v, plan, scale=call.scale, key_mask=keys).roll(turn, 2)
-
-    def _output_not_finite(self) -> None:
-        self._not_finite(f"the transformer gave NaN or infinity at step {self._latest.step + 1}")
-
-    def _not_finite(self, what: str) -> None:
-        total = self.settings.steps.num_steps
-        raise FloatingPointError(
-            f"{what}{f' of {total}' if total else ''}: nothing after that can be right. Try a "
-            "wider dtype, a milder method or more dense steps"
-        )

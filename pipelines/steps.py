@@ -1,52 +1,176 @@
-"""Counts the denoising steps of a generation from the time steps that a transformer is given."""
+"""Knows at which denoising step a forward pass is: told, read from the running loop, or counted."""
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
+from vidattn.pipelines.loop import Loop
 
-class StepCounter:
-    """Numbers the steps of one generation in the order in which their time steps appear.
+Turn = tuple[int, str | None, int]
 
-    Passes of one step (with and without the prompt, two experts) carry the same time step. Without
-    a pipeline to say so, a generation ends when a time step returns or time turns around.
+
+class Run:
+    """One walk through the denoising steps, by one thread: a video, or one section of a long one.
+
+    Args:
+        num_steps: None where nobody knows.
+        keeps_plans: whether it is known for certain which steps are those of one video, so that
+            plans may serve later steps.
     """
 
-    def __init__(self, scheduler: object | None):
-        self._scheduler = scheduler
-        self._index: dict[float, int] = {}
+    def __init__(self, num_steps: int | None, keeps_plans: bool = True):
+        self.num_steps, self.keeps_plans = num_steps, keeps_plans
+        # and the step that a generation has counted last
+        self.step = self.counted = -1
+        # plans that serve or start off later ones, with the step they were made at, by everything
+        # else that they depend on
+        self.kept: dict[tuple, tuple[int, object]] = {}
+        self._phase = 0
+        self._passes: Counter[tuple[str, str | None]] = Counter()
+
+    def enter(self, step: int, phase: int = 0) -> None:
+        """Go to a step, or to another of the evaluations that a step has."""
+        if (step, phase) != (self.step, self._phase):
+            self.step, self._phase = step, phase
+            self._passes.clear()
+
+    def take_turn(self, transformer: str, name: str | None) -> Turn:
+        """What tells a forward pass from the others of its step: evaluation, name and number."""
+        turn = self._phase, name, self._passes[transformer, name]
+        self._passes[transformer, name] += 1
+        return turn
+
+
+class Told(Run):
+    """The steps of a loop of the user's own, who says where it is."""
+
+    def at(self, step: int) -> None:
+        """Say that step number ``step``, from 0, begins.
+
+        Raises:
+            ValueError: there is no such step, or it lies behind.
+        """
+        first, end = max(self.step, 0), self.num_steps
+        if type(step) is not int or step < first or end is not None and step >= end:
+            below = "" if end is None else f" and below {end}"
+            raise ValueError(
+                f"step must be an integer from {first} on{below}, got {step!r}: steps only go "
+                "forward, and a new video is a new generation"
+            )
+        self.enter(step)
+
+
+class Walk(Run):
+    """The steps of a loop that was found running."""
+
+    def __init__(self, loop: Loop):
+        # a part of a scheduler's times may be walked through; it begins where it is first seen
+        self._first = 0 if loop.is_whole else loop.index
+        super().__init__(-(-(loop.total - self._first) // loop.order))
+        self._index, self._time = loop.index, _remember(loop.time)
+
+    def has(self, loop: Loop) -> bool:
+        """Whether a loop is this walk, and not another through the same times."""
+        if loop.index == self._index:
+            return loop.time is self._time()
+        return loop.index > self._index
+
+    def follow(self, loop: Loop) -> None:
+        """Go where the loop is."""
+        self._index, self._time = loop.index, _remember(loop.time)
+        self.enter(*divmod(loop.index - self._first, loop.order))
+
+
+def _remember(time: Tensor | None) -> Callable[[], Tensor | None]:
+    return (lambda: None) if time is None else weakref.ref(time)
+
+
+class Count(Run):
+    """Forward passes that nothing is known of: their distinct times are counted, nothing is kept.
+
+    Passes of one step (with and without the prompt, two experts) carry the same time. A generation
+    ends when a time returns or time turns around.
+    """
+
+    def __init__(self):
+        super().__init__(None, keeps_plans=False)
+        self._times: set[float] = set()
         self._last: float | None = None
         self._direction = 0
 
-    @property
-    def num_seen(self) -> int:
-        """Steps of this generation so far."""
-        return len(self._index)
-
-    @property
-    def knows_num_steps(self) -> bool:
-        """Whether a scheduler says how many steps there are, once a generation runs."""
-        return hasattr(self._scheduler, "timesteps")
-
-    @property
-    def num_steps(self) -> int | None:
-        """Steps that the scheduler of the pipeline is set to; None without one."""
-        timesteps: Tensor | None = getattr(self._scheduler, "timesteps", None)
-        return None if timesteps is None else len(timesteps)
-
-    def reset(self) -> None:
-        """Begin a new generation."""
-        self._index.clear()
-        self._last = None
-        self._direction = 0
-
-    def count(self, timestep: float) -> int:
-        """Index of the step that a forward pass at ``timestep`` belongs to, from 0."""
-        if self._scheduler is None and self._last is not None and timestep != self._last:
-            direction = 1 if timestep > self._last else -1
-            if timestep in self._index or direction == -self._direction:
-                self.reset()
+    def follow(self, time: float) -> None:
+        """Go to the step of a time."""
+        if self._last is not None and time != self._last:
+            direction = 1 if time > self._last else -1
+            if time in self._times or direction == -self._direction:
+                self._times, self._direction, self.step = set(), 0, -1
             else:
                 self._direction = direction
-        self._last = timestep
-        return self._index.setdefault(timestep, len(self._index))
+        self._last = time
+        self._times.add(time)
+        self.enter(len(self._times) - 1)
+
+
+class Steps:
+    """The runs of one patch, in all threads."""
+
+    def __init__(self):
+        self._local = threading.local()
+
+    @contextmanager
+    def telling(self, run: Told) -> Iterator[None]:
+        """Have the forward passes of this thread belong to ``run``, in a with block."""
+        before = getattr(self._local, "told", None)
+        self._local.told = run
+        try:
+            yield
+        finally:
+            self._local.told = before
+
+    def now(
+        self,
+        walk: Callable[[Loop], Walk],
+        loop: Loop | None,
+        context: tuple[int, int | None] | None,
+        time: float,
+    ) -> Run:
+        """The run of the forward pass that begins in this thread, at its step.
+
+        Args:
+            walk: the run of a loop, in its generation.
+            loop: the loop that it is in.
+            context: the step and their number, as the pipeline tells diffusers' caches.
+            time: its time step.
+
+        Raises:
+            RuntimeError: the user tells the steps, and has not told this one.
+        """
+        told = getattr(self._local, "told", None)
+        if told is not None and told.step >= 0:
+            return told
+        if loop is not None:
+            return walk(loop)
+        if told is not None:
+            raise RuntimeError(
+                "the transformer ran in a generation whose steps are told, before the first was: "
+                "call at(0) on what handle.generation() gave, then at(1), and so on"
+            )
+        if context is not None:
+            return self._given(*context)
+        if not isinstance(run := getattr(self._local, "count", None), Count):
+            run = self._local.count = Count()
+        run.follow(time)
+        return run
+
+    def _given(self, step: int, num_steps: int | None) -> Run:
+        run = getattr(self._local, "given", None)
+        if run is None or step < run.step or run.num_steps != num_steps:
+            run = self._local.given = Run(num_steps)
+        run.enter(step)
+        return run

@@ -1,7 +1,9 @@
 """Changes the class of a live object and back: how an instance gets new behaviour in place.
 
 The object, its attributes, ``isinstance``, the name of its class and the signatures of its methods
-stay as they are. A copy or a pickle of the object has its own class again.
+stay as they are. A copy or a pickle of the object has its own class again. Several owners may have
+marks on one object, and take them off in any order; where somebody has put a class of their own on
+top meanwhile, ours stays beneath it and does nothing.
 """
 
 from __future__ import annotations
@@ -27,21 +29,31 @@ def swapped(base: type, namespace_of: Callable[[type], dict[str, object]]) -> ty
 
 
 def swap_in(thing: object, namespace_of: Callable[[type], dict[str, object]], mark: object) -> None:
-    """Give ``thing`` the class that ``namespace_of`` makes of its own; ``mark`` is kept with it."""
-    cls = swapped(type(thing), namespace_of)
-    thing.__dict__[MARK] = mark
-    object.__setattr__(thing, "__class__", cls)
+    """Put a mark on ``thing``, whose class becomes what ``namespace_of`` makes of its own."""
+    if not is_swapped(thing):
+        object.__setattr__(thing, "__class__", swapped(type(thing), namespace_of))
+    thing.__dict__[MARK] = (*marks(thing), mark)
 
 
-def swap_out(thing: object) -> None:
-    """Give ``thing`` its own class back."""
-    object.__setattr__(thing, "__class__", type(thing)._vidattn_base)
-    del thing.__dict__[MARK]
+def swap_out(thing: object, mark: object) -> None:
+    """Take a mark off; with the last one, ``thing`` gets its own class back."""
+    left = tuple(other for other in marks(thing) if other is not mark)
+    if left:
+        thing.__dict__[MARK] = left
+        return
+    thing.__dict__.pop(MARK, None)
+    if "_vidattn_base" in vars(type(thing)):
+        object.__setattr__(thing, "__class__", type(thing)._vidattn_base)
 
 
 def is_swapped(thing: object) -> bool:
     """Whether ``thing`` runs with a class of ours."""
     return hasattr(type(thing), "_vidattn_base")
+
+
+def marks(thing: object) -> tuple[object, ...]:
+    """The marks on ``thing``, in the order in which they were put."""
+    return thing.__dict__.get(MARK, ())
 
 
 def _reduce(self, protocol):

@@ -14,7 +14,6 @@ from torch import Tensor
 from vidattn.grid import Grid
 from vidattn.pipelines.intercept import Layer
 from vidattn.pipelines.patch import Handle, patch
-from vidattn.pipelines.sequence import find_video
 from vidattn.pipelines.site import Site
 
 
@@ -67,8 +66,9 @@ class _Tap:
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale) -> Tensor:
         """(B, H, S, D) attention of a layer, as the site computes it."""
-        site, step = self._site, self._site.current().step
-        call = find_video(site.family, site.current(), q, k, mask, scale)
+        site, current = self._site, self._site.passes.current()
+        step = current.step
+        call = site.find_video(layer, current, q, k, mask, scale)
         turned = (x.detach().roll(-call.turn, 2) if call.turn else x.detach() for x in (q, k, v))
         keys = None if call.keys is None else call.keys.roll(-call.turn, 1)
         factor = q.shape[-1] ** -0.5 if scale is None else scale

@@ -22,6 +22,8 @@ class Method(ABC):
 
     # whether plan() needs q and k; see vidattn/content.py and vidattn/pattern.py
     reads_content: ClassVar[bool] = False
+    # whether what a head reads hangs on its number, so that plan() must see all heads of a layer
+    numbers_heads: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan | HeadPlan:

@@ -27,3 +27,14 @@ def check(key, model, dense, sparse):
     assert torch.equal(TINY[key].call(model), sparse)
     vidattn.unpatch(model)
     assert torch.equal(TINY[key].call(model), dense)
+
+
+def call_at(handle, key, model, times, passes=1):
+    """What a transformer gives in a loop of our own that tells its steps, one for each time."""
+    outs = []
+    with handle.generation(num_steps=len(times)) as generation:
+        for step, time in enumerate(times):
+            generation.at(step)
+            timestep = torch.full((2,), time)
+            outs += [TINY[key].call(model, timestep=timestep) for _ in range(passes)]
+    return outs

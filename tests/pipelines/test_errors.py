@@ -13,7 +13,7 @@ from tests.pipelines.tiny_pipes import run_wan
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines.ltx import longest_video
 from vidattn.pipelines.masks import key_mask, paired, unpaired
-from vidattn.pipelines.steps import StepCounter
+from vidattn.pipelines.steps import Count
 from vidattn.schedule import DenseGuard
 
 
@@ -34,7 +34,6 @@ def wan():
         ({"method": "radial", "dense_steps": True}, "dense_steps must be a count"),
         ({"method": "radial", "dense_steps": "2"}, "dense_steps must be a count"),
         ({"method": "radial", "dense_steps": float("nan")}, "dense_steps must be a count"),
-        ({"method": "radial", "dense_steps": 0.1}, "give a count, or patch the pipeline"),
     ],
 )
 def test_bad_options(wan, options, words):
@@ -42,6 +41,19 @@ def test_bad_options(wan, options, words):
         vidattn.patch(wan, **options)
     with pytest.raises(ValueError, match="not patched"):
         vidattn.unpatch(wan)
+
+
+@torch.no_grad()
+def test_fractions_of_steps_that_nobody_knows(wan):
+    case = TINY["WanTransformer3DModel"]
+    with vidattn.patch(wan, "neighborhood", window=3, dense_steps=0.5) as handle:
+        with pytest.raises(ValueError, match="nothing says how many there are: run"):
+            case.call(wan)
+        with handle.generation(num_steps=2) as generation:
+            for step in range(2):
+                generation.at(step)
+                case.call(wan)
+        assert [layer.num_sparse for layer in handle.report().layers] == [0, 1]
 
 
 def test_twice(wan):
@@ -237,14 +249,13 @@ def test_guard_counts():
 
 
 def test_steps_are_counted_by_time():
-    alone = StepCounter(None)
-    assert [alone.count(t) for t in (9, 9, 5, 5, 1, 9, 5)] == [0, 0, 1, 1, 2, 0, 1]
-    assert [alone.count(t) for t in (7, 3)] == [0, 1]
-    upward = StepCounter(None)
-    assert [upward.count(t) for t in (0, 1, 2, 0)] == [0, 1, 2, 0]
-    # the windows of a long video go through the same steps again
-    scheduled = StepCounter(diffusers.FlowMatchEulerDiscreteScheduler())
-    assert [scheduled.count(t) for t in (9, 5, 9, 5)] == [0, 1, 0, 1]
+    def count(run, times):
+        return [(run.follow(time), run.step)[1] for time in times]
+
+    alone = Count()
+    assert count(alone, (9, 9, 5, 5, 1, 9, 5)) == [0, 0, 1, 1, 2, 0, 1]
+    assert count(alone, (7, 3)) == [0, 1]
+    assert count(Count(), (0, 1, 2, 0)) == [0, 1, 2, 0]
 
 
 def test_key_masks():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vidattn
-from tests.pipelines.sparse import COGVIDEOX, WAN, outputs, patch
+from tests.pipelines.sparse import COGVIDEOX, WAN, call_at, outputs, patch
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents
 from vidattn.content import ContentMethod
@@ -85,7 +85,7 @@ def test_steps_of_a_bare_transformer(wan):
             for step in (900.0, 900.0, 600.0, 600.0, 300.0, 300.0):
                 TINY[WAN].call(wan, timestep=torch.full((2,), step))
         report = handle.report()
-    assert report.num_steps == 3 and report.num_passes == 12
+    assert report.num_steps == 6 and report.num_passes == 12
     assert [layer.num_sparse for layer in report.layers] == [4, 4]
     assert [layer.num_dense for layer in report.layers] == [{"step guard": 8}] * 2
 
@@ -158,11 +158,10 @@ class Rarely(Nearest):
 
 @torch.no_grad()
 def test_plans_are_kept_as_long_as_the_method_says():
-    model, case = build(WAN), TINY[WAN]
+    model = build(WAN)
     Rarely.searches.clear()
-    with vidattn.patch(model, Rarely(), dense_layers=0):
-        for step in (900.0, 900.0, 600.0, 600.0, 300.0, 300.0):
-            case.call(model, timestep=torch.full((2,), step))
+    with vidattn.patch(model, Rarely(), dense_layers=0) as handle:
+        call_at(handle, WAN, model, (900.0, 600.0, 300.0), passes=2)
     # two passes at the first step and two at the third, each with plans of its own
     assert Rarely.searches == [(0, 2), (1, 2)] * 4
 
@@ -179,8 +178,7 @@ def test_the_report_says_how_much_the_last_searches_kept(monkeypatch):
 
     monkeypatch.setattr(Rarely, "plan", spy)
     with vidattn.patch(model, Rarely(), dense_layers=0) as handle:
-        for step in (900.0, 900.0, 600.0, 600.0, 300.0, 300.0):
-            case.call(model, timestep=torch.full((2,), step))
+        call_at(handle, WAN, model, (900.0, 600.0, 300.0), passes=2)
     for number, layer in enumerate(handle.report().layers):
         assert (layer.num_sparse, layer.num_searches) == (6, 4)
         # both passes of the third step
@@ -201,11 +199,13 @@ def test_kept_plans_are_those_of_the_same_pass():
 
     def run(order, method):
         outs = []
-        with vidattn.patch(model, method, dense_layers=0):
-            for step in (900.0, 600.0):
-                for i in order:
-                    timestep = torch.full((2,), step)
-                    outs.append(case.call(model, hidden_states=videos[i], timestep=timestep))
+        with (
+            vidattn.patch(model, method, dense_layers=0) as handle,
+            handle.generation() as generation,
+        ):
+            for step in range(2):
+                generation.at(step)
+                outs += [case.call(model, hidden_states=videos[i]) for i in order]
         return outs
 
     first, second = run((0, 1), Rarely()), run((1, 0), Rarely())
@@ -231,11 +231,10 @@ class Told(Nearest):
 @torch.no_grad()
 def test_a_method_is_told_the_padding_and_what_it_planned_before(name, first):
     key = f"{name}Transformer3DModel"
-    model, case = build(key), TINY[key]
+    model = build(key)
     Told.told.clear()
-    with vidattn.patch(model, Told(), dense_layers=0):
-        for step in (900.0, 600.0, 300.0):
-            case.call(model, timestep=torch.full((2,), step))
+    with vidattn.patch(model, Told(), dense_layers=0) as handle:
+        call_at(handle, key, model, (900.0, 600.0, 300.0))
     numbers = [int(x.last.memory[0]) if x.last else 0 for x in Told.told]
     layers = len(numbers) // 3
     assert numbers == [0] * layers + [1] * layers + [2] * layers

@@ -104,4 +104,4 @@ def run_joint(pipe: object, **changes: object) -> torch.Tensor:
     if isinstance(pipe, MochiPipeline):
         size["num_frames"] = 13
     options |= {**size, "num_inference_steps": 4, "generator": generator, "output_type": "latent"}
-    return pipe(**options, **changes).frames
+    return pipe(**{**options, **changes}).frames

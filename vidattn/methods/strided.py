@@ -46,6 +46,8 @@ class Strided(ContentMethod):
         ValueError: a value out of range; from ``plan``, a density below that of the stride.
     """
 
+    numbers_heads = True
+
     stride: int | None = None
     near: int | Size = 1
     density: float | None = None

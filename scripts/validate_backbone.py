@@ -1,16 +1,24 @@
 """Test a backbone: python scripts/validate_backbone.py runs/nat/best.safetensors --data images.npz.
 
 A file that scripts/train_backbone.py wrote says itself what it holds. Weights from elsewhere need
---model; without a file, --model takes its released weights.
+--model, and --options where the model was not made by its name alone; they tell as many classes
+apart as the images have. Without a file, --model takes its released weights.
 """
 
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import yaml
 from accelerate import Accelerator
 from backbone_training.data import Images, make_loader, ordered_batches
-from backbone_training.model import build_described, create_model, describe, load_weights
+from backbone_training.model import (
+    build_described,
+    check_input,
+    create_model,
+    describe,
+    load_weights,
+)
 from backbone_training.scores import Scores, score
 from backbone_training.settings import Input
 from backbone_training.sources import Source, open_source, require_same_classes
@@ -38,16 +46,37 @@ def input_of(model: nn.Module) -> Input:
     )
 
 
-def build_model(weights: Path | None, name: str | None, source: Source) -> tuple[nn.Module, Input]:
-    """The model to test, with the form of its images."""
+def read_options(text: str | None) -> dict:
+    """The keyword arguments in the text of --options."""
+    try:
+        options = yaml.safe_load(text) if text else {}
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"--options takes a mapping such as '{{img_size: 64}}', got '{text}'")
+    return options
+
+
+def build_model(
+    weights: Path | None, name: str | None, source: Source, options: dict, size: int | None
+) -> tuple[nn.Module, Input]:
+    """The model to test, with the form of its images.
+
+    Args:
+        options: keyword arguments of a model whose file does not say them.
+        size: pixels a side, None for those of the model.
+    """
     found = describe(weights) if weights else None
     if found:
         if name and name != found.name:
             raise ValueError(f"'{weights}' holds '{found.name}', --model is '{name}'")
+        if options:
+            raise ValueError(f"'{weights}' says itself how its model is made: leave out --options")
         require_same_classes(source, found.classes, f"'{weights}'")
-        model, form = build_described(found), found.input
+        name, model, form = found.name, build_described(found), found.input
     elif name:
-        model = create_model(name, None, None, {}, pretrained=weights is None)
+        count = len(source.classes) if weights else None
+        model = create_model(name, count, None, options, pretrained=weights is None, size=size)
         if model.num_classes != len(source.classes):
             raise ValueError(
                 f"'{name}' tells {model.num_classes} classes apart, "
@@ -58,14 +87,16 @@ def build_model(weights: Path | None, name: str | None, source: Source) -> tuple
         raise ValueError(f"'{weights}' does not say which model it holds; name it with --model")
     if weights:
         load_weights(model, weights, new_head=False)
+    form = replace(form, size=size or form.size)
+    check_input(model, name, form)
     return model, form
 
 
 def validate(arguments: argparse.Namespace) -> Scores:
     """Scores of what the command line names."""
     source = open_source(arguments.data, arguments.split)
-    model, form = build_model(arguments.weights, arguments.model, source)
-    form = replace(form, size=arguments.size or form.size)
+    options = read_options(arguments.options)
+    model, form = build_model(arguments.weights, arguments.model, source, options, arguments.size)
     accelerator = Accelerator(mixed_precision=arguments.precision)
     place = (accelerator.process_index, accelerator.num_processes)
     images = Images(source, form, strict=arguments.strict)
@@ -83,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, nargs="?", help=".safetensors, or a file torch loads")
     parser.add_argument("--model", help="name, where the file does not say it")
+    parser.add_argument("--options", help="YAML of its keyword arguments: '{img_size: 64}'")
     parser.add_argument("--data", required=True, help=".npz file, folder or hf:NAME")
     parser.add_argument("--split", default="test")
     parser.add_argument("--size", type=int, help="pixels a side, if not those of the model")

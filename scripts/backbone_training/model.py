@@ -1,5 +1,6 @@
 """Models by name, weights that fit them, and the ways to tune them."""
 
+import argparse
 import difflib
 import json
 import pickle
@@ -46,11 +47,14 @@ def create_model(
     channels: int | None,
     options: dict,
     pretrained: bool = False,
+    size: int | None = None,
 ) -> nn.Module:
     """A model of timm's or vidattn's.
 
     Args:
         num_classes, channels: None for those that the model is released with.
+        size: pixels a side of its images, for a model that is made for one size; None for that
+            which it is released with. An ``img_size`` among the options comes first.
 
     Raises:
         ValueError: no such model, one that takes other options, or weights that cannot be fetched.
@@ -61,6 +65,8 @@ def create_model(
             f"unknown model '{name}'; near are {', '.join(near) or 'none'}. "
             f"timm.list_models('*{name.split('_')[0]}*') lists more"
         )
+    if size and timm.get_pretrained_cfg(name, allow_unregistered=False).fixed_input_size:
+        options = {"img_size": size} | options
     try:
         return timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=channels, **options
@@ -74,6 +80,23 @@ def create_model(
             f"the released weights of '{name}' cannot be fetched ({error}); "
             "give a file of weights instead"
         ) from error
+
+
+@torch.no_grad()
+def check_input(model: nn.Module, name: str, form: Input) -> None:
+    """Raise a ValueError unless a model takes images of this form."""
+    image = torch.zeros(1, form.channels, form.size, form.size)
+    was_training = model.training
+    try:
+        model.eval()(image)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise ValueError(
+            f"model '{name}' does not take images of {form.channels} x {form.size} x {form.size}: "
+            f"{reason.splitlines()[0]}. Set input.size to what it takes, or its model.options to "
+            "these images; models of videos and scans take no images"
+        ) from error
+    model.train(was_training)
 
 
 def describe(file: Path) -> Description | None:
@@ -91,6 +114,8 @@ def describe(file: Path) -> Description | None:
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors in a weights file; of a pickle only what torch's weights-only loader takes.
 
+    A ``Namespace`` may stand beside them, as the arguments of a run do in the checkpoints of timm.
+
     Raises:
         ValueError: no such file, a broken one, one that would run code, or one without tensors.
     """
@@ -99,7 +124,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"'{file}' cannot be read: {error}") from error
     except pickle.UnpicklingError as error:
@@ -206,9 +232,12 @@ def set_training(model: nn.Module, method: str) -> None:
             module.eval()
 
 
-def build_start(model: Model, tune: Tune, num_classes: int, channels: int) -> nn.Module:
+def build_start(model: Model, tune: Tune, num_classes: int, form: Input) -> nn.Module:
     """The model that training begins with."""
-    made = create_model(model.name, num_classes, channels, model.options, model.pretrained)
+    made = create_model(
+        model.name, num_classes, form.channels, model.options, model.pretrained, form.size
+    )
+    check_input(made, model.name, form)
     if model.weights:
         left = load_weights(made, Path(model.weights), new_head=True)
         if left:
@@ -221,7 +250,10 @@ def build_start(model: Model, tune: Tune, num_classes: int, channels: int) -> nn
 def build_described(description: Description) -> nn.Module:
     """The model of a weights file, without its weights."""
     count = len(description.classes)
-    model = create_model(description.name, count, description.input.channels, description.options)
+    form = description.input
+    model = create_model(
+        description.name, count, form.channels, description.options, size=form.size
+    )
     return Probed(model, count, description.queries) if description.queries else model
 
 

@@ -18,7 +18,8 @@ class Model:
 
     Args:
         name: of timm's or of vidattn's models.
-        options: keyword arguments of timm.create_model; classes and channels come from the data.
+        options: keyword arguments of timm.create_model; classes and channels come from the data,
+            and for a model made for one size of images ``img_size`` from ``input.size``.
         pretrained: whether the released weights are downloaded.
         weights: a file to begin with instead, .safetensors or anything torch loads weights-only.
         checkpointing: whether activations are computed again instead of kept.

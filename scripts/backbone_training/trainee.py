@@ -73,7 +73,7 @@ def make_trainee(
             "lower data.batch_size or run.accumulate"
         )
     set_seed(run.seed, deterministic=run.deterministic)
-    model = build_start(settings.model, settings.tune, len(classes), settings.input.channels)
+    model = build_start(settings.model, settings.tune, len(classes), settings.input)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, settings, per_step))
     scheduler, steps = make_scheduler(optimizer.optimizer, settings, steps_per_epoch)
     if (

@@ -1,5 +1,6 @@
 """Models by name, weights that fit or do not, and what each way of tuning moves."""
 
+import argparse
 import importlib
 import re
 import sys
@@ -40,6 +41,17 @@ def test_weights_are_read(tmp_path, ending, wrapper):
     model = make()
     assert models.load_weights(model, file, new_head=False) == []
     torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+
+
+def test_checkpoints_of_timm_are_read(tmp_path):
+    state = make().state_dict()
+    averaged = {key: value + 1 for key, value in state.items()}
+    checkpoint = {"epoch": 3, "arch": "vit", "args": argparse.Namespace(lr=1.0, mean=(0.5,))}
+    checkpoint |= {"state_dict": state, "state_dict_ema": averaged, "metric": 61.3}
+    torch.save(checkpoint, tmp_path / "model_best.pth.tar")
+    model = make()
+    models.load_weights(model, tmp_path / "model_best.pth.tar", new_head=False)
+    torch.testing.assert_close(dict(model.state_dict()), averaged, rtol=0, atol=0)
 
 
 class Evil:
@@ -183,6 +195,34 @@ def test_lora_keeps_statistics_and_merges_exactly():
     again = make(given)
     again.load_state_dict(merged)
     torch.testing.assert_close(again.eval()(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+
+
+SWIN = {"window_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+
+
+def test_a_model_of_one_size_is_made_for_that_of_the_images():
+    given = settings.Model("swin_tiny_patch4_window7_224", SWIN)
+    form = settings.Input(size=cases.SIZE, channels=1)
+    made = models.build_start(given, settings.Tune(), 3, form)
+    assert made(torch.zeros(1, 1, cases.SIZE, cases.SIZE)).shape == (1, 3)
+    assert made.training
+    description = models.Description(given.name, cases.CLASSES, form, SWIN)
+    again = models.build_described(description)
+    assert again(torch.zeros(1, 1, cases.SIZE, cases.SIZE)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("swin_tiny_patch4_window7_224", SWIN | {"img_size": 32}),
+        ("video_swin_tiny", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}),
+    ],
+)
+def test_images_that_a_model_does_not_take_are_named(name, options):
+    form = settings.Input(size=cases.SIZE, channels=1)
+    message = f"'{name}' does not take images of 1 x 16 x 16: .* Set input.size to what it takes"
+    with pytest.raises(ValueError, match=message):
+        models.build_start(settings.Model(name, options), settings.Tune(), 3, form)
 
 
 def test_targets_that_no_layer_has_are_refused():

@@ -136,6 +136,30 @@ def test_every_method_learns_and_its_file_stands_alone(tmp_path, monkeypatch, ca
         PeftModel.from_pretrained(plain, str(tmp_path / "out" / "last-lora"))
 
 
+def validate_file(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["validate", *map(str, arguments)])
+    validation.main()
+
+
+def test_a_file_from_elsewhere_is_tested(tmp_path, monkeypatch, capsys):
+    source = cases.write_folders(tmp_path / "set")
+    options = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "dilations": [1, 1]}
+    model = models.create_model("nat_mini", 3, None, options)
+    with torch.no_grad():
+        model.head.fc.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
+    torch.save({"model": model.state_dict()}, tmp_path / "tuned.pth")
+    given = [tmp_path / "tuned.pth", "--model", "nat_mini", "--data", source, "--size", cases.SIZE]
+    validate_file(monkeypatch, *given, "--options", yaml.safe_dump(options))
+    assert "top-1 33.33 %" in capsys.readouterr().out
+    for extra, message in (
+        (["--options", "depths"], "--options takes a mapping such as '{img_size: 64}'"),
+        ([], "holds the weights of another model"),
+    ):
+        with pytest.raises(SystemExit):
+            validate_file(monkeypatch, *given, *extra)
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_averages_follow_a_loop_and_leave_the_model():
     model = torch.nn.BatchNorm1d(3)
     average = checkpoints.Average(model, 0.7)

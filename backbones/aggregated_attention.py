@@ -15,8 +15,9 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, normalize, pad, scaled_dot_product_attention, softplus
+from torch.nn.functional import avg_pool2d, normalize, pad, softplus
 
+from vidattn.backbones.exporting import attention
 from vidattn.backbones.head_routing import HeadRouter
 
 # softplus of the temperature to begin with
@@ -122,7 +123,7 @@ class CosineAttention(nn.Module):
         q, k, v = normalize(tokens[0], dim=-1), normalize(tokens[1], dim=-1), tokens[2]
         q = self.queries(q) * log_cells(x)
         bias = self.position_bias(x)[None]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        out = attention(q, k, v, bias, 1.0)
         return self.proj(weigh(out, self.router(x)))
 
 

@@ -14,10 +14,10 @@ import torch
 from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
 from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.exporting import attention
 from vidattn.backbones.pyramid import pretrained_cfg
 
 HEAD_DIM = 32
@@ -38,7 +38,7 @@ class FullAttention(nn.Module):
         """(B, H, W, C), like ``x``."""
         tokens = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(1, 2)
         q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)
-        out = scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        out = attention(q, k, v).transpose(1, 2).reshape(x.shape)
         return self.proj(out + self.lepe(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from timm.models import register_notrace_function
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from vidattn.backbones.exporting import attention
 from vidattn.backbones.neighborhood_attention import grow
 
 
@@ -88,7 +88,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     k = k.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     v = v.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 @register_notrace_function

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 # registers torch.ops.vidattn.neighborhood, which, unlike the function, TorchScript can call
 from vidattn import neighborhood  # noqa: F401
+from vidattn.backbones.exporting import is_exported
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -46,7 +47,7 @@ class NeighborhoodAttention2d(nn.Module):
         dd = {"device": device, "dtype": dtype}
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
-        self.num_heads, self.window, self.dilation = num_heads, window, dilation
+        self.num_heads, self.window, self.dilation, self.pads = num_heads, window, dilation, pads
         self.least = window * dilation if pads else 1
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         # added to the score of a key at (key - query) / dilation + window - 1
@@ -61,6 +62,12 @@ class NeighborhoodAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), like ``x``."""
+        if is_exported():
+            # what a cell of padding has
+            blank = self.qkv(torch.zeros_like(x[:1, :1, :1]))
+            options = (self.num_heads, self.window, self.dilation, self.pads)
+            out = attend_one_by_one(self.qkv(x), blank, self.rpb, *options)
+            return self.proj_drop(self.proj(out))
         height, width = x.shape[1], x.shape[2]
         x = grow(x, self.least)
         # (3, B, n, 1, H, W, D)
@@ -95,3 +102,68 @@ def attend(qkv: Tensor, rpb: Tensor, window: int, dilation: int) -> Tensor:
         qkv.shape[-1] ** -0.5,
     )[0]
     return out.squeeze(2).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def attend_one_by_one(
+    qkv: Tensor,
+    blank: Tensor,
+    rpb: Tensor,
+    num_heads: int,
+    window: int,
+    dilation: int,
+    pads: bool,
+) -> Tensor:
+    """The same by operators of PyTorch alone, of a map of any size that is not padded yet.
+
+    Every query gets a copy of the keys and values that it reads.
+
+    Args:
+        qkv: (B, H, W, 3 * C).
+        blank: (1, 1, 1, 3 * C), those of a cell of padding.
+        rpb: (n, 2 * window - 1, 2 * window - 1).
+        num_heads: n.
+        window, dilation, pads: as NeighborhoodAttention2d takes them.
+
+    Returns:
+        (B, H, W, C).
+    """
+    height, width = qkv.shape[1], qkv.shape[2]
+    # (H, window) and (W, window)
+    rows, below = read_places(height, window, dilation, pads, qkv.device)
+    columns, right = read_places(width, window, dilation, pads, qkv.device)
+    is_outside = (rows >= height)[:, None, :, None] | (columns >= width)[:, None]
+    cell = rows[:, None, :, None] * width + columns[:, None]
+    # one cell more stands for all those outside, [H * W, window ** 2]
+    cell = cell.masked_fill(is_outside, height * width).flatten(2).flatten(0, 1)
+    tokens = torch.cat([qkv.flatten(1, 2), blank.flatten(1, 2).expand(qkv.shape[0], -1, -1)], 1)
+    # (3, B, n, H * W + 1, D)
+    tokens = tokens.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = tokens[0][:, :, :-1, None], tokens[1][:, :, cell], tokens[2][:, :, cell]
+    bias = rpb[:, below[:, None, :, None], right[:, None]].flatten(3).flatten(1, 2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT + bias[:, :, None]
+    if not pads:
+        is_hidden = is_outside.flatten(2).flatten(0, 1)[:, None]
+        scores = scores.masked_fill(is_hidden, float("-inf"))
+    out = scores.softmax(-1) @ v
+    return out.squeeze(3).transpose(1, 2).flatten(2).unflatten(1, (height, width))
+
+
+def read_places(
+    extent: int, window: int, dilation: int, pads: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(extent, window) the cells of an axis that every cell reads, and the places of their biases.
+
+    Cells from ``extent`` on are padding, or hidden if there is none.
+    """
+    place = torch.arange(extent, device=device)
+    group = place % dilation
+    index = place.div(dilation, rounding_mode="floor")
+    # cells of the group
+    number = (extent - group + dilation - 1).div(dilation, rounding_mode="floor")
+    if pads:
+        number = number.clamp(min=window)
+    first = (index - window // 2).clamp(min=0)
+    first = torch.minimum(first, (number - window).clamp(min=0))
+    read = first[:, None] + torch.arange(window, device=device)
+    bias = read - index[:, None] + window - 1
+    return read * dilation + group[:, None], bias

@@ -16,7 +16,8 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import register_notrace_function
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+
+from vidattn.backbones.exporting import attention
 
 
 class WindowAttention(nn.Module):
@@ -245,7 +246,7 @@ def attend_in_blocks(
     q, k, v = x.flatten(-1 - num_axes, -2).flatten(1, 1 + num_axes).unbind(0)
     bias = None if bias is None else bias.to(q.dtype)
     if factor is None:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out = attention(q, k, v, bias)
     else:
         scores = q @ k.mT * q.shape[-1] ** -0.5
         weights = (scores if bias is None else scores + bias).sigmoid()

@@ -17,7 +17,7 @@ from video_training.cache import Cache, FileHashes, digest
 from video_training.clips import Clip, Problems, find_clips
 from video_training.frames import Footage, fit, probe, read_frames
 from video_training.pipeline import load_frame, model_folder, needs_picture, temporal_factor
-from video_training.recorder import Recorder
+from video_training.recorder import SHAPE, Recorder
 from video_training.settings import Settings
 from video_training.stretches import Stretch, check_buckets, cut
 
@@ -81,6 +81,7 @@ class Preparation:
         self.vae_facts = [FORMAT, "latents", parts.get("vae"), model.dtype, model.vae_tiling]
         versions = [diffusers.__version__, transformers.__version__]
         self.call_facts = [FORMAT, "call", versions, model.dtype, model.guidance, model.call]
+        self.call_facts.append(settings.data.fps)
         # the weights of the transformer say nothing about what it is called with
         self.call_facts += [
             {k: v for k, v in files.items() if k == "config.json"}
@@ -170,7 +171,9 @@ class Preparation:
             pipe = load_frame(self.folder, model.dtype, device, tiling=model.vae_tiling)
             sizes = temporal_factor(pipe), spatial_multiple(pipe)
             check_buckets(self.settings.data.buckets, *sizes)
-            self.recorder = Recorder(pipe, model.guidance, model.call)
+            self.recorder = Recorder(
+                pipe, guidance=model.guidance, fps=self.settings.data.fps, call=model.call
+            )
         return self.recorder
 
     def _encode(self, stretches: list[Stretch], samples: list[Sample]) -> None:
@@ -197,6 +200,8 @@ class Preparation:
                     picture = self._picture(stretch, first=True)
                     self.arguments.put(key, self._open().base(stretch.bucket, picture))
         self._wait(self.arguments)
+        for key, (stretch, sample) in {pair[1].base: pair for pair in pairs}.items():
+            self._require_fit(stretch, sample, self.arguments.get(key)[SHAPE])
         wanted = {}
         for stretch, sample in pairs:
             wanted[sample.own] = (stretch, stretch.clip.caption, sample.base)
@@ -211,6 +216,14 @@ class Preparation:
                 entry = self._open().own(*given)
             self.arguments.put(key, entry)
         self._wait(self.arguments)
+
+    def _require_fit(self, stretch: Stretch, sample: Sample, shape: list[int]) -> None:
+        found = list(self.latents.get(sample.latents)["latents"].shape)
+        if found != shape:
+            raise ValueError(
+                f"data.buckets: of {list(stretch.bucket)} the VAE makes latents of {found}, and "
+                f"the pipeline of this model begins with {shape}; choose another number of frames"
+            )
 
     def _picture(self, stretch: Stretch, *, first: bool = False) -> np.ndarray | None:
         """The frame that a pipeline starts from, black for the first look at a size."""

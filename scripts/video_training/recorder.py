@@ -22,7 +22,8 @@ from video_training.stretches import Bucket
 from vidattn.pipelines.family import family_of, find_family
 
 # facts of a size, beside the arguments of the transformer
-AXIS, PER_SAMPLE, TIME_SCALE, TIME_SHAPE = ".axis", ".per_sample", ".time_scale", ".time_shape"
+AXIS, SHAPE, PER_SAMPLE = ".axis", ".shape", ".per_sample"
+TIME_SCALE, TIME_SHAPE = ".time_scale", ".time_shape"
 # the channels behind the latents
 CONDITION = "condition"
 
@@ -37,14 +38,22 @@ class Recorder:
     Args:
         pipe: with transformers on the meta device.
         guidance: that is embedded, for models that have it as an input.
+        fps: of the clips, for models that are told; None for what they take it to be.
         call: further arguments of the pipeline.
 
     Raises:
         ValueError: arguments that the pipeline does not take.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, guidance: float, call: Mapping[str, object]):
-        self.pipe, self.call = pipe, dict(call)
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        guidance: float = 1.0,
+        fps: float | None = None,
+        call: Mapping[str, object],
+    ):
+        self.pipe, self.call, self.fps = pipe, dict(call), fps
         parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         self.transformers = [part for part in parts if find_family(part)]
         model, config = self.transformers[0], pipe.vae.config
@@ -125,6 +134,7 @@ class Recorder:
         frames, height, width = size
         given = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": 2}
         given |= {"guidance_scale": self.guidance, "true_cfg_scale": 1.0, "use_dynamic_cfg": False}
+        given |= {"frame_rate": self.fps, "fps": self.fps} if self.fps else {}
         given = {name: value for name, value in given.items() if takes(self.pipe, name)}
         if picture is not None:
             given["image"] = Image.fromarray(picture)
@@ -158,7 +168,7 @@ class Recorder:
             leaves[CONDITION] = hidden_states.narrow(axis, self.channels, extra)
         shape = list(hidden_states.shape)
         shape[axis] = self.channels
-        facts = {AXIS: axis, TIME_SHAPE: list(steps.shape[1:]), ".shape": shape}
+        facts = {AXIS: axis, TIME_SHAPE: list(steps.shape[1:]), SHAPE: shape}
         facts[TIME_SCALE] = round(own / first, 6) if first else 1.0
         return facts, leaves
 

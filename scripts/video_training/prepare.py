@@ -98,6 +98,9 @@ class Preparation:
         """
         stretches = [one for clip, found in self._probe() for one in self._cut(clip, found)]
         samples = [self._sample(stretch) for stretch in stretches]
+        if not samples:
+            # a size that the model cannot have is why, as likely as not
+            self._open()
         self._encode(stretches, samples)
         kept = [one for one in samples if one.latents in self.latents]
         if not kept:

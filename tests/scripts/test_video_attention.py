@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import vidattn
 from tests.pipelines.tiny import TINY, build
+from vidattn.methods import create_method
 from vidattn.pipelines.patch import find_handle
 from vidattn.schedule_file import load_schedule
 
@@ -29,7 +29,7 @@ def shown(spans):
 
 
 def test_the_first_steps_of_a_sampler_are_the_noisiest_levels():
-    radial = vidattn.create_method("radial", density=0.25)
+    radial = create_method("radial", density=0.25)
     spans = Sparse(Attention(**RADIAL, dense_steps=0.2)).spans(ALL, 0)
     assert shown(spans) == [(0, 0.8, "transformer", radial), (0.8, 1, "transformer", None)]
     assert spans[0].schedule.guard == attentions.DenseGuard(1, 0)
@@ -52,7 +52,7 @@ def test_rules_hold_where_a_sampler_would_follow_them(tmp_path):
     )
     sparse = Sparse(Attention(schedule=str(path), sampler_steps=100))
     experts = {"transformer": (0.6, 1.0), "transformer_2": (0.0, 0.6)}
-    near, radial = (vidattn.create_method(x) for x in ("neighborhood", "radial"))
+    near, radial = (create_method(x) for x in ("neighborhood", "radial"))
     # a share of the steps behind it is 1 minus the level
     assert shown(sparse.spans(experts, 0)) == [
         (0.6, 0.9, "transformer", near),

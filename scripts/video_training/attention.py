@@ -131,7 +131,7 @@ class Sparse:
         return Dense() if density >= 1 else replace(method, density=density)
 
     def check(self, sizes: Mapping[str, Size]) -> None:
-        """Try the methods that do not read content on every grid that will come.
+        """Ask the methods whether they serve every grid that will come.
 
         Args:
             sizes: (t, h, w) of each, by what it is called in an error.
@@ -141,11 +141,10 @@ class Sparse:
         """
         for what, size in sizes.items():
             for rule in self.schedule.rules if size[0] > 1 else ():
-                if not rule.method.reads_content:
-                    try:
-                        rule.method.plan(Grid(*size))
-                    except ValueError as error:
-                        raise ValueError(f"{what}: {error}") from error
+                try:
+                    rule.method.check(Grid(*size))
+                except ValueError as error:
+                    raise ValueError(f"{what}: {error}") from error
 
     def apply(self, model: nn.Module, schedule: Schedule | None) -> None:
         """Give a transformer an attention, None for dense."""

@@ -126,7 +126,7 @@ def test_a_model_is_patched_when_the_attention_changes_and_only_then(monkeypatch
 
 
 def test_sizes_that_a_method_cannot_serve_are_found_before_training():
-    sparse = Sparse(Attention(**RADIAL))
+    sparse = Sparse(Attention(method="radial", options={"density": 0.25, "near": 1}))
     sparse.check({"pictures": (1, 8, 8), "long clips": (21, 30, 52)})
     with pytest.raises(ValueError, match="short clips: radial cannot go down to density 0.25"):
         sparse.check({"long clips": (21, 30, 52), "short clips": (3, 8, 8)})

@@ -29,11 +29,14 @@ from t2v.data import held_out_prompts
 from vidattn.commands.choice import Choice, ScheduleChoice
 from vidattn.commands.clip import Clip, Guards, make_clip
 from vidattn.commands.compare import plan_density
+from vidattn.commands.folder import find_model
 from vidattn.commands.likeness import Measure, choose_measures
-from vidattn.commands.model import find_model, load_pipeline
+from vidattn.commands.model import load_pipeline
 from vidattn.commands.output import writable_file, writable_folder, write_atomically, write_json
-from vidattn.commands.request import Request, add_model_arguments, positive_int, resolve
+from vidattn.commands.request import Request, resolve
 from vidattn.fidelity import fidelity
+from vidattn.flags.values import positive_int
+from vidattn.flags.video import add_model_arguments
 from vidattn.grid import Grid
 from vidattn.measure import hardware
 from vidattn.methods import create_method

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from vidattn.commands.choice import Choice, ScheduleChoice, option_hints
+from vidattn.catalog import describe, list_methods
+from vidattn.commands.choice import Choice, ScheduleChoice
 from vidattn.grid import Grid
-from vidattn.methods import list_methods
 
 # the one that matters most first: a run that is stopped has that
 DENSITIES = (0.25, 0.15, 0.4, 0.6)
@@ -57,7 +57,7 @@ def choices_at(
     found: dict[str, tuple[float, Choice]] = {}
     names = methods or [name for name in list_methods() if name != "dense"]
     for density, name in product(densities, names):
-        hints, options = option_hints(name), dict(BESIDE.get(name, {}))
+        hints, options = describe(name).options, dict(BESIDE.get(name, {}))
         if "density" in hints:
             options["density"] = density
         elif name in BY_DENSITY:

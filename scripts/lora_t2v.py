@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import vidattn
 from vidattn.commands.output import writable_folder
-from vidattn.commands.request import positive_int
+from vidattn.flags.values import positive_int
 from vidattn.measure import psnr
 
 TARGETS = r".*attn1\.(to_q|to_k|to_v|to_out\.0)"

@@ -12,7 +12,7 @@ from vidattn.draw import FAINT, INK
 from vidattn.perception.fvd import frechet_distance
 
 NUM_RESAMPLES = 2000
-TITLES = {measure.key: measure.title for measure in MEASURES.values()}
+TITLES = {measure.key: measure.column for measure in MEASURES.values()}
 FORMS = {measure.key: measure.form for measure in MEASURES.values()}
 # what a bootstrap interval is given for; FVD is one figure about all clips
 PER_CLIP = [key for key in TITLES if key != "fvd"]

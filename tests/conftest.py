@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +38,9 @@ def _poisoned(make):
 @pytest.fixture(scope="session", autouse=True)
 def poison_empty():
     """Make memory that nobody wrote show up as NaN."""
+    # a device that is set learns the allocators once: it must not take ours for them
+    with torch.device("meta"):
+        torch.empty(0)
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (torch, "empty"),
@@ -53,3 +58,19 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory):
+    """The folder of the tiny pipeline of the command line's tests; not to be changed."""
+    from tests.cli_cases import tiny_wan
+
+    folder = tmp_path_factory.mktemp("tiny") / "wan"
+    tiny_wan().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(original, tmp_path):
+    """A copy of the folder, to be broken."""
+    return Path(shutil.copytree(original, tmp_path / "model"))

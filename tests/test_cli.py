@@ -3,24 +3,24 @@
 import argparse
 import json
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import vidattn
+from vidattn.catalog import describe, list_methods
 from vidattn.cli import COMMANDS, main
 from vidattn.commands import output
-from vidattn.commands.choice import Choice, describe_options, option_hints, parse_choice
-from vidattn.commands.model import BUNDLED
-from vidattn.commands.output import write_atomically, write_json
-from vidattn.commands.request import (
-    BUNDLED_DEFAULTS,
-    BUNDLED_PROMPT,
-    add_model_arguments,
-    add_request_arguments,
-    request_of,
-)
-from vidattn.methods import list_methods
+from vidattn.commands.choice import Choice, parse_choice
+from vidattn.commands.folder import BUNDLED, read_card
+from vidattn.commands.output import fresh_file, write_atomically, write_json
+from vidattn.commands.request import request_of
+from vidattn.flags.video import add_model_arguments, add_request_arguments
 from vidattn.resources import resource
 
+ROOT = Path(__file__).resolve().parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -36,15 +36,16 @@ def test_list_names_every_method_with_its_options(capfd):
     assert code == 0
     for name in list_methods():
         assert name in out
-        assert all(option in out for option in option_hints(name))
+        assert all(option in out for option in describe(name).options)
 
 
 @pytest.mark.parametrize("name", list_methods())
 def test_list_explains_every_option_of_a_method(name, capfd):
-    assert all(describe_options(name).values()), "an option is missing in the docstring's Args"
+    meanings = [option.meaning for option in describe(name).options.values()]
+    assert all(meanings), "an option is missing in the docstring's Args"
     code, out, _ = run(capfd, "list", name)
     assert code == 0 and name in out
-    assert all(option in out for option in option_hints(name))
+    assert all(option in out for option in describe(name).options)
 
 
 def test_list_knows_the_models(capfd):
@@ -110,6 +111,7 @@ def test_a_label_is_what_the_command_line_reads():
 
 DRAW = "draw --output {tmp}/plan.png "
 MAKE = "generate x --output {tmp}/x.mp4 --model {tmp} "
+BUNDLE = "generate x --output {tmp}/x.mp4 "
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ MAKE = "generate x --output {tmp}/x.mp4 --model {tmp} "
         (MAKE + "--method radial --schedule ltx-2", "generate takes a method or a schedule"),
         (MAKE + "--schedule wan2.1-14", "did you mean 'wan2.1-14b'"),
         (MAKE + "more words", "unexpected 'more'; quote a prompt"),
-        ("generate --model {tmp}", "no prompt given"),
+        ("generate --output {tmp}/x.mp4 --model some/model", "no prompt given"),
         ("generate --prompt= --model {tmp}", "the prompt is empty"),
         ("generate a --prompt b", "given twice"),
         ("generate a --image {tmp}/no.png --model {tmp}", "--image '{tmp}/no.png' is no file"),
@@ -154,8 +156,15 @@ MAKE = "generate x --output {tmp}/x.mp4 --model {tmp} "
         ("generate a --output {tmp}/x.avi --model {tmp}", "must end in .mp4 or .gif"),
         ("compare a --output {tmp}/file --model {tmp}", "cannot write in '{tmp}/file'"),
         ("compare a --method dense --model {tmp}", "nothing to compare dense with"),
-        (MAKE + "--offload model --device cpu", "--offload model needs a GPU"),
-        (MAKE + "--device gpu", "--device 'gpu' cannot be used"),
+        (BUNDLE + "--offload model --device cpu", "--offload model needs a GPU"),
+        (BUNDLE + "--device gpu", "--device 'gpu' cannot be used"),
+        (BUNDLE + "--guidance inf", "--guidance: must be a number, got 'inf'"),
+        (BUNDLE + "--num-frames 9", "unknown option '--num-frames': did you mean '--frames'?"),
+        (BUNDLE + "--guidance-scale 9", "did you mean '--guidance'?"),
+        (BUNDLE + "--lora x", "unknown option '--lora'. Known: "),
+        (BUNDLE + "--video x", "unknown option '--video'. Known: "),
+        ("generate x --output {tmp}/" + 252 * "x" + ".mp4", "take names of 255 bytes, got 256"),
+        ("generate x --output {tmp}/" + 251 * "x" + ".mp4", "...json' is too long"),
         (MAKE, "has no model_index.json"),
         ("generate x --output {tmp}/x.mp4 --model {tmp}/gone", "is no folder on this machine"),
         ("generate x --output {tmp}/x.mp4 --model {tmp}/a.ckpt", "pickle checkpoints can run code"),
@@ -195,6 +204,8 @@ def test_help_of_a_method_shows_its_options(capfd):
 def test_overview_and_version(capfd):
     code, out, _ = run(capfd, "--help")
     assert code == 0 and all(name in out for name in COMMANDS)
+    assert run(capfd, "help") == (code, out, "")
+    assert run(capfd, "help", "draw") == run(capfd, "draw", "--help")
     assert run(capfd)[0] != 0
     assert "vidattn " in run(capfd, "--version")[1]
 
@@ -229,13 +240,96 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capfd):
 
 
 def test_the_bundled_model_has_defaults_of_its_own():
-    defaults = []
+    card, defaults = read_card(None), []
+    assert card.prompt and card.sizes
     for model in ([], ["--model", str(resource(BUNDLED))]):
         parser = argparse.ArgumentParser()
         add_model_arguments(parser)
         add_request_arguments(parser)
         request = request_of(parser.parse_args([*model, "--steps", "7"]), None)
-        assert request.prompt == BUNDLED_PROMPT
+        assert request.prompt == card.prompt
+        assert (request.num_frames, request.height, request.width) in card.sizes
         defaults.append(request.arguments())
     assert defaults[0] == defaults[1]
-    assert BUNDLED_DEFAULTS.items() - defaults[0].items() == {("num_inference_steps", 12)}
+    changed = card.defaults.items() - defaults[0].items()
+    assert changed == {("num_inference_steps", card.defaults["num_inference_steps"])}
+
+
+QUICK = {
+    "--version": 0,
+    "--help": 0,
+    "help": 0,
+    "list": 0,
+    "list radial": 0,
+    "list --presets": 0,
+    "generate --help": 0,
+    "lsit": 2,
+    "help radail": 2,
+    "list radail": 2,
+    "generate --lora x": 2,
+    "compare --method radial:denisty=0.3": 2,
+    "tune --prompts nothing --budget density=0.3 --method topp": 2,
+    "generate x --schedule wan2.1-14": 2,
+    "simulate radial --model wan": 2,
+}
+
+
+def test_questions_and_typos_are_answered_without_pytorch():
+    code = (
+        "import sys, time\n"
+        "from vidattn.cli import main\n"
+        f"codes = {{line: main(line.split()) for line in {list(QUICK)}}}\n"
+        f"assert codes == {QUICK}, codes\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert time.process_time() < 2, 'a tenth of a second each, and as long to start'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_runs_the_package():
+    done = subprocess.run(
+        [sys.executable, "-m", "vidattn", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"vidattn {vidattn.__version__}\n")
+
+
+def test_no_table_breaks_a_name(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    methods = ["neighborhood:window=3,5,7,causal=yes,no,no", "radial:density=0.9,window=raster"]
+    draw = ("draw", *methods, "--grid", "5x7x11", "--output", tmp_path / "x.png")
+    simulate = ("simulate", *methods, "--grid", "5x7x11")
+    for line in (("list",), ("list", "radial"), ("list", "--presets"), draw, simulate):
+        code, out, err = run(capfd, *line)
+        assert code == 0, err
+        lines = out.splitlines()
+        long = [x for x in lines if len(x) > 80 and len(x.split()) > 1 and "/" not in x]
+        assert not long, long
+        for method in methods if line in (draw, simulate) else ():
+            assert parse_choice(method).label in out.split()
+
+
+def test_a_picture_says_that_queries_and_keys_are_made_up(capfd, tmp_path):
+    path = tmp_path / "plans.svg"
+    line = ("draw", "radial", "topk", "--grid", "5x7x11", "--output", path)
+    code, out, _ = run(capfd, *line)
+    assert code == 0 and "made up, from a smooth pattern, for topk." in " ".join(out.split())
+    # the note stands beside one of the two
+    assert path.read_text().count("queries and keys made up") == 1
+    assert "made up" not in run(capfd, "draw", "radial", "--output", path)[1]
+
+
+def test_an_ending_may_be_in_capitals(capfd, tmp_path):
+    code, _, err = run(capfd, "draw", "radial", "--output", tmp_path / "plan.PNG")
+    assert code == 0, err
+    assert (tmp_path / "plan.PNG").read_bytes().startswith(PNG)
+
+
+def test_a_file_that_is_there_is_left_alone_by_default(tmp_path):
+    path = tmp_path / "video.mp4"
+    assert fresh_file(path) == path
+    path.touch()
+    assert fresh_file(path).name == "video-2.mp4"
+    (tmp_path / "video-2.json").touch()
+    assert fresh_file(path).name == "video-3.mp4"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.test_cli_video import SMALL, run, tiny_wan
+from tests.cli_cases import SMALL, run
 from vidattn.calibration import load_calibration
 from vidattn.commands.tune import reach
 from vidattn.methods import create_method
@@ -15,14 +15,6 @@ from vidattn.schedule import DenseGuard, Model
 from vidattn.schedule_file import load_schedule
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of the tiny pipeline: three layers of two heads, 3 x 6 x 8 tokens."""
-    folder = tmp_path_factory.mktemp("tune") / "wan"
-    tiny_wan().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.txt"
@@ -30,10 +22,10 @@ def prompts(tmp_path):
     return path
 
 
-def test_a_budget_is_met_and_the_schedule_runs(model, prompts, capfd, tmp_path):
+def test_a_budget_is_met_and_the_schedule_runs(original, prompts, capfd, tmp_path):
     path = tmp_path / "tuned.yaml"
     code, out, err = run(
-        capfd, "tune", "--model", model, "--prompts", prompts, "--budget", "density=0.4",
+        capfd, "tune", "--model", original, "--prompts", prompts, "--budget", "density=0.4",
         "--method", "topk", "--method", "neighborhood:window=3", "--looks", "1",
         "--dense-steps", "1", "--output", path, *SMALL,
     )  # fmt: skip
@@ -44,7 +36,7 @@ def test_a_budget_is_met_and_the_schedule_runs(model, prompts, capfd, tmp_path):
     assert {layer for rule in schedule.rules for layer in rule.layers} <= {1, 2}
     assert path.read_text().startswith("# vidattn tune --model") and "on 2 prompts" in out
     code, _, err = run(
-        capfd, "generate", "a boot", "--model", model, "--schedule", path,
+        capfd, "generate", "a boot", "--model", original, "--schedule", path,
         "--output", tmp_path / "x.mp4", *SMALL,
     )  # fmt: skip
     assert code == 0, err
@@ -54,17 +46,17 @@ def test_a_budget_is_met_and_the_schedule_runs(model, prompts, capfd, tmp_path):
     assert density <= 0.45
 
 
-def test_calibration_is_written_and_used(model, prompts, capfd, tmp_path):
+def test_calibration_is_written_and_used(original, prompts, capfd, tmp_path):
     path = tmp_path / "paro.safetensors"
     code, _, err = run(
-        capfd, "calibrate", "--model", model, "--prompts", prompts, "--density", "0.3",
+        capfd, "calibrate", "--model", original, "--prompts", prompts, "--density", "0.3",
         "--early", "2", "--block", "16", "--output", path, *SMALL,
     )  # fmt: skip
     assert code == 0, err
     found = load_calibration(path)
     assert found.size == (3, 6, 8) and found.masks.shape == (2, 3, 2, 9, 9)
     code, _, err = run(
-        capfd, "generate", "a boot", "--model", model, "--method", f"paro:calibration={path}",
+        capfd, "generate", "a boot", "--model", original, "--method", f"paro:calibration={path}",
         "--output", tmp_path / "x.mp4", *SMALL,
     )  # fmt: skip
     assert code == 0, err
@@ -125,9 +117,9 @@ def test_mistakes_are_named_before_the_model_is_loaded(flags, words, prompts, ca
     assert code != 0 and words.format(**names) in err
 
 
-def test_a_budget_that_no_method_meets_is_named_before_the_runs(model, prompts, capfd, tmp_path):
+def test_a_budget_that_no_method_meets_is_named_before_the_runs(original, prompts, capfd, tmp_path):
     code, _, err = run(
-        capfd, "tune", "--model", model, "--prompts", prompts, "--budget", "density=0.05",
+        capfd, "tune", "--model", original, "--prompts", prompts, "--budget", "density=0.05",
         "--method", "neighborhood:window=5", "--output", tmp_path / "x.yaml", *SMALL,
     )  # fmt: skip
     assert code != 0 and "density of 0.05 or less, the sparsest have" in err

@@ -8,86 +8,13 @@ import sys
 import threading
 from pathlib import Path
 
-import imageio.v2 as imageio
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from vidattn.cli import main
-from vidattn.video import beside, write_video
+from tests.cli_cases import SMALL, WEIGHTS, frames_of, run
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "boot")
-SMALL = ("--frames", "9", "--height", "48", "--width", "64", "--steps", "3", "--fps", "8")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def tiny_wan() -> WanPipeline:
-    """A WanPipeline of stock classes with a few thousand random weights."""
-    torch.manual_seed(0)
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    return WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
-        text_encoder=UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-            )
-        ),
-        vae=AutoencoderKLWan(
-            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-        ),
-        transformer=WanTransformer3DModel(
-            patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=12, in_channels=4,
-            out_channels=4, text_dim=16, freq_dim=16, ffn_dim=16, num_layers=3,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """The folder of the tiny pipeline; not to be changed."""
-    folder = tmp_path_factory.mktemp("tiny") / "wan"
-    tiny_wan().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def model(original, tmp_path):
-    """A copy of the folder, to be broken."""
-    folder = tmp_path / "model"
-    for path in original.rglob("*"):
-        target = folder / path.relative_to(original)
-        if path.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    return folder
-
-
-def run(capfd, *argv):
-    code = main([str(word) for word in argv])
-    captured = capfd.readouterr()
-    return code, captured.out, captured.err
-
-
-def frames_of(path):
-    with imageio.get_reader(path) as reader:
-        return [torch.from_numpy(frame.copy()) for frame in reader], reader.get_meta_data()
 
 
 def test_generate_writes_a_video_and_what_made_it(original, capfd, tmp_path):
@@ -184,7 +111,7 @@ def test_a_schedule_is_made_and_compared(original, capfd, tmp_path):
 def test_compare_runs_every_method_and_leaves_out_what_cannot(
     original, capfd, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("vidattn.commands.choice.list_methods", lambda: ["dense", "radial", "topk"])
+    monkeypatch.setattr("vidattn.commands.serve.list_methods", lambda: ["dense", "radial", "topk"])
     code, out, err = run(
         capfd, "compare", "a red boot", "--model", original, "--output", tmp_path,
         "--method", "all:density=0.001", "--metrics", "ssim,psnr,ms-ssim", *SMALL,
@@ -311,24 +238,3 @@ def test_ctrl_c_in_the_middle_of_a_generation(original, tmp_path):
     assert b"Traceback" not in rest
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
     assert out.read_bytes() == b"the old video"
-
-
-@pytest.mark.parametrize("size", [(16, 32), (17, 33)])
-def test_a_written_video_looks_like_its_frames(size, tmp_path):
-    frames = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, *size)
-    write_video(tmp_path / "x.mp4", frames, fps=5)
-    read, _ = frames_of(tmp_path / "x.mp4")
-    assert len(read) == 5 and read[0].shape == (size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
-    means = torch.stack([frame.float().mean() / 255 for frame in read])
-    assert_close(means, torch.linspace(0, 1, 5), atol=0.02, rtol=0)
-    with pytest.raises(ValueError, match=".mp4 or .gif"):
-        write_video(tmp_path / "x.avi", frames, fps=5)
-
-
-def test_videos_beside_each_other_keep_their_colors():
-    videos = [torch.full((2, 3, 16, 16), x) for x in (0.25, 0.75)]
-    wide = beside(videos, ["one\nsmall", "two"], min_width=64)
-    height, width = wide.shape[2:]
-    assert wide.shape[:2] == (2, 3) and width >= 2 * 64
-    assert_close(wide[:, :, height // 2 + 20, width // 4], torch.full((2, 3), 0.25))
-    assert_close(wide[:, :, height // 2 + 20, 3 * width // 4], torch.full((2, 3), 0.75))

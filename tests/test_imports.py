@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"grid", "registry", "resources", "table", "kernels"},
     {"plan", "tiles", "gpus", "video_models", "config"},
-    {"head_plan", "visible"},
+    {"head_plan", "visible", "catalog"},
     {"method", "reorder", "rectification"},
     {"content", "calibration"},
     {"pattern"},
@@ -22,6 +22,7 @@ LAYERS = (
     {"draw", "neighborhood", "perception", "simulate", "schedule_file"},
     {"pipelines", "backbones"},
     {"commands"},
+    {"flags"},
     {"cli", "scripts"},
     {"__main__"},
 )

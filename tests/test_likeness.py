@@ -26,4 +26,5 @@ def test_a_figure_is_the_mean_over_clips():
     clips, dense = torch.rand(2, 3, 2, 3, 16, 16)
     expected = sum(psnr(a, b) for a, b in zip(clips, dense)) / 3
     assert MEASURES["psnr"].compute(list(clips), list(dense)) == pytest.approx(expected)
-    assert MEASURES["psnr"].cell(expected) == f"{expected:.2f} dB"
+    assert MEASURES["psnr"].cell(expected) == f"{expected:.2f}"
+    assert MEASURES["psnr"].column == "PSNR, dB" and MEASURES["ssim"].column == "SSIM"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from vidattn import __version__
+from vidattn.catalog import list_methods
 from vidattn.commands.choice import add_option_flags
-from vidattn.methods import list_methods
 from vidattn.registry import unknown
 
 COMMANDS = {
@@ -50,44 +52,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
-        return 0 if argv else 2
+    if argv[:1] in (["help"], ["-h"], ["--help"]):
+        argv = [*argv[1:2], "--help"] if argv[1:] else []
+        if not argv:
+            print(_overview())
+            return 0
+    if not argv:
+        print(_overview(), file=sys.stderr)
+        return 2
     if argv[0] == "--version":
         print(f"vidattn {__version__}")
         return 0
     name, *rest = argv
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    command = importlib.import_module(f"vidattn.commands.{name}")
+    # the flags need no PyTorch, so a question or a mistake is answered before it is imported
+    flags = importlib.import_module(f"vidattn.flags.{name}")
     parser = _Parser(
         prog=f"vidattn {name}",
-        description=(command.__doc__ or "").partition(": ")[2],
-        epilog=command.EXAMPLES,
+        description=(flags.__doc__ or "").partition(": ")[2],
+        epilog=flags.EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_arguments(parser)
+    flags.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    _add_method_flags(parser, rest, getattr(command, "DEFAULT_METHOD", None))
+    _add_method_flags(parser, rest, flags)
     args, extra = parser.parse_known_args(rest)
     args.argv, args.version = argv, __version__
     if extra:
         raise _unknown_words(parser, extra)
-    command.run(args)
+    flags.read(args)
+    importlib.import_module(f"vidattn.commands.{name}").run(args)
     return 0
 
 
-def _add_method_flags(parser: _Parser, rest: list[str], default: str | None) -> None:
+def _add_method_flags(parser: _Parser, rest: list[str], flags: ModuleType) -> None:
     """Give the options of the method on the command line flags of their own, where it is one."""
-    is_bare = parser.prog.endswith((" draw", " simulate"))
+    is_bare = getattr(flags, "BARE_METHODS", False)
     words = [
         word.removeprefix("--method=").partition(":")[0]
         for before, word in zip(["", *rest], rest)
         if before == "--method" or word.startswith("--method=") or is_bare
     ]
     names = list(dict.fromkeys(word for word in words if word in list_methods()))
-    names = names or [name for name in [default] if name]
+    names = names or [name for name in list_methods() if name == getattr(flags, "FLAGS_OF", None)]
     if len(names) == 1:
         add_option_flags(parser, names[0])
 
@@ -97,7 +106,14 @@ def _unknown_words(parser: _Parser, extra: list[str]) -> ValueError:
     if flag is None:
         return ValueError(f"unexpected {extra[0]!r}; quote a prompt of several words")
     known = sorted(x for x in parser._option_string_actions if x.startswith("--"))
-    return unknown("option", flag, known)
+    return unknown("option", flag, known, near=_near_flags(flag, known))
+
+
+def _near_flags(flag: str, known: list[str]) -> list[str]:
+    """Flags that share a whole word with one that is not known, or are spelt almost like it."""
+    words = set(flag.strip("-").split("-"))
+    shared = [x for x in known if words & set(x.strip("-").split("-"))]
+    return shared[:3] or difflib.get_close_matches(flag, known, n=3, cutoff=0.75)
 
 
 def _overview() -> str:

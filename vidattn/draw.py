@@ -27,7 +27,11 @@ MAP_CELLS = 420
 
 
 def draw(
-    plans: Mapping[str, Plan | HeadPlan], *, query: int | None = None, head: int = 0
+    plans: Mapping[str, Plan | HeadPlan],
+    *,
+    query: int | None = None,
+    head: int = 0,
+    notes: Mapping[str, str] | None = None,
 ) -> Figure:
     """A figure with one row per plan: its block map, and the keys that one query token reads.
 
@@ -38,6 +42,7 @@ def draw(
         query: the token whose keys are shown, by its place in the sequence; the middle of the
             video by default.
         head: the head to draw where a plan differs from head to head.
+        notes: words beside some titles, such as that queries and keys were made up.
 
     Raises:
         ValueError: no plan, or a query or head that is not there.
@@ -63,7 +68,12 @@ def draw(
         _draw_frames(right, plan, token, row_head)
         box = rows[row, :].get_position(figure)
         y = box.y1 + 0.12 / height
-        figure.text(box.x0, y, title, size=13, weight="bold", color=INK)
+        heading = figure.text(box.x0, y, title, size=13, weight="bold", color=INK)
+        if note := (notes or {}).get(title):
+            left.annotate(
+                note, (1, 0), xycoords=heading, xytext=(8, 2), textcoords="offset points",
+                size=10, style="italic", color=QUERY, annotation_clip=False,
+            )  # fmt: skip
         figure.text(box.x1, y, figures, size=10, color=INK, ha="right")
     _draw_legend(figure)
     return figure

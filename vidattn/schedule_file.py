@@ -12,13 +12,13 @@ from pathlib import Path
 
 import yaml
 
+from vidattn.catalog import PRESETS, list_presets
 from vidattn.config import build, plain, read_yaml
 from vidattn.methods import method_class, name_of
 from vidattn.registry import unknown
 from vidattn.resources import resource
 from vidattn.schedule import DenseGuard, Model, Rule, Schedule, show_numbers
 
-PRESETS = "configs/presets"
 Numbers = int | str | tuple[int | str, ...]
 
 
@@ -60,11 +60,6 @@ class RuleFile:
     transformer: str | None = None
 
 
-def list_presets() -> list[str]:
-    """Names of the schedules that ship with the package, in alphabetical order."""
-    return sorted(path.stem for path in resource(PRESETS).glob("*.yaml"))
-
-
 def load_schedule(where: str | Path) -> Schedule:
     """The schedule in a file, or a preset by its name.
 
@@ -75,7 +70,7 @@ def load_schedule(where: str | Path) -> Schedule:
     1
     """
     path = Path(where)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml"):
         if str(where) not in list_presets():
             raise unknown("preset or .yaml file", str(where), list_presets())
         path = resource(f"{PRESETS}/{where}.yaml")

@@ -1,4 +1,4 @@
-"""Tables of plain text that fit a terminal without breaking a word."""
+"""Tables and paragraphs of plain text that fit a terminal without breaking a word."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import shutil
 import textwrap
 from collections.abc import Collection, Sequence
 
-GAP, INDENT = "  ", "  "
+GAP, INDENT = "  ", " "
+WHOLE = {"break_long_words": False, "break_on_hyphens": False}
 Row = Sequence[str]
 
 
@@ -32,6 +33,7 @@ def table(
     """
     width = shutil.get_terminal_size().columns if width is None else width
     columns = [_Column(title, cells, title in prose) for title, *cells in zip(head, *rows)]
+    columns[0].is_figure = False
     if _fits(columns, width):
         return _lay_out(columns, width)
     first, *others = columns
@@ -41,6 +43,17 @@ def table(
         group, others = others[:count], others[count:]
         blocks.append(_lay_out(group, width, above=first))
     return "\n\n".join(blocks)
+
+
+def fill(text: str, width: int | None = None) -> str:
+    """A paragraph in lines that fit; a word is never broken.
+
+    >>> print(fill("one two three", 9))
+    one two
+    three
+    """
+    width = shutil.get_terminal_size().columns if width is None else width
+    return textwrap.fill(text, width, **WHOLE)
 
 
 class _Column:
@@ -60,9 +73,6 @@ class _Column:
         if self.is_prose:
             lines = [x for line in lines for x in textwrap.wrap(line, width, **WHOLE) or [""]]
         return [line.rjust(width) if self.is_figure else line.ljust(width) for line in lines]
-
-
-WHOLE = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def _is_figure(cell: str) -> bool:

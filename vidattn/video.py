@@ -5,6 +5,7 @@ Letters: F frames, C channels, H height, W width.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,10 +30,11 @@ def write_video(path: Path, frames: Tensor, *, fps: float) -> None:
     """
     import imageio.v2 as imageio
 
-    if path.suffix not in (".mp4", ".gif"):
+    ending = path.suffix.lower()
+    if ending not in (".mp4", ".gif"):
         raise ValueError(f"a video is written as .mp4 or .gif, got '{path.name}'")
     pictures = to_bytes(frames)
-    if path.suffix == ".gif":
+    if ending == ".gif":
         _write_gif(path, pictures, fps)
         return
     height, width = pictures.shape[1:3]
@@ -55,7 +57,13 @@ def _write_gif(path: Path, pictures: np.ndarray, fps: float) -> None:
     # browsers slow down frames shorter than 20 ms
     duration_ms = max(20, round(1000 / fps))
     images[0].save(
-        path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0, optimize=True
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=duration_ms,
+        loop=0,
+        optimize=True,
     )
 
 
@@ -65,32 +73,50 @@ def to_bytes(frames: Tensor) -> np.ndarray:
     return frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def beside(videos: Sequence[Tensor], labels: Sequence[str], *, min_width: int = 256) -> Tensor:
-    """Several videos in a row, each under its label.
+def beside(
+    videos: Sequence[Tensor],
+    labels: Sequence[str],
+    *,
+    title: str = "",
+    min_width: int = 256,
+    columns: int = 4,
+) -> Tensor:
+    """Several videos beside each other, each under its label, in rows of a few.
 
     Args:
         videos: (F, 3, H, W) floats in [0, 1], all of one shape.
         labels: one per video; the first line is set larger.
+        title: stands above all of them.
         min_width: narrower videos are enlarged by a whole factor up to this width.
+        columns: the most to a row; the rows are as even as can be.
 
     Returns:
         (F, 3, H', W') floats in [0, 1].
     """
     factor = max(1, -(-min_width // videos[0].shape[-1]))
     gap = 8
-    columns = []
+    panels = []
     for video, label in zip(videos, labels):
         video = F.interpolate(video.float(), scale_factor=factor, mode="bicubic").clamp(0, 1)
         band = _label(label, video.shape[-1]).expand(len(video), -1, -1, -1)
-        columns.append(F.pad(torch.cat([band, video], dim=2), (gap, gap), value=1.0))
-    return F.pad(torch.cat(columns, dim=3), (0, 0, 0, gap), value=1.0)
+        panels.append(F.pad(torch.cat([band, video], dim=2), (gap, gap), value=1.0))
+    num_rows = -(-len(panels) // columns)
+    columns = -(-len(panels) // num_rows)
+    panels += [torch.ones_like(panels[0])] * (num_rows * columns - len(panels))
+    rows = [torch.cat(panels[i : i + columns], 3) for i in range(0, len(panels), columns)]
+    if title:
+        width = rows[0].shape[-1] - 2 * gap
+        lines = textwrap.wrap(title, max(20, width // 9))
+        band = _label("\n".join(lines), width, 8 + 20 * len(lines)).expand(len(rows[0]), -1, -1, -1)
+        rows.insert(0, F.pad(band, (gap, gap), value=1.0))
+    return F.pad(torch.cat(rows, dim=2), (0, 0, 0, gap), value=1.0)
 
 
-def _label(text: str, width: int) -> Tensor:
-    """(1, 3, h, width): the lines of a label, dark on white, shrunk where they are too long."""
+def _label(text: str, width: int, height: int = 44) -> Tensor:
+    """(1, 3, height, width): the lines of a label, dark on white, shrunk where they are long."""
     from PIL import Image, ImageDraw, ImageFont
 
-    image = Image.new("RGB", (width, 44), PAPER)
+    image = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(image)
     y = 5
     for i, line in enumerate(text.split("\n")):

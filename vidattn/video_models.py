@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import yaml
 
-from vidattn.grid import Grid, Size
 from vidattn.registry import unknown
 from vidattn.resources import resource
+
+if TYPE_CHECKING:
+    from vidattn.grid import Grid, Size
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class VideoModel:
         Raises:
             ValueError: a size that the model does not cut into whole tokens.
         """
+        # brings in PyTorch, which those who ask for a name only should not wait for
+        from vidattn.grid import Grid
+
         pt, ph, pw = self.patch
         if num_frames < 1 or (num_frames - 1) % pt or height % ph or width % pw:
             raise ValueError(

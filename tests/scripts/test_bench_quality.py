@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_cli_video import tiny_wan
+from tests.cli_cases import tiny_wan
 from vidattn.grid import Grid
 from vidattn.methods import list_methods, plan
 

@@ -1,20 +1,21 @@
-"""A method with its options, read from the command line by way of the method's dataclass."""
+"""What the command line is to run, read without PyTorch: methods with options, and schedules."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
 import re
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from vidattn.catalog import describe, list_presets
 from vidattn.config import alternatives, describe_type, show_value
-from vidattn.methods import create_method, list_methods, method_class
 from vidattn.registry import unknown
-from vidattn.schedule_file import load_schedule
 
+if typing.TYPE_CHECKING:
+    from vidattn.method import Method
+
+DEFAULT_METHOD = "radial:density=0.3"
 SYNTAX = "NAME or NAME:OPTION=VALUE,... as in radial:density=0.3,window=tile"
 SCHEDULE_HELP = "a preset (`vidattn list --presets`) or a YAML file, instead of a method"
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -38,9 +39,15 @@ class Choice:
         return f"{self.name}:{options}" if options else self.name
 
     @property
-    def slug(self) -> str:
-        """The label as part of a file name."""
-        return re.sub(r"[^\w.=+-]+", "-", self.label)
+    def method(self) -> Method:
+        """The method itself.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        from vidattn.methods import create_method
+
+        return create_method(self.name, **self.options)
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -53,13 +60,15 @@ class ScheduleChoice:
     """A schedule by the name of a preset, or by its file.
 
     Raises:
-        ValueError: there is none, or it is broken.
+        ValueError: there is none.
     """
 
     where: str
 
     def __post_init__(self):
-        load_schedule(self.where)
+        is_file = Path(self.where).suffix.lower() in (".yaml", ".yml")
+        if not is_file and self.where not in list_presets():
+            raise unknown("preset or .yaml file", self.where, list_presets())
 
     @property
     def label(self) -> str:
@@ -72,19 +81,38 @@ class ScheduleChoice:
         return {"schedule": self.where}
 
 
+@dataclass(frozen=True)
+class AllMethods:
+    """Every method but dense, set to a density where one is given."""
+
+    density: float | None = None
+
+
+def parse_all(text: str) -> AllMethods:
+    """Every method, from ``all`` or ``all:density=0.25``.
+
+    Raises:
+        ValueError: another option, or no number.
+    """
+    option, _, value = text.partition(":")[2].partition("=")
+    if option not in ("", "density"):
+        raise ValueError(f"all takes a density and no other option, got {text!r}")
+    return AllMethods(parse_value("density", value, float) if option else None)
+
+
 def parse_choice(text: str) -> Choice:
     """A choice from ``name:option=value,option=value``.
 
     A piece without '=' belongs to the value before it, so a size is written ``window=5,9,9``.
 
     Raises:
-        ValueError: no such method or option (the nearest are listed), or a bad value.
+        ValueError: no such method or option (the nearest are listed), or a value of another type.
 
     >>> parse_choice("neighborhood:window=5,9,9,stride=1").options
     {'window': (5, 9, 9), 'stride': 1}
     """
     name, _, rest = text.partition(":")
-    method_class(name)
+    describe(name)
     given: dict[str, str] = {}
     last = ""
     for piece in filter(None, (x.strip() for x in rest.split(","))):
@@ -103,23 +131,16 @@ def make_choice(name: str, given: dict[str, str]) -> Choice:
     """A choice from options in words.
 
     Raises:
-        ValueError: no such method or option (the nearest are listed), or a bad value.
+        ValueError: no such method or option (the nearest are listed), or a value of another type.
     """
-    hints = option_hints(name)
+    known = describe(name).options
     for option in given:
-        if option not in hints:
-            raise unknown(f"option of method {name!r}", option, hints)
-    options = {option: parse_value(option, text, hints[option]) for option, text in given.items()}
-    create_method(name, **options)
-    return Choice(name, options)
-
-
-def option_hints(name: str) -> dict[str, object]:
-    """The type of every option of a method, its own before those that others have too."""
-    cls = method_class(name)
-    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
-    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
-    return {field.name: hints[field.name] for field in fields}
+        if option not in known:
+            raise unknown(f"option of method {name!r}", option, known)
+    values = {
+        option: parse_value(option, text, known[option].hint) for option, text in given.items()
+    }
+    return Choice(name, values)
 
 
 def parse_value(option: str, text: str, hint: object) -> object:
@@ -159,54 +180,18 @@ def _rank(kind: object) -> int:
     return order.index(kind) if kind in order[:-1] else len(order) + (kind is str)
 
 
-def describe_method(name: str) -> str:
-    """The first sentence of a method's docstring."""
-    return _clean(inspect.getdoc(method_class(name))).split("\n\n")[0].replace("\n", " ")
-
-
-def explain_method(name: str) -> str:
-    """What a method is and where it comes from: the docstring of its file."""
-    paragraphs = _clean(inspect.getdoc(inspect.getmodule(method_class(name)))).split("\n\n")
-    return "\n\n".join(re.sub(r"\s*\n\s*", " ", paragraph) for paragraph in paragraphs)
-
-
-def describe_options(name: str) -> dict[str, str]:
-    """The meaning of every option, from the Args section of the method's docstring."""
-    doc = inspect.getdoc(method_class(name)) or ""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
-    found: dict[str, str] = dict.fromkeys(option_hints(name), "")
-    entries = re.findall(
-        r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section[1] if section else "", re.M | re.S
-    )
-    found.update({option: _clean(re.sub(r"\s+", " ", text).strip()) for option, text in entries})
-    return found
-
-
-def default_of(name: str, option: str) -> str:
-    """The default of an option in words."""
-    fields = {field.name: field for field in dataclasses.fields(method_class(name))}
-    default, factory = fields[option].default, fields[option].default_factory
-    if default is not dataclasses.MISSING:
-        return show_value(default)
-    return "" if factory is dataclasses.MISSING else show_value(factory())
-
-
-def _clean(doc: str | None) -> str:
-    return (doc or "").replace("``", "")
-
-
 def add_option_flags(parser: argparse.ArgumentParser, name: str) -> None:
     """One flag for every option of a method; options that share a name with a flag are left out."""
-    meanings = describe_options(name)
     group = parser.add_argument_group(f"options of {name}")
-    for option, hint in option_hints(name).items():
-        flag = "--" + option.replace("_", "-")
+    for option in describe(name).options.values():
+        flag = "--" + option.name.replace("_", "-")
         if flag in parser._option_string_actions:
             continue
-        words = f"{meanings[option]} [{describe_type(hint)}; default {default_of(name, option)}]"
+        words = f"{option.meaning} [{describe_type(option.hint)}; default {option.default}]"
         words = words.replace("%", "%%").strip()
-        how = {"action": argparse.BooleanOptionalAction} if hint is bool else {"metavar": "X"}
-        group.add_argument(flag, dest=f"option_{option}", default=None, help=words, **how)
+        is_switch = option.hint is bool
+        how = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "X"}
+        group.add_argument(flag, dest=f"option_{option.name}", default=None, help=words, **how)
 
 
 def flagged_options(args: argparse.Namespace) -> dict[str, str]:
@@ -219,16 +204,19 @@ def flagged_options(args: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def choices_of(args: argparse.Namespace) -> list[Choice]:
+def choices_of(args: argparse.Namespace, default: str | None = None) -> list[Choice]:
     """The methods named on the command line, each once, with the options given as flags.
 
+    Args:
+        default: the method that flags belong to where none is named.
+
     Raises:
-        ValueError: no method, or flags beside more than one method.
+        ValueError: flags beside more than one method.
     """
     texts = [*getattr(args, "methods", []), *args.method]
     flags = flagged_options(args)
-    if not texts:
-        raise ValueError("no method given; `vidattn list` shows them")
+    if flags and not texts and default:
+        texts = [default]
     if flags and len(texts) > 1:
         flag = next(iter(flags))
         raise ValueError(
@@ -243,22 +231,12 @@ def choices_of(args: argparse.Namespace) -> list[Choice]:
     return list({choice.label: choice for choice in choices}.values())
 
 
-def expand_all(methods: Sequence[str]) -> list[str]:
-    """The methods with "all", or "all:density=...", replaced by every method but dense.
+def named_choices(args: argparse.Namespace) -> list[Choice]:
+    """The same where there is no default.
 
     Raises:
-        ValueError: another option than a density.
+        ValueError: no method, or flags beside more than one.
     """
-    expanded = []
-    for text in methods:
-        name, _, options = text.partition(":")
-        if name != "all":
-            expanded.append(text)
-            continue
-        option = options.partition("=")[0]
-        if options and option != "density":
-            raise ValueError(f"all takes a density and no other option, got {text!r}")
-        for name in list_methods():
-            if name != "dense":
-                expanded.append(f"{name}:{options}" if option in option_hints(name) else name)
-    return expanded
+    if not args.methods and not args.method:
+        raise ValueError("no method given; `vidattn list` shows them")
+    return choices_of(args)

@@ -5,90 +5,45 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from vidattn.commands.choice import (
-    SCHEDULE_HELP,
-    SYNTAX,
-    Choice,
-    ScheduleChoice,
-    choices_of,
-    expand_all,
-)
+from vidattn.commands.choice import AllMethods, Choice, ScheduleChoice
 from vidattn.commands.clip import Clip, Guards, make_clip, warm_up
-from vidattn.commands.comparison import Row, print_table, seconds, to_markdown
-from vidattn.commands.likeness import MEASURES, Measure, choose_measures
-from vidattn.commands.model import load_pipeline
-from vidattn.commands.output import writable_folder, write_atomically, write_json
+from vidattn.commands.comparison import Row, seconds, to_markdown, to_text
+from vidattn.commands.likeness import Measure, choose_measures
+from vidattn.commands.output import write_atomically, write_json
 from vidattn.commands.record import hardware_line, record
-from vidattn.commands.request import (
-    Request,
-    add_model_arguments,
-    add_request_arguments,
-    positive_int,
-    request_of,
-    resolve,
-)
+from vidattn.commands.request import Request
+from vidattn.commands.serve import Outlook, foresee
+from vidattn.commands.warn import warn, warn_about
 from vidattn.video import beside, write_video
 
-EXAMPLES = """\
-examples:
-  vidattn compare --method radial:density=0.3 --frames 65
-  vidattn compare --method radial:density=0.2 --method neighborhood:window=9,9,9 --repeats 3
-  vidattn compare --method all:density=0.25 --steps 8 --metrics psnr,ssim,warp"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what each video shows")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="the same")
-    parser.add_argument(
-        "--method", action="append", default=[], metavar="METHOD",
-        help=f"{SYNTAX}; may be repeated, dense is always there; all, or all:density=0.25, stands "
-        "for every method, with that density where it has one",
-    )  # fmt: skip
-    parser.add_argument(
-        "--schedule", action="append", default=[], metavar="NAME|FILE",
-        help=f"{SCHEDULE_HELP}; may be repeated",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("outputs/compare"), metavar="FOLDER")
-    parser.add_argument(
-        "--repeats", type=positive_int, default=1, metavar="N",
-        help="rounds of all methods in turn; times are medians over all (default 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--metrics", metavar="LIST",
-        help=f"{','.join(MEASURES)}, or all (default: the fast ones whose weights are there; "
-        "scripts/fetch_metric_weights.py fetches weights)",
-    )  # fmt: skip
-    parser.add_argument("--gif", action="store_true", help="also write the side by side as a gif")
-    add_request_arguments(parser)
-    add_model_arguments(parser)
+# of the name of a clip, below what file systems allow
+LONGEST = 120
+# the steps of a method take about the same time: the middle half of many differ by noise
+NOISY, FEW_STEPS = 1.5, 4
 
 
 def run(args: argparse.Namespace) -> None:
     """Run every method, write the videos, print the table."""
-    may_fail = any(text.partition(":")[0] == "all" for text in args.method)
-    choices = _choices(args)
-    requests = [request_of(args, prompt) for prompt in [*args.prompts, *args.prompt] or [None]]
-    folder = writable_folder(args.output)
-    pipe = load_pipeline(args)
-    requests = [resolve(pipe, request) for request in requests]
-    sides = [x for x in (requests[0].height, requests[0].width) if x is not None]
-    measures = choose_measures(
-        args.metrics, side_px=min(sides, default=1 << 30), num_clips=len(requests)
-    )
     guards = Guards(args.dense_layers, args.dense_steps)
-    console = Console(highlight=False)
-    choices = [x for x in choices if is_ready(pipe, requests[0], x, may_fail, console)]
+    outlook = foresee(args, args.requests)
+    choices, optional = _choices(args.choices, outlook, guards)
+    sides = [x for x in (outlook.requests[0].height, outlook.requests[0].width) if x is not None]
+    measures = choose_measures(
+        args.metrics, side_px=min(sides, default=1 << 30), num_clips=len(args.requests)
+    )
+    pipe, requests = outlook.load(args)
+    warn_about(pipe, args.model, requests)
+    choices = [x for x in choices if is_ready(pipe, requests[0], x, may_fail=x in optional)]
 
     def keep(label: str, i: int, clip: Clip) -> None:
         number = f"-{i + 1}" if len(requests) > 1 else ""
-        with write_atomically(folder / f"{_slug(label)}{number}.mp4") as partial:
+        with write_atomically(args.folder / f"{file_name(label)}{number}.mp4") as partial:
             write_video(partial, clip.frames, fps=args.fps)
 
     clips = make_clips(pipe, requests, choices, guards, repeats=args.repeats, keep=keep)
@@ -96,36 +51,39 @@ def run(args: argparse.Namespace) -> None:
         _row(choice, clips[choice.label], clips["dense"], measures, len(requests))
         for choice in choices
     ]
-    _write_beside(args, folder, clips, rows, len(requests))
-    _write_report(folder, record(pipe, args, requests[0]), requests, clips, rows)
-    print_table(console, rows, measures)
+    _write_beside(args, clips, rows, requests)
+    _write_report(args.folder, record(pipe, args, requests[0]), requests, clips, rows)
     setting = _setting(requests[0], [clips[row.label][0] for row in rows], rows[0])
-    console.print(f"\n{setting}")
-    with write_atomically(folder / "report.md") as partial:
+    with write_atomically(args.folder / "report.md") as partial:
         partial.write_text(f"{to_markdown(rows, measures)}\n{setting}\n", encoding="utf-8")
-    console.print(f"wrote {folder}", soft_wrap=True)
+    print(f"{to_text(rows, measures)}\n\n{setting}")
+    warn_of_noise(rows, args.repeats)
+    print(f"wrote {args.folder}: open {args.folder / 'side_by_side.mp4'}")
 
 
-def _choices(args: argparse.Namespace) -> list[Choice | ScheduleChoice]:
-    """Dense attention, then what is asked for."""
-    if not args.schedule:
-        args.method = args.method or ["radial:density=0.3"]
-    args.method = expand_all(args.method)
-    methods = [
-        choice for choice in (choices_of(args) if args.method else []) if choice.name != "dense"
-    ]
-    schedules = [ScheduleChoice(where) for where in dict.fromkeys(args.schedule)]
-    if not methods + schedules:
-        raise ValueError("nothing to compare dense with; add --method radial:density=0.3")
-    return [Choice("dense"), *methods, *schedules]
+def _choices(
+    asked: Sequence[Choice | ScheduleChoice | AllMethods], outlook: Outlook, guards: Guards
+) -> tuple[list[Choice | ScheduleChoice], list[Choice]]:
+    """Dense attention and what is asked for, and what of it may be left out if it fails."""
+    named = [choice for choice in asked if not isinstance(choice, AllMethods)]
+    if not asked:
+        named = [outlook.default()]
+    for choice in named:
+        outlook.check(choice, guards)
+    optional = []
+    for wanted in asked:
+        if isinstance(wanted, AllMethods):
+            found, left_out = outlook.everything(wanted, guards)
+            optional += [choice for choice in found if choice not in named + optional]
+            for label, why in left_out.items():
+                print(f"left out: {label}: {why}")
+    if not named + optional:
+        raise ValueError("no method can do this: see why above")
+    return [Choice("dense"), *named, *optional], optional
 
 
 def is_ready(
-    pipe: object,
-    request: Request,
-    choice: Choice | ScheduleChoice,
-    may_fail: bool,
-    console: Console,
+    pipe: object, request: Request, choice: Choice | ScheduleChoice, may_fail: bool
 ) -> bool:
     """Warm a method up, and say whether it can do what is asked.
 
@@ -137,7 +95,7 @@ def is_ready(
     except ValueError as error:
         if not may_fail:
             raise
-        console.print(f"left out: {choice.label}: {error}", soft_wrap=True)
+        print(f"left out: {choice.label}: {error}")
         return False
     return True
 
@@ -183,7 +141,7 @@ def _row(
         label=choice.label,
         density=plan_density(clips[0]),
         density_in_all=statistics.mean(clip.report.density for clip in clips),
-        step_ms=statistics.median(steps_ms),
+        steps_ms=steps_ms,
         total_ms=statistics.median(clip.total_ms for clip in clips),
         attention_share=share,
         figures={measure.key: measure.compute(frames, others) for measure in measures},
@@ -196,32 +154,51 @@ def plan_density(clip: Clip) -> float:
     return sum(n * d for n, d in calls) / sum(n for n, _ in calls) if calls else 1.0
 
 
-def _write_beside(args, folder: Path, clips, rows: Sequence[Row], num_prompts: int) -> None:
+def _write_beside(args, clips, rows: Sequence[Row], requests: Sequence[Request]) -> None:
     captions = [_caption(row, rows[0]) for row in rows]
     strips = [
-        beside([clips[row.label][i].frames for row in rows], captions) for i in range(num_prompts)
+        beside([clips[row.label][i].frames for row in rows], captions, title=request.prompt)
+        for i, request in enumerate(requests)
     ]
     endings = (".mp4", ".gif") if args.gif else (".mp4",)
     for ending in endings:
-        with write_atomically(folder / f"side_by_side{ending}") as partial:
+        with write_atomically(args.folder / f"side_by_side{ending}") as partial:
             write_video(partial, torch.cat(strips, dim=2), fps=args.fps)
 
 
-def _slug(label: str) -> str:
-    return "".join(x if x.isalnum() or x in "=.," else "-" for x in label)
+def file_name(label: str) -> str:
+    """A label as a file name; of a long one the beginning, and a number that stands for all."""
+    name = "".join(x if x.isalnum() or x in "=.," else "-" for x in label)
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[:LONGEST]}-{zlib.crc32(label.encode()):08x}"
 
 
 def _caption(row: Row, dense: Row) -> str:
     if row is dense:
-        return f"dense\n{seconds(row.step_ms)} per step"
+        return f"dense\n{seconds(row.total_ms)}"
     likeness = f", {row.figures['psnr_db']:.1f} dB" if "psnr_db" in row.figures else ""
-    return f"{row.label}\n{dense.step_ms / row.step_ms:.2f}x, density {row.density:.2f}{likeness}"
+    faster = f"{seconds(row.total_ms)}, {dense.total_ms / row.total_ms:.2f}x"
+    return f"{row.label}\n{faster}, density {row.density_in_all:.2f}{likeness}"
+
+
+def warn_of_noise(rows: Sequence[Row], repeats: int) -> None:
+    """Warn where steps that should take the same time did not."""
+    spreads = {row.label: row.middle_ms for row in rows if len(row.steps_ms) >= FEW_STEPS}
+    label, (low, high) = max(spreads.items(), key=lambda x: x[1][1] / x[1][0], default=("", (1, 1)))
+    if high > NOISY * low:
+        warn(
+            f"times varied {high / low:.1f}x: the middle half of the steps of {label} took "
+            f"{seconds(low)} to {seconds(high)}. Something else may have been running: use "
+            f"--repeats {3 if repeats == 1 else 2 * repeats}"
+        )
 
 
 def _write_report(folder: Path, header: dict, requests, clips, rows: Sequence[Row]) -> None:
     methods = {
         row.label: row.to_dict()
-        | {"speedup": rows[0].step_ms / row.step_ms}
+        | {"speedup": rows[0].total_ms / row.total_ms}
+        | {"step_speedup": rows[0].step_ms / row.step_ms}
         | {"clips": [_describe(clip) for clip in clips[row.label]]}
         for row in rows
     }
@@ -240,8 +217,9 @@ def _setting(request: Request, clips: Sequence[Clip], dense: Row) -> str:
     return (
         f"{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
         f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step.\n"
-        "density: of the plan, then with the dense layers and steps. step: median. "
-        "Likeness is to the dense clips, on the frames before they are encoded.\n"
+        "The speed-up of a whole run includes text encoder and VAE. step: median of the denoising\n"
+        "steps, ± for the middle half of them. density: of the plans, then in all, with the dense\n"
+        "layers and steps. Likeness is to the dense clips, on the frames before they are encoded.\n"
         f"{hardware_line()}."
     )
 

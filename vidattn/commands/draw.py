@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from vidattn.commands.choice import SYNTAX, Choice, choices_of
-from vidattn.commands.output import writable_file, write_atomically
+from vidattn.commands.output import write_atomically
 from vidattn.draw import draw
 from vidattn.grid import Grid
 from vidattn.measure import speedup_bound
-from vidattn.methods import create_method
+from vidattn.method import Method
 from vidattn.plan import Plan
+from vidattn.table import fill, table
 
-EXAMPLES = """\
-examples:
-  vidattn draw radial --density 0.3 --grid 21x30x52
-  vidattn draw neighborhood:window=5,9,9 radial:density=0.3 --grid 13x16x24 --output plans.png"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=SYNTAX)
-    parser.add_argument("--method", action="append", default=[], metavar="METHOD", help="the same")
-    parser.add_argument(
-        "--grid", default="13x16x24", help="latent frames x rows x columns (default %(default)s)"
-    )
-    parser.add_argument("--text", type=int, default=0, help="text tokens in the sequence")
-    parser.add_argument("--text-first", action="store_true", help="text stands before the video")
-    parser.add_argument(
-        "--query", metavar="t,h,w", help="the token whose keys are shown (default the middle one)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/plan.png"), help="default %(default)s"
-    )
+MADE_UP = "queries and keys made up"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,19 +25,26 @@ def run(args: argparse.Namespace) -> None:
     query = None
     if args.query:
         query = _token(grid, _three("--query", args.query))
-    choices = choices_of(args)
-    path = writable_file(args.output, (".png", ".pdf", ".svg"))
-    plans = {choice.label: plan_of(choice, grid) for choice in choices}
-    figure = draw(plans, query=query)
-    with write_atomically(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:])
+    methods = {choice.label: choice.method for choice in args.choices}
+    for method in methods.values():
+        method.check(grid)
+    plans = {label: plan_of(method, grid) for label, method in methods.items()}
+    made_up = [label for label, method in methods.items() if method.reads_content]
+    figure = draw(plans, query=query, notes=dict.fromkeys(made_up, MADE_UP))
+    with write_atomically(args.path) as partial:
+        figure.savefig(partial, format=args.path.suffix[1:].lower())
     _print_figures(plans)
-    Console(highlight=False).print(f"\nwrote {path}", soft_wrap=True)
+    if made_up:
+        words = (
+            "There is no model here: the queries and keys were made up, from a smooth pattern, for "
+            f"{', '.join(made_up)}. A model may look elsewhere."
+        )
+        print(f"\n{fill(words)}")
+    print(f"\nwrote {args.path}")
 
 
-def plan_of(choice: Choice, grid: Grid) -> Plan:
-    """The plan of a choice; methods that read content are shown a smooth stand-in for it."""
-    method = create_method(choice.name, **choice.options)
+def plan_of(method: Method, grid: Grid) -> Plan:
+    """The plan of a method; one that reads content is shown a smooth stand-in for it."""
     q = k = smooth_content(grid) if method.reads_content else None
     return method.plan(grid, q, k)
 
@@ -91,20 +75,19 @@ def _token(grid: Grid, place: tuple[int, int, int]) -> int:
 
 
 def _print_figures(plans: dict[str, Plan]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", overflow="fold")
-    columns = ("tokens", "density", "visited", "blocks", "plan MiB", "speed-up at most")
-    for column in columns:
-        table.add_column(column, justify="right")
+    head = ["method", "tokens", "density", "visited", "blocks", "plan MiB", "speed-up at most"]
+    rows = []
     for label, plan in plans.items():
         figures = plan.summary()
-        table.add_row(
-            label,
-            f"{figures['num_tokens']:,}",
-            f"{figures['density']:.4f}",
-            f"{figures['visited_density']:.4f}",
-            f"{figures['num_blocks']:,}",
-            f"{figures['memory_mib']:.1f}",
-            f"{speedup_bound(plan):.2f}x",
+        rows.append(
+            [
+                label,
+                f"{figures['num_tokens']:,}",
+                f"{figures['density']:.4f}",
+                f"{figures['visited_density']:.4f}",
+                f"{figures['num_blocks']:,}",
+                f"{figures['memory_mib']:.1f}",
+                f"{speedup_bound(plan):.2f}x",
+            ]
         )
-    Console(highlight=False).print(table)
+    print(table(head, rows))

@@ -27,8 +27,9 @@ class Measure:
 
     Args:
         key: its name in reports.
-        title: of its column.
+        title: what it is called.
         form: how it is written, in the language of ``format``.
+        unit: of what is written.
         compute: from clips and the dense ones in the same order, (F, 3, H, W) in [0, 1] each.
         network: the one whose weights it needs.
         is_slow: whether it takes long beside making the clips, so that it must be asked for.
@@ -41,11 +42,17 @@ class Measure:
     title: str
     form: str
     compute: Callable[[Videos, Videos], float]
+    unit: str = ""
     network: str | None = None
     is_slow: bool = False
     is_likeness: bool = True
     least_px: int = 11
     least_clips: int = 1
+
+    @property
+    def column(self) -> str:
+        """The title with the unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def cell(self, value: float) -> str:
         """A value as tables show it."""
@@ -70,7 +77,7 @@ def _warp_error(clips: Videos, dense: Videos) -> float:
 
 
 MEASURES = {
-    "psnr": Measure("psnr_db", "PSNR", "{:.2f} dB", mean_of_pairs(psnr), least_px=1),
+    "psnr": Measure("psnr_db", "PSNR", "{:.2f}", mean_of_pairs(psnr), unit="dB", least_px=1),
     "ssim": Measure("ssim", "SSIM", "{:.4f}", mean_of_pairs(ssim)),
     "ms-ssim": Measure("ms_ssim", "MS-SSIM", "{:.4f}", mean_of_pairs(ms_ssim)),
     "lpips": Measure(

@@ -4,134 +4,87 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import yaml
 
-from vidattn.commands.choice import (
-    default_of,
-    describe_method,
-    describe_options,
-    explain_method,
-    option_hints,
-)
+from vidattn.catalog import PRESETS, describe, list_methods, list_presets
+from vidattn.commands.choice import Choice
 from vidattn.config import describe_type
-from vidattn.methods import create_method, label, list_methods
 from vidattn.resources import resource
-from vidattn.schedule_file import PRESETS, list_presets, load_schedule
-
-EXAMPLES = """\
-examples:
-  vidattn list
-  vidattn list radial
-  vidattn list --models
-  vidattn list --presets"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.add_argument("method", nargs="?", help="show the options of this method")
-    parser.add_argument(
-        "--presets", action="store_true", help="show the schedules for published models"
-    )
-    parser.add_argument(
-        "--models", action="store_true", help="show the transformers of diffusers that are known"
-    )
+from vidattn.table import fill, table
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what is asked for."""
-    console = Console(highlight=False)
-    asked = [args.method, args.models and "--models", args.presets and "--presets"]
-    if len(asked := [word for word in asked if word]) > 1:
-        raise ValueError(f"list takes a method, --models or --presets, got {' and '.join(asked)}")
     if args.models:
-        _show_models(console)
+        _show_models()
     elif args.presets:
-        _show_presets(console)
+        _show_presets()
     elif args.method:
-        _show_method(console, args.method)
+        _show_method(args.method)
     else:
-        _show_methods(console)
+        _show_methods()
 
 
-def _show_methods(console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("method", "what it keeps", "options"):
-        table.add_column(column, overflow="fold")
-    for name in list_methods():
-        table.add_row(
-            f"[bold cyan]{name}[/]", escape(describe_method(name)), " ".join(option_hints(name))
-        )
-    console.print(table)
-    console.print(
-        "\nvidattn list METHOD explains the options, vidattn draw METHOD makes a picture."
-    )
+def _show_methods() -> None:
+    head = ["method", "what it keeps", "options"]
+    entries = map(describe, list_methods())
+    rows = [[entry.name, entry.summary, " ".join(entry.options)] for entry in entries]
+    print(table(head, rows, prose=head[1:]))
+    print("\nvidattn list METHOD explains the options, vidattn draw METHOD makes a picture.")
 
 
-def _show_models(console: Console) -> None:
+def _show_models() -> None:
     from vidattn.pipelines.family import families
 
     refused = [family for family in families() if isinstance(family.refuse, str)]
     known = [family for family in families() if family not in refused]
-    console.print("[bold]vidattn can patch pipelines of these transformers[/]")
+    print("vidattn can patch pipelines of these transformers")
     for name in sorted(name for family in known for name in family.models):
-        console.print(f"  {name}")
-    console.print("\n[bold]and refuses these[/]")
+        print(f"  {name}")
+    print("\nand refuses these")
     for family in refused:
-        console.print(f"  {', '.join(family.models)}:\n    {escape(family.refuse)}")
+        print(f"  {', '.join(family.models)}:\n    {family.refuse}")
 
 
-def _show_presets(console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("preset", "transformer", "dense layers", "dense steps", "methods"):
-        table.add_column(column, overflow="fold")
+def _show_presets() -> None:
+    head = ["preset", "transformer", "dense\nlayers", "dense\nsteps", "methods"]
+    rows = []
     for name in list_presets():
-        schedule = load_schedule(name)
-        guard, methods = (
-            schedule.guard,
-            dict.fromkeys(label(rule.method) for rule in schedule.rules),
-        )
-        cells = (
-            schedule.model.transformer,
-            str(guard.layers),
-            str(guard.steps),
-            "\n".join(methods),
-        )
-        table.add_row(f"[bold cyan]{name}[/]", *map(escape, cells))
-    console.print(table)
-    console.print(
-        "\nUsed as --schedule NAME, or vidattn.patch(pipe, schedule=NAME); the sources stand in\n"
-        f"{resource(PRESETS)}",
-        soft_wrap=True,
+        text = resource(f"{PRESETS}/{name}.yaml").read_text(encoding="utf-8")
+        given = yaml.safe_load(text)
+        methods = [Choice(x["method"], x.get("options") or {}).label for x in given["rules"]]
+        guards = [str(given[key]) for key in ("dense_layers", "dense_steps")]
+        cells = [given["model"]["transformer"], *guards, "\n".join(dict.fromkeys(methods))]
+        rows.append([name, *cells])
+    print(table(head, rows))
+    print(
+        "\nUsed as --schedule NAME, or vidattn.patch(pipe, schedule=NAME). Sources stand in\n"
+        f"{resource(PRESETS)}"
     )
 
 
-def _show_method(console: Console, name: str) -> None:
-    console.print(f"[bold cyan]{name}[/]  {escape(describe_method(name))}\n")
-    console.print(escape(explain_method(name)), soft_wrap=False)
-    reads = create_method(name).reads_content
-    what = "reads queries and keys" if reads else "is the same for every content"
-    console.print(f"\nThe plan {what}.\n")
-    meanings = describe_options(name)
-    if not meanings:
-        console.print("It has no options.")
+def _show_method(name: str) -> None:
+    entry = describe(name)
+    for paragraph in (f"{name}: {entry.summary}", *entry.about.split("\n\n")):
+        print(f"{fill(paragraph)}\n")
+    print({
+        True: "The plan reads queries and keys.",
+        False: "The plan is the same for every content.",
+        None: "The plan is the same for every content, unless an option says that it is read.",
+    }[entry.reads_content])  # fmt: skip
+    if not entry.options:
+        print("\nIt has no options.")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("option", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold")
-    for option, hint in option_hints(name).items():
-        table.add_row(
-            f"[bold]{option}[/]",
-            describe_type(hint),
-            escape(default_of(name, option)),
-            escape(meanings[option]),
-        )
-    console.print(table)
-    defaults = {option: default_of(name, option) for option in meanings}
-    option = next(x for x in meanings if x == "density" or defaults[x] != "none")
+    head = ["option", "type", "default", "meaning"]
+    rows = [
+        [option.name, describe_type(option.hint), option.default, option.meaning]
+        for option in entry.options.values()
+    ]
+    print(f"\n{table(head, rows, prose=['type', 'meaning'])}")
+    defaults = {option.name: option.default for option in entry.options.values()}
+    option = next(x for x in defaults if x == "density" or defaults[x] != "none")
     example = "0.3" if option == "density" else defaults[option]
-    console.print(
+    print(
         f"\nWritten --{option.replace('_', '-')} {example}, or inside the method as "
         f"{name}:{option}={example}."
     )

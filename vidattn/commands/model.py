@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 
-from vidattn.resources import resource
-
-BUNDLED = "assets/tiny-t2v"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OFFLOADS = ("none", "model", "sequential")
+from vidattn.commands.folder import find_model
 
 
 def load_pipeline(args: argparse.Namespace) -> object:
@@ -31,9 +25,7 @@ def load_pipeline(args: argparse.Namespace) -> object:
     Raises:
         ValueError: a missing or broken model, a pickle checkpoint, or a device that is not there.
     """
-    device = find_device(args.device)
-    if args.offload != "none" and device.type == "cpu":
-        raise ValueError(f"--offload {args.offload} needs a GPU, the device is {device}")
+    device = find_device(args.device, args.offload)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     where = find_model(args.model)
@@ -45,11 +37,11 @@ def load_pipeline(args: argparse.Namespace) -> object:
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    chosen = DTYPES[default_dtype(device) if args.dtype == "auto" else args.dtype]
+    chosen = getattr(torch, default_dtype(device) if args.dtype == "auto" else args.dtype)
     try:
         # the VAE of Wan breaks into blotches below float32; it is small
         dtypes = {"default": chosen}
-        if _has_wan_vae(where):
+        if "AutoencoderKLWan" in (pipeline_config(where).get("vae") or ()):
             dtypes["vae"] = torch.float32
         pipe = DiffusionPipeline.from_pretrained(
             where, use_safetensors=True, local_files_only=Path(where).is_dir(), dtype=dtypes
@@ -67,11 +59,11 @@ def load_pipeline(args: argparse.Namespace) -> object:
     return pipe
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, offload: str = "none") -> torch.device:
     """The device of a name.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: it is not there, or is a CPU where parts are to be kept off the GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +73,8 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"--device {name!r} cannot be used: {first}") from error
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {offload} needs a GPU, the device is {device}")
     return device
 
 
@@ -89,103 +83,22 @@ def default_dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def find_model(model: str | None) -> str:
-    """The folder or hub id to load from, a folder being checked.
+def pipeline_config(where: str) -> dict[str, object]:
+    """What the model_index.json of a folder or hub id says.
 
     Raises:
-        ValueError: it is neither, or a folder that is broken or holds pickles only.
+        ValueError: it cannot be had.
     """
-    if model is None:
-        try:
-            folder = resource(BUNDLED)
-        except FileNotFoundError as error:
-            raise ValueError(f"the bundled model is missing: {error}") from error
-        return str(check_folder(folder))
-    path = Path(model).expanduser()
-    if path.suffix.lower() in (*PICKLES, ".safetensors") and not path.is_dir():
-        raise ValueError(
-            f"--model '{model}' is a single file; give a folder in the diffusers layout, with "
-            "model_index.json and safetensors weights" + _no_pickle(path)
-        )
-    if path.is_dir():
-        return str(check_folder(path))
-    if path.is_absolute() or model.startswith(("./", "../", "~")) or model.count("/") != 1:
-        raise ValueError(
-            f"--model '{model}' is no folder on this machine, and no hub id such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ValueError(f"--model '{model}' is no hub id: they read owner/name")
-    return model
-
-
-def is_bundled(model: str | None) -> bool:
-    """Whether a --model is the bundled one, by default or by its folder."""
-    if model is None:
-        return True
-    try:
-        return Path(model).expanduser().resolve() == resource(BUNDLED).resolve()
-    except FileNotFoundError:
-        return False
-
-
-def _no_pickle(path: Path) -> str:
-    if path.suffix.lower() in PICKLES:
-        return " (pickle checkpoints can run code when loaded and are refused)"
-    return ""
-
-
-def check_folder(folder: Path) -> Path:
-    """A model folder in the diffusers layout with safetensors weights.
-
-    Raises:
-        ValueError: what is missing or broken, or pickles without safetensors.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(
-            f"model folder '{folder}' has no model_index.json; give the folder of a whole "
-            "diffusers pipeline, not of one of its parts"
-        )
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"'{index}' is no valid JSON ({error}); download it again") from error
-    if not isinstance(parts, dict) or "_class_name" not in parts:
-        raise ValueError(f"'{index}' names no pipeline class; download it again")
-    for name, value in parts.items():
-        if not (isinstance(value, list) and len(value) == 2 and value[1] is not None):
-            continue
-        part = folder / name
-        if not part.is_dir():
-            raise ValueError(
-                f"model folder '{folder}' is incomplete: its model_index.json names '{name}', "
-                "which is not there; download it again"
-            )
-        _refuse_pickles(part)
-    return folder
-
-
-def _refuse_pickles(part: Path) -> None:
-    files = [path for path in part.iterdir() if path.is_file()]
-    pickles = sorted(path.name for path in files if path.suffix.lower() in PICKLES)
-    if pickles and not any(path.suffix == ".safetensors" for path in files):
-        raise ValueError(
-            f"'{part}' holds pickle weights only ({pickles[0]}), which can run code when loaded "
-            "and are refused; convert them to safetensors, or download a safetensors revision"
-        )
-
-
-def _has_wan_vae(where: str) -> bool:
+    if Path(where).is_dir():
+        return json.loads((Path(where) / "model_index.json").read_text(encoding="utf-8"))
     from diffusers import DiffusionPipeline
 
-    if Path(where).is_dir():
-        config = json.loads((Path(where) / "model_index.json").read_text(encoding="utf-8"))
-    else:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = DiffusionPipeline.load_config(where)
-    return "AutoencoderKLWan" in (config.get("vae") or ())
+            return DiffusionPipeline.load_config(where)
+    except Exception as error:
+        raise _explain(where, error) from error
 
 
 def _explain(where: str, error: Exception) -> ValueError:

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 
-from vidattn.commands.model import is_bundled
+from vidattn.commands.folder import is_bundled
 from vidattn.commands.request import Request
 from vidattn.measure import hardware
 

@@ -9,20 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vidattn.commands.model import DTYPES, OFFLOADS, is_bundled
-
-# the sizes that the bundled model was trained for
-BUNDLED_DEFAULTS = {
-    "num_frames": 33,
-    "height": 128,
-    "width": 128,
-    "num_inference_steps": 12,
-    "guidance_scale": 4.0,
-}
-BUNDLED_PROMPT = "a red boot moving right over a dark background"
+from vidattn.commands.folder import read_card
 
 _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
-_TEMPORAL = (
+TEMPORAL = (
     "vae_scale_factor_temporal",
     "vae_temporal_compression_ratio",
     "vae_temporal_scale_factor",
@@ -49,111 +39,19 @@ class Request:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags about the model and where it runs."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="ID|FOLDER", help="default: the bundled tiny model")
-    group.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument(
-        "--offload", choices=OFFLOADS, default="none", help="keep parts of the model off the GPU"
-    )
-    group.add_argument(
-        "--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)"
-    )
-    group.add_argument("--vae-tiling", action="store_true", help="decode in tiles, to save memory")
-
-
-def add_request_arguments(parser: argparse.ArgumentParser, guards: bool = True) -> None:
-    """Flags about the video, and about what stays dense."""
-    group = parser.add_argument_group("video")
-    group.add_argument("--negative-prompt", metavar="TEXT")
-    group.add_argument("--image", type=Path, help="the first frame, for image-to-video models")
-    for flag in ("--frames", "--height", "--width", "--steps"):
-        group.add_argument(flag, type=positive_int, metavar="N", help="default: the model's")
-    group.add_argument("--guidance", type=float, metavar="X", help="default: the model's")
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
-    group.add_argument("--fps", type=positive_int, default=16, metavar="N", help="default 16")
-    if not guards:
-        return
-    group = parser.add_argument_group("where attention stays dense")
-    group.add_argument(
-        "--dense-layers", type=count_or_share, metavar="X",
-        help="first layers: a count such as 2 or a share such as 0.1 (default 1 or the schedule's)",
-    )  # fmt: skip
-    group.add_argument(
-        "--dense-steps", type=count_or_share, metavar="X",
-        help="first denoising steps: a count or a share (default 0.1, or the schedule's)",
-    )  # fmt: skip
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file, one to a line; empty lines do not count.
-
-    Raises:
-        ValueError: it cannot be read, or has none.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts '{path}' cannot be read: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts '{path}' is empty: write one prompt to a line")
-    return prompts
-
-
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    value = _integer(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def seed(text: str) -> int:
-    """An integer that torch takes as a seed."""
-    value = _integer(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2**63 - 1, got {text}")
-    return value
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-
-
-def count_or_share(text: str) -> int | float:
-    """A count such as 2, or a share such as 0.25."""
-    try:
-        value = float(text) if "." in text or "e" in text else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be a count such as 2 or a share such as 0.1, got {text!r}"
-        ) from None
-    if not 0 <= value < math.inf or isinstance(value, float) and value > 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a count of at least 0, or a share from 0.0 to 1.0, got {text}"
-        )
-    return value
-
-
 def request_of(args: argparse.Namespace, prompt: str | None) -> Request:
-    """The request in the flags; the bundled model has its own defaults.
+    """The request in the flags, with the defaults of the model's card.
 
     Raises:
-        ValueError: no prompt for a model that is not the bundled one, or no such image.
+        ValueError: no prompt for a model whose card has none, or no such image.
     """
-    bundled = is_bundled(args.model)
-    if prompt is None and not bundled:
-        raise ValueError("no prompt given; write it behind the command, in quotes")
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty; write what the video should show")
     if args.image is not None and not args.image.is_file():
         raise ValueError(f"--image '{args.image}' is no file")
+    card = read_card(args.model)
+    if prompt is None and card.prompt is None:
+        raise ValueError("no prompt given; write it behind the command, in quotes")
     given = {
         "num_frames": args.frames,
         "height": args.height,
@@ -161,10 +59,9 @@ def request_of(args: argparse.Namespace, prompt: str | None) -> Request:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
     }
-    if bundled:
-        given = {key: BUNDLED_DEFAULTS[key] if x is None else x for key, x in given.items()}
+    given = {key: card.defaults.get(key) if x is None else x for key, x in given.items()}
     return Request(
-        prompt=BUNDLED_PROMPT if prompt is None else prompt,
+        prompt=card.prompt if prompt is None else prompt,
         negative_prompt=args.negative_prompt,
         seed=args.seed,
         image=args.image,
@@ -208,7 +105,7 @@ def _check_sizes(pipe: object, request: Request, defaults: Mapping[str, int]) ->
                 f"--{name} {value} is not possible with this {type(pipe).__name__}: it must be a "
                 f"multiple of {multiple}; the nearest are {_either(low, low + multiple)}"
             )
-    step, frames = _first(pipe, _TEMPORAL), request.num_frames
+    step, frames = first_attribute(pipe, TEMPORAL), request.num_frames
     # some pipelines count otherwise; their own default tells
     if step > 1 and frames is not None and (defaults.get("num_frames", 1) - 1) % step == 0:
         if (frames - 1) % step and "num_frames" in defaults:
@@ -224,12 +121,18 @@ def spatial_multiple(pipe: object) -> int:
     model = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
     patch = getattr(getattr(model, "config", None), "patch_size", None) or 1
     edge = patch if isinstance(patch, int) else patch[-1]
-    multiple = _first(pipe, _SPATIAL) * edge
+    multiple = spatial_factor(pipe) * edge
     # Wan asks for 16 whatever its parts need
     return math.lcm(multiple, 16) if type(pipe).__name__.startswith("Wan") else multiple
 
 
-def _first(pipe: object, names: tuple[str, ...]) -> int:
+def spatial_factor(pipe: object) -> int:
+    """Pixels to a latent along height and width."""
+    return first_attribute(pipe, _SPATIAL)
+
+
+def first_attribute(pipe: object, names: tuple[str, ...]) -> int:
+    """The first of several attributes that a pipeline has, or 1."""
     return next((getattr(pipe, name) for name in names if getattr(pipe, name, None)), 1)
 
 

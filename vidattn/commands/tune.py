@@ -6,70 +6,31 @@ import argparse
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from vidattn.commands.choice import SYNTAX, choices_of
+from vidattn.commands.choice import Choice
 from vidattn.commands.clip import pipeline_arguments
-from vidattn.commands.model import load_pipeline
-from vidattn.commands.output import writable_file, write_atomically
-from vidattn.commands.request import (
-    Request,
-    add_model_arguments,
-    add_request_arguments,
-    positive_int,
-    read_prompts,
-    request_of,
-    resolve,
-)
+from vidattn.commands.output import write_atomically
+from vidattn.commands.request import Request
+from vidattn.commands.serve import Outlook, foresee
+from vidattn.commands.warn import warn_about
+from vidattn.grid import Grid
 from vidattn.measure import psnr
 from vidattn.method import Method
-from vidattn.methods import create_method, label, list_methods
+from vidattn.methods import label, list_methods
 from vidattn.pipelines.patch import patch
-from vidattn.pipelines.tuning import Losses, Probe
+from vidattn.pipelines.tuning import Losses, Probe, candidates_at
 from vidattn.schedule import DenseGuard, Schedule
 from vidattn.schedule_file import save_schedule
-
-EXAMPLES = """\
-examples:
-  vidattn tune --prompts prompts.txt --budget density=0.25
-  vidattn tune --prompts prompts.txt --target psnr=30 --method topk --method radial:near=0,sink=no
-  vidattn compare "a red bag" --schedule outputs/tuned.yaml --method topk:density=0.25"""
+from vidattn.table import table
 
 # densities that methods are tried at, as shares of the budget and of the whole
 SHARES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)
 LADDER = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 # budgets that are tried for a target, from the sparsest
 BUDGETS = tuple(i / 32 for i in range(2, 32))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="one prompt to a line"
-    )
-    goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument(
-        "--budget", metavar="density=X", help="mean density of the layers that are not dense"
-    )
-    goal.add_argument(
-        "--target", metavar="psnr=X", help="dB to the dense clips, with the least density"
-    )
-    parser.add_argument(
-        "--method", action="append", default=[], metavar="METHOD",
-        help=f"{SYNTAX}; may be repeated (default: every method)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--looks", type=positive_int, default=3, metavar="N",
-        help="denoising steps at which methods are tried (default 3)",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("outputs/tuned.yaml"), metavar="FILE")
-    add_request_arguments(parser)
-    add_model_arguments(parser)
 
 
 @dataclass(frozen=True)
@@ -89,16 +50,12 @@ class Goal:
 
 def run(args: argparse.Namespace) -> None:
     """Measure the methods, choose among them, write the schedule."""
-    goal = parse_goal(args.budget, args.target)
-    requests = [request_of(args, prompt) for prompt in read_prompts(args.prompts)]
-    args.method = args.method or [name for name in list_methods() if name != "dense"]
-    choices = choices_of(args)
-    methods = {create_method(choice.name, **choice.options): choice.options for choice in choices}
-    path = writable_file(args.output, (".yaml", ".yml"))
-    pipe = load_pipeline(args)
-    requests = [resolve(pipe, request) for request in requests]
-    console = Console(highlight=False)
+    goal = Goal(args.density, args.psnr_db)
     guard = Schedule((), DenseGuard(1, 0.1)).with_guard(args.dense_layers, args.dense_steps).guard
+    outlook = foresee(args, args.requests)
+    methods, left_out = able(outlook, args.choices, goal)
+    pipe, requests = outlook.load(args)
+    warn_about(pipe, args.model, requests)
     losses, clips = measure(pipe, requests, methods, goal, guard, args.looks)
     if goal.density is not None:
         choice = losses.choose(goal.density)
@@ -110,35 +67,51 @@ def run(args: argparse.Namespace) -> None:
         f"squared error {losses.errors.gather(0, choice[None]).sum(2).mean():.2e} of the output of "
         f"a layer, on {len(requests)} prompt{'s' if len(requests) > 1 else ''}"
     )
-    with write_atomically(path) as partial:
+    with write_atomically(args.path) as partial:
         comment = f"vidattn {' '.join(args.argv)}\n{figures}"
         save_schedule(losses.schedule(choice, guard), partial, comment)
-    _print(console, losses, choice)
-    console.print(f"\n{figures}", soft_wrap=True)
-    console.print(f"wrote {path}", soft_wrap=True)
+    print(_table(losses, choice))
+    for name, why in (left_out | losses.refusals).items():
+        print(f"left out: {name}: {why}")
+    print(f"\n{figures}\nwrote {args.path}: now run vidattn compare --schedule {args.path}")
 
 
-def parse_goal(budget: str | None, target: str | None) -> Goal:
-    """The goal in the flags.
+def able(
+    outlook: Outlook, choices: Sequence[Choice], goal: Goal
+) -> tuple[dict[Method, Collection[str]], dict[str, str]]:
+    """The methods that can serve the video, with the options that stay, and why others cannot.
+
+    Args:
+        choices: every method where there are none.
 
     Raises:
-        ValueError: it is not written density=X or psnr=X, or no method can meet it.
+        ValueError: a method that was named cannot.
     """
-    flag, key, text = ("--budget", "density", budget)
-    if budget is None:
-        flag, key, text = "--target", "psnr", target
-    name, _, value = text.partition("=")
-    try:
-        number = float(value) if name.strip() == key else None
-    except ValueError:
-        number = None
-    if number is None:
-        raise ValueError(f"{flag} must be {key}=X with a number for X, got {text!r}")
-    if key == "density" and not 0 < number <= 1:
-        raise ValueError(f"{flag} must be a density above 0 and at most 1, got {number:g}")
-    if key == "psnr" and not 0 < number < 100:
-        raise ValueError(f"{flag} must be a PSNR from 0 to 100 dB, got {number:g}")
-    return Goal(density=number) if key == "density" else Goal(psnr_db=number)
+    methods, left_out = {}, {}
+    for choice in choices or [Choice(name) for name in list_methods() if name != "dense"]:
+        method = choice.method
+        why = _why_none(method, choice.options, goal, outlook.grid)
+        if why is None:
+            methods[method] = choice.options
+        elif choices:
+            raise why
+        else:
+            left_out[choice.label] = str(why)
+    return methods, left_out
+
+
+def _why_none(
+    method: Method, options: Collection[str], goal: Goal, grid: Grid | None
+) -> ValueError | None:
+    """Why a method serves a grid at none of the densities; None where it does, or nobody knows."""
+    why = None
+    for candidate in candidates_at({method: options}, goal.densities, grid) if grid else []:
+        try:
+            candidate.check(grid)
+            return None
+        except ValueError as error:
+            why = why or error
+    return why
 
 
 def measure(
@@ -230,25 +203,19 @@ def _run(pipe: object, request: Request, name: str, output_type: str = "pt") -> 
     return frames if output_type == "latent" else frames.clamp(0, 1)
 
 
-def _print(console: Console, losses: Losses, choice: Tensor) -> None:
+def _table(losses: Losses, choice: Tensor) -> str:
     """One line for each method, by the share of the heads that follow it."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", overflow="fold")
-    for column in ("heads", "density", "read", "squared error", "error if alone"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for number, candidate in enumerate(losses.candidates):
         heads = choice == number
         if heads.any():
             of_heads = (x[number][heads].mean().item() for x in _figures(losses))
             density, recall, error = of_heads
             alone = losses.errors[number].sum(-1).mean()
-            table.add_row(
-                label(candidate), f"{heads.float().mean():.1%}", f"{density:.3f}",
-                f"{recall:.3f}", f"{error:.2e}", f"{alone:.2e}",
-            )  # fmt: skip
-    console.print(table)
-    for name, why in losses.refusals.items():
-        console.print(f"left out: {name}: {why}", soft_wrap=True)
+            share = f"{heads.float().mean():.1%}"
+            read = f"{density:.3f}", f"{recall:.3f}"
+            rows.append([label(candidate), share, *read, f"{error:.2e}", f"{alone:.2e}"])
+    return table(["method", "heads", "density", "read", "squared error", "error if alone"], rows)
 
 
 def _figures(losses: Losses) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,21 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import pkgutil
 
 from torch import Tensor
 
+from vidattn.catalog import list_methods
 from vidattn.config import show_value
 from vidattn.grid import Grid
 from vidattn.head_plan import HeadPlan
 from vidattn.method import Method
 from vidattn.plan import Plan
 from vidattn.registry import unknown
-
-
-def list_methods() -> list[str]:
-    """Names of the registered methods, in alphabetical order."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def method_class(name: str) -> type[Method]:

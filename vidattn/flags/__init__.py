@@ -1,0 +1,1 @@
+"""The flags of the commands, one file each: declared and read without PyTorch."""

@@ -1,0 +1,38 @@
+"""Flags of `vidattn list`: the methods, everything about one of them, the models or the presets."""
+
+from __future__ import annotations
+
+import argparse
+
+from vidattn.catalog import describe
+
+EXAMPLES = """\
+examples:
+  vidattn list
+  vidattn list radial
+  vidattn list --models
+  vidattn list --presets"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("method", nargs="?", help="show the options of this method")
+    parser.add_argument(
+        "--presets", action="store_true", help="show the schedules for published models"
+    )
+    parser.add_argument(
+        "--models", action="store_true", help="show the transformers of diffusers that are known"
+    )
+
+
+def read(args: argparse.Namespace) -> None:
+    """Check the flags.
+
+    Raises:
+        ValueError: no such method, or more than one thing asked for.
+    """
+    asked = [args.method, args.models and "--models", args.presets and "--presets"]
+    if len(asked := [word for word in asked if word]) > 1:
+        raise ValueError(f"list takes a method, --models or --presets, got {' and '.join(asked)}")
+    if args.method:
+        describe(args.method)

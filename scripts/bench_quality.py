@@ -42,6 +42,7 @@ from vidattn.measure import hardware
 from vidattn.methods import create_method
 from vidattn.perception.fvd import video_features
 from vidattn.pipelines.watch import Sight, watching
+from vidattn.schedule_file import load_schedule
 
 QUICK = {"prompts": 1, "seeds": 1, "frames": 9, "side": 64, "steps": 2, "densities": (0.5,)}
 
@@ -112,6 +113,7 @@ def parse_schedule(text: str) -> tuple[float, ScheduleChoice]:
     """A schedule and the density it is compared at, from ``density=file``."""
     density, _, where = text.partition("=")
     try:
+        load_schedule(where)
         return float(density), ScheduleChoice(where)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no DENSITY=FILE: {error}") from error

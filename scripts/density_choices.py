@@ -7,27 +7,13 @@ from itertools import product
 
 from vidattn.catalog import describe, list_methods
 from vidattn.commands.choice import Choice, ScheduleChoice
+from vidattn.commands.serve import choice_at
 from vidattn.grid import Grid
 
 # the one that matters most first: a run that is stopped has that
 DENSITIES = (0.25, 0.15, 0.4, 0.6)
 # options that a method needs to reach a low density on a short clip
 BESIDE = {"radial": {"near": 0, "sink": False}}
-
-
-def neighborhood_window(grid: Grid, density: float) -> dict[str, object]:
-    """A window that covers the same share of every axis."""
-    return {"window": tuple(max(1, round(n * density ** (1 / 3))) for n in grid.size)}
-
-
-def freeswim_window(grid: Grid, density: float) -> dict[str, object]:
-    """A window that covers the same share of height and width; unsharpened, to stay near dense."""
-    rows, columns = (max(1, round(n * density**0.5)) for n in (grid.h, grid.w))
-    return {"window": (rows, columns), "sharpen": False}
-
-
-# how a density is asked of methods that have no such option
-BY_DENSITY = {"freeswim": freeswim_window, "neighborhood": neighborhood_window}
 
 
 def add_density_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,13 +43,9 @@ def choices_at(
     found: dict[str, tuple[float, Choice]] = {}
     names = methods or [name for name in list_methods() if name != "dense"]
     for density, name in product(densities, names):
-        hints, options = describe(name).options, dict(BESIDE.get(name, {}))
-        if "density" in hints:
-            options["density"] = density
-        elif name in BY_DENSITY:
-            options |= BY_DENSITY[name](grid, density)
+        options = BESIDE.get(name, {}) | choice_at(name, density, grid).options
         variants = (False,) if plain else (False, True)
-        for rectify in variants if "rectify" in hints else (None,):
+        for rectify in variants if "rectify" in describe(name).options else (None,):
             beside = {} if rectify is None else {"rectify": rectify}
             choice = Choice(name, options | beside)
             found.setdefault(choice.label, (density, choice))

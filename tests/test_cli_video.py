@@ -124,7 +124,7 @@ def test_compare_runs_every_method_and_leaves_out_what_cannot(
     row = report["methods"]["topk:density=0.001"]
     assert row["ms_ssim"] < 1 and "lpips" not in row
     head = (tmp_path / "report.md").read_text().splitlines()[0]
-    assert head.endswith("| SSIM | PSNR | MS-SSIM |")
+    assert head.endswith("| SSIM | PSNR, dB | MS-SSIM |")
 
 
 @pytest.mark.parametrize(

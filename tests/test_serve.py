@@ -75,7 +75,7 @@ def test_what_needs_no_weights_is_checked_without(
 
 
 def test_all_methods_get_one_density(original, capfd, tmp_path, monkeypatch, nothing_is_loaded):
-    names = ["dense", "neighborhood", "radial", "svg", "topk"]
+    names = ["dense", "freeswim", "neighborhood", "radial", "svg", "topk"]
     monkeypatch.setattr("vidattn.commands.serve.list_methods", lambda: names)
     monkeypatch.setattr(Radial, "check", lambda self, grid: refuse(grid))
     args = SimpleNamespace(model=str(original), device="auto", offload="none")
@@ -83,12 +83,13 @@ def test_all_methods_get_one_density(original, capfd, tmp_path, monkeypatch, not
     found, left_out = outlook.everything(AllMethods(0.25), Guards())
     assert outlook.grid.size == (3, 6, 8)
     assert [choice.label for choice in found] == [
-        "neighborhood:window=2,4,5", "svg:density=0.25", "topk:density=0.25",
+        "freeswim:window=3,4,sharpen=false", "neighborhood:window=2,4,5", "svg:density=0.25",
+        "topk:density=0.25",
     ]  # fmt: skip
     assert left_out == {"radial:density=0.25": "it cannot serve (3, 6, 8)"}
-    assert 0.1 < found[0].method.plan(outlook.grid).density < 0.5
+    assert all(0.1 < x.create().plan(outlook.grid).density < 0.5 for x in found[:2])
     found, _ = outlook.everything(AllMethods(), Guards())
-    assert [choice.label for choice in found] == ["neighborhood", "svg", "topk"]
+    assert [choice.label for choice in found] == ["freeswim", "neighborhood", "svg", "topk"]
 
 
 def test_without_a_method_the_default_is_taken_and_said(original, capfd, tmp_path):
@@ -96,7 +97,7 @@ def test_without_a_method_the_default_is_taken_and_said(original, capfd, tmp_pat
     argv = ("a red boot", "--model", original, "--output", path, *SMALL)
     code, out, err = run(capfd, "generate", *argv)
     assert code == 0, err
-    assert "no method given, and no preset for this model: taking --method radial" in out
+    assert "no method given, and no preset for this model: taking radial:density=0.3" in out
     assert json.loads(path.with_suffix(".json").read_text())["method"] == "radial:density=0.3"
 
 

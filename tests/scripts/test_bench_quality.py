@@ -178,7 +178,7 @@ def test_rectified_clips_are_compared_with_the_same_plain_ones():
     gain = found[2]["gain"]
     assert gain["mean"] == 2.5 and gain["interval"] == [2.0, 3.0]
     text = report.to_markdown({"rows": found, "errors": {}, "asked": [4, 1]} | FRAME)
-    assert "| `a+` | 0.500 | 0.600 | 7.50 dB (2.00 to 13.00) | +2.50 dB (+2.00 to +3.00) |" in text
+    assert "| `a+` | 0.500 | 0.600 | 7.50 (2.00 to 13.00) | +2.50 dB (+2.00 to +3.00) |" in text
     assert "Rectified: 2 clips of each method, of 2 of 4 held-out prompts" in text
 
 

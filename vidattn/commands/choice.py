@@ -38,8 +38,7 @@ class Choice:
         options = ",".join(f"{name}={show_value(x)}" for name, x in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
-    @property
-    def method(self) -> Method:
+    def create(self) -> Method:
         """The method itself.
 
         Raises:
@@ -79,6 +78,22 @@ class ScheduleChoice:
     def arguments(self) -> dict[str, object]:
         """What ``patch`` is given for it."""
         return {"schedule": self.where}
+
+
+@dataclass(frozen=True)
+class PresetChoice:
+    """The preset of the model that is there."""
+
+    label: str
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """What ``patch`` is given for it."""
+        return {}
+
+
+# what patch takes
+Served = Choice | ScheduleChoice | PresetChoice
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,7 @@ def add_option_flags(parser: argparse.ArgumentParser, name: str) -> None:
             continue
         words = f"{option.meaning} [{describe_type(option.hint)}; default {option.default}]"
         words = words.replace("%", "%%").strip()
-        is_switch = option.hint is bool
+        is_switch = set(alternatives(option.hint)) <= {bool, type(None)}
         how = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "X"}
         group.add_argument(flag, dest=f"option_{option.name}", default=None, help=words, **how)
 

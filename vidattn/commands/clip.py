@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidattn.commands.choice import Choice, ScheduleChoice
+from vidattn.commands.choice import Served
 from vidattn.commands.request import Request
 from vidattn.kernels.timing import synchronize
 from vidattn.pipelines.patch import patch
@@ -60,9 +60,7 @@ class Clip:
         }
 
 
-def make_clip(
-    pipe: object, request: Request, choice: Choice | ScheduleChoice, guards: Guards
-) -> Clip:
+def make_clip(pipe: object, request: Request, choice: Served, guards: Guards) -> Clip:
     """Run a pipeline with a method, on latents that depend on the seed only.
 
     Raises:
@@ -95,7 +93,7 @@ def make_clip(
     return Clip(frames.clamp(0, 1), steps_ms, total_ms, peak_gib, report)
 
 
-def warm_up(pipe: object, request: Request, choice: Choice | ScheduleChoice) -> None:
+def warm_up(pipe: object, request: Request, choice: Served) -> None:
     """Run one sparse step without decoding it, so that no clip pays for what happens once."""
     pipe.set_progress_bar_config(desc=f"warm-up of {choice.label}")
     arguments = pipeline_arguments(replace(request, num_inference_steps=1), "latent")

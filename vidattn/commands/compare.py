@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vidattn.commands.choice import AllMethods, Choice, ScheduleChoice
+from vidattn.commands.choice import AllMethods, Choice, Served
 from vidattn.commands.clip import Clip, Guards, make_clip, warm_up
 from vidattn.commands.comparison import Row, seconds, to_markdown, to_text
 from vidattn.commands.likeness import Measure, choose_measures
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _choices(
-    asked: Sequence[Choice | ScheduleChoice | AllMethods], outlook: Outlook, guards: Guards
-) -> tuple[list[Choice | ScheduleChoice], list[Choice]]:
+    asked: Sequence[Served | AllMethods], outlook: Outlook, guards: Guards
+) -> tuple[list[Served], list[Choice]]:
     """Dense attention and what is asked for, and what of it may be left out if it fails."""
     named = [choice for choice in asked if not isinstance(choice, AllMethods)]
     if not asked:
@@ -82,9 +82,7 @@ def _choices(
     return [Choice("dense"), *named, *optional], optional
 
 
-def is_ready(
-    pipe: object, request: Request, choice: Choice | ScheduleChoice, may_fail: bool
-) -> bool:
+def is_ready(pipe: object, request: Request, choice: Served, may_fail: bool) -> bool:
     """Warm a method up, and say whether it can do what is asked.
 
     Raises:
@@ -103,7 +101,7 @@ def is_ready(
 def make_clips(
     pipe: object,
     requests: Sequence[Request],
-    choices: Sequence[Choice | ScheduleChoice],
+    choices: Sequence[Served],
     guards: Guards,
     *,
     repeats: int,
@@ -126,7 +124,7 @@ def make_clips(
 
 
 def _row(
-    choice: Choice | ScheduleChoice,
+    choice: Served,
     clips: Sequence[Clip],
     dense: Sequence[Clip],
     measures: Sequence[Measure],

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     query = None
     if args.query:
         query = _token(grid, _three("--query", args.query))
-    methods = {choice.label: choice.method for choice in args.choices}
+    methods = {choice.label: choice.create() for choice in args.choices}
     for method in methods.values():
         method.check(grid)
     plans = {label: plan_of(method, grid) for label, method in methods.items()}

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vidattn.catalog import describe, list_methods
-from vidattn.commands.choice import DEFAULT_METHOD, AllMethods, Choice, ScheduleChoice, parse_choice
+from vidattn.commands.choice import (
+    DEFAULT_METHOD,
+    AllMethods,
+    Choice,
+    PresetChoice,
+    ScheduleChoice,
+    Served,
+    parse_choice,
+)
 from vidattn.commands.clip import Guards
 from vidattn.commands.folder import find_model
 from vidattn.commands.model import find_device, load_pipeline, pipeline_config
@@ -33,30 +41,32 @@ class Outlook:
     requests: list[Request]
     grid: Grid | None
 
-    def default(self) -> Choice | ScheduleChoice:
+    def default(self) -> Choice | PresetChoice:
         """What is run where nobody says: the preset of the model, or else the default method."""
-        preset = None if self.pipe is None else preset_of(self.pipe)
-        if preset is not None:
-            print(f"no method given: taking the preset of this model, --schedule {preset}")
-            return ScheduleChoice(preset)
-        print(f"no method given, and no preset for this model: taking --method {DEFAULT_METHOD}")
-        return parse_choice(DEFAULT_METHOD)
+        try:
+            with patch(self.pipe) as handle:
+                preset = PresetChoice(handle.schedule.name)
+        except ValueError:
+            print(f"no method given, and no preset for this model: taking {DEFAULT_METHOD}")
+            return parse_choice(DEFAULT_METHOD)
+        print(f"no method given: taking the preset of this model, {preset.label}")
+        return preset
 
-    def check(self, choice: Choice | ScheduleChoice, guards: Guards) -> None:
+    def check(self, choice: Served, guards: Guards) -> None:
         """Refuse what the model or the size of the video rules out.
 
         Raises:
             ValueError: a bad value, a method that cannot serve the grid, or one for another model.
         """
         if isinstance(choice, Choice):
-            methods = [choice.method]
-        else:
-            methods = [rule.method for rule in load_schedule(choice.where).rules]
-        if self.grid is not None:
-            for method in methods:
-                method.check(self.grid)
-        if self.pipe is not None:
-            patch(self.pipe, **choice.arguments, **vars(guards)).remove()
+            choice.create()
+        elif isinstance(choice, ScheduleChoice):
+            load_schedule(choice.where)
+        if self.pipe is None:
+            return
+        with patch(self.pipe, **choice.arguments, **vars(guards)) as handle:
+            for rule in handle.schedule.rules if self.grid is not None else ():
+                rule.method.check(self.grid)
 
     def everything(self, wanted: AllMethods, guards: Guards) -> tuple[list[Choice], dict[str, str]]:
         """Every method but dense at a density, and why others are left out, by label.
@@ -70,7 +80,7 @@ class Outlook:
                 continue
             choice = Choice(name)
             try:
-                choice = _at_density(name, wanted.density, self.grid)
+                choice = choice_at(name, wanted.density, self.grid)
                 self.check(choice, guards)
                 found.append(choice)
             except ValueError as error:
@@ -100,7 +110,7 @@ def foresee(args: argparse.Namespace, requests: Sequence[Request]) -> Outlook:
     return Outlook(pipe, requests, video_grid(pipe, requests[0]))
 
 
-def _at_density(name: str, density: float | None, grid: Grid | None) -> Choice:
+def choice_at(name: str, density: float | None, grid: Grid | None) -> Choice:
     """A method with a density, or with the window that has it; as it is where there is neither."""
     if density is None:
         return Choice(name)
@@ -110,8 +120,3 @@ def _at_density(name: str, density: float | None, grid: Grid | None) -> Choice:
     found = grid and method.with_density(density, grid)
     changed = {key: x for key, x in vars(found or method).items() if x != getattr(method, key)}
     return Choice(name, changed)
-
-
-def preset_of(pipe: object) -> str | None:
-    """The name of the preset that is made for the transformers of a pipeline, if there is one."""
-    return None

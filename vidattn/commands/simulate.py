@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         _show_figures(args.gpus)
         return
     grid, work = _workload(args)
-    methods = {choice.label: choice.method for choice in args.choices}
+    methods = {choice.label: choice.create() for choice in args.choices}
     for method in methods.values():
         method.check(grid)
     report = []

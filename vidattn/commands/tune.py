@@ -89,7 +89,7 @@ def able(
     """
     methods, left_out = {}, {}
     for choice in choices or [Choice(name) for name in list_methods() if name != "dense"]:
-        method = choice.method
+        method = choice.create()
         why = _why_none(method, choice.options, goal, outlook.grid)
         if why is None:
             methods[method] = choice.options

@@ -54,6 +54,11 @@ class FreeSwim(PatternMethod):
         """Refuse a grid too large for a box."""
         check_packable(grid.size)
 
+    def with_density(self, density: float, grid: Grid) -> FreeSwim:
+        """A window of the shape of a frame; unsharpened, as the grid is taken to be trained for."""
+        rows, columns = (max(1, round(extent * density**0.5)) for extent in (grid.h, grid.w))
+        return replace(self, window=(rows, columns), sharpen=False)
+
     def pattern(self, grid: Grid) -> Plan:
         """The exact window of every query."""
         window = (grid.t, *self.window)

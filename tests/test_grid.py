@@ -95,5 +95,10 @@ def test_negative_text_is_named():
         Grid(1, 1, 1, text=-1)
 
 
+def test_where_the_text_stands_is_true_or_false():
+    with pytest.raises(ValueError, match="Grid.text_first must be true or false, got 'no'"):
+        Grid(1, 1, 1, text=1, text_first="no")
+
+
 def test_equal_grids_are_one_cache_key():
     assert len({Grid(1, 2, 3), Grid(1, 2, 3), Grid(1, 2, 3, text=1)}) == 2

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from vidattn.tiles import axis_share, distances, fit_reach, reaches, tile_counts, within
+from vidattn.tiles import axis_share, by_tile, distances, fit_reach, reaches, tile_counts, within
 
 COUNTS = (3, 1, 5)
 
@@ -49,3 +49,19 @@ def test_the_nearest_box_is_found():
         assert abs(found - wanted) <= min(abs(density(x) - wanted) for x in reaches(counts))
     with pytest.raises(ValueError, match="density 0.001 is out of reach: the least is .* do this"):
         fit_reach(0.001, counts, density, "; do this")
+
+
+def test_no_box_beside_the_found_one_is_nearer():
+    """With lines beside the box, the nearest one is several steps from those of the list."""
+    counts = (2, 3, 13)
+
+    def density(box):
+        lines = sum((gap == 0).int() for gap in distances(counts)) >= 2
+        return (within(counts, box) | by_tile(counts, lines)).double().mean().item()
+
+    for wanted in (0.25, 0.3, 0.4, 0.5, 0.6):
+        found = fit_reach(wanted, counts, density, "")
+        for axis, step in itertools.product(range(3), (-1, 1)):
+            beside = tuple(far + step * (i == axis) for i, far in enumerate(found))
+            if all(0 <= far < n for far, n in zip(beside, counts)):
+                assert abs(density(found) - wanted) <= abs(density(beside) - wanted)

@@ -20,7 +20,8 @@ class Grid:
     ``text_first`` is set. Equal grids hash alike, so a grid serves as a cache key.
 
     Raises:
-        ValueError: a size is not a positive integer, or ``text`` is negative.
+        ValueError: a size is not a positive integer, ``text`` is negative, or ``text_first`` is no
+            bool.
 
     >>> Grid(21, 30, 52, text=226, text_first=True).num_tokens
     32986
@@ -39,6 +40,8 @@ class Grid:
                 raise ValueError(
                     f"Grid.{axis} must be an integer of at least {least}, got {value!r}"
                 )
+        if not isinstance(self.text_first, bool):
+            raise ValueError(f"Grid.text_first must be true or false, got {self.text_first!r}")
 
     @property
     def size(self) -> Size:

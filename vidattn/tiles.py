@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -84,16 +85,22 @@ def fit_reach(wanted: float, counts: Size, density: Callable[[Size], float], adv
     Raises:
         ValueError: one tile alone is clearly denser than wanted.
     """
-    boxes = reaches(counts)
-    place = bisect_left(boxes, wanted, hi=len(boxes) - 1, key=density)
-    # boxes of the list grow in coarse steps: those beside them fill the gaps
-    steps = itertools.product((-1, 0, 1), repeat=3)
-    beside = {tuple(map(sum, zip(boxes[place], step))) for step in steps}
-    inside = [x for x in beside if all(0 <= far < n for far, n in zip(x, counts))]
-    found = {x: density(x) for x in sorted(inside)}
-    best = min(found, key=lambda x: abs(found[x] - wanted))
-    if found[best] > max(wanted + 0.005, wanted * 1.05) and best == boxes[0]:
-        raise ValueError(
-            f"density {wanted} is out of reach: the least is {found[best]:.3f}{advice}"
-        )
+    boxes, density = reaches(counts), cache(density)
+
+    def miss(box: Size) -> float:
+        return abs(density(box) - wanted)
+
+    best = boxes[bisect_left(boxes, wanted, hi=len(boxes) - 1, key=density)]
+    # boxes of the list grow in coarse steps: from one to a nearer one beside it, till none is
+    while best != (near := min([best, *_beside(best, counts)], key=miss)):
+        best = near
+    least = density(boxes[0])
+    if best == boxes[0] and least > max(wanted + 0.005, wanted * 1.05):
+        raise ValueError(f"density {wanted} is out of reach: the least is {least:.3f}{advice}")
     return best
+
+
+def _beside(box: Size, counts: Size) -> list[Size]:
+    """The boxes that differ from one by a tile at most on every axis."""
+    axes = ([far for far in (x - 1, x, x + 1) if 0 <= far < n] for x, n in zip(box, counts))
+    return list(itertools.product(*axes))

@@ -1,9 +1,9 @@
 """Swin, Swin V2, DaViT and HaloNet of timm, their windows computed by one kernel.
 
-A module gets a subclass of its own class, which computes the same from the same parameters: names,
-hooks, copies and checkpoints stay as they are. timm rolls the picture, cuts windows, computes
-queries, keys and values, scores and weights, and puts the windows together again, each a pass over
-memory; here the kernel gathers a window into the cache and writes its output.
+A module keeps its class, its parameters and its hooks; one of its methods is computed otherwise, as
+``faster_layers`` says. timm rolls the picture, cuts windows, computes queries, keys and values,
+scores and weights, and puts the windows together again, each a pass over memory; here the kernel
+gathers a window into the cache and writes its output.
 
 Letters: B batch, H, W size of a feature map, C channels, n heads, D head dim.
 """
@@ -14,102 +14,115 @@ import torch
 import torch.nn.functional as F
 from timm.layers import halo_attn
 from timm.models import davit, swin_transformer, swin_transformer_v2
-from timm.models._features_fx import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from vidattn.backbones.faster_layers import FASTER_LAYERS, is_served, product
+from vidattn.backbones.faster_layers import FASTER_LAYERS, Faster, is_served, is_watched, product
 from vidattn.kernels.block_sparse_cpu import is_available
-from vidattn.kernels.window_attention_cpu import packed_window_attention, window_attention
-from vidattn.kernels.windows import halo_windows, shifted_windows
+from vidattn.kernels.packed_windows import packed_windows
+from vidattn.kernels.window_attention_cpu import window_attention
+from vidattn.kernels.windows import halo_windows
 
 # Swin V2 lets cosines count this many times at most
 MAX_TEMPERATURE = 100.0
 
 
-@register_notrace_module
-class FasterSwinBlock(swin_transformer.SwinTransformerBlock):
+class FasterWindows(Faster):
+    """Windows of a block around the layers of its attention, which is not called itself."""
+
+    method = "_attn"
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether nothing waits for the attention to be called."""
+        attn = self.module.attn
+        return is_served(x, attn) and not is_watched(attn)
+
+
+class FasterSwinBlock(FasterWindows):
     """A block of Swin: windows with position biases, shifted in every other block."""
 
-    def _attn(self, x: Tensor) -> Tensor:
-        attn = self.attn
-        if not is_served(x, attn):
-            return super()._attn(x)
-        bias = attn._get_rel_pos_bias()[0]
-        scale = x.new_full((attn.num_heads,), attn.scale)
-        x = _in_windows(self, attn.qkv, x, shift=self.shift_size, scale=scale, bias=bias)
+    def compute(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), like ``x``."""
+        block, attn = self.module, self.module.attn
+        bias, scale = attn._get_rel_pos_bias()[0], scale_of(attn)
+        x = in_windows(block, attn.qkv(padded(x, block)), x, block.shift_size, scale, bias)
         return attn.proj_drop(attn.proj(x))
 
 
-@register_notrace_module
-class FasterSwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
+class FasterSwinV2Block(FasterWindows):
     """A block of Swin V2: cosines, and position biases that a network makes."""
 
-    def _attn(self, x: Tensor) -> Tensor:
-        attn = self.attn
-        if not is_served(x, attn):
-            return super()._attn(x)
-        area = math.prod(self.window_size)
+    def compute(self, x: Tensor) -> Tensor:
+        """(B, H, W, C), like ``x``."""
+        block, attn = self.module, self.module.attn
+        area = math.prod(block.window_size)
         table = 16 * attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads).sigmoid()
         bias = table[attn.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1)
         scale = attn.logit_scale.clamp(max=math.log(MAX_TEMPERATURE)).exp().flatten()
-        options = {"scale": scale, "bias": bias, "is_cosine": True}
-        x = _in_windows(self, self._qkv, x, shift=self.shift_size, **options)
+        qkv = self._qkv(padded(x, block))
+        x = in_windows(block, qkv, x, block.shift_size, scale, bias, is_cosine=True)
         return attn.proj_drop(attn.proj(x))
 
     def _qkv(self, x: Tensor) -> Tensor:
-        attn = self.attn
+        attn = self.module.attn
         if attn.q_bias is None:
             return attn.qkv(x)
         return product(x, attn.qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
 
 
-@register_notrace_module
-class FasterSpatialBlock(davit.SpatialBlock):
+class FasterSpatialBlock(FasterWindows):
     """A block of DaViT with windows, which have neither biases nor shifts."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    method = "forward"
+
+    def compute(self, x: Tensor) -> Tensor:
         """(B, C, H, W), like ``x``."""
-        attn = self.attn
-        if not is_served(x, attn):
-            return super().forward(x)
-        shortcut = self.cpe1(x).permute(0, 2, 3, 1)
-        scale = x.new_full((attn.num_heads,), attn.scale)
-        x = attn.proj(_in_windows(self, attn.qkv, self.norm1(shortcut), shift=(0, 0), scale=scale))
-        x = self.cpe2((shortcut + self.drop_path1(x)).permute(0, 3, 1, 2))
-        if self.mlp is None:
+        block, attn = self.module, self.module.attn
+        shortcut = block.cpe1(x).permute(0, 2, 3, 1)
+        x = block.norm1(shortcut)
+        qkv = attn.qkv(padded(x, block))
+        x = attn.proj(in_windows(block, qkv, x, (0, 0), scale_of(attn)))
+        x = block.cpe2((shortcut + block.drop_path1(x)).permute(0, 3, 1, 2))
+        if block.mlp is None:
             return x
         x = x.permute(0, 2, 3, 1)
-        return (x + self.drop_path2(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2)
+        return (x + block.drop_path2(block.mlp(block.norm2(x)))).permute(0, 3, 1, 2)
 
 
-@register_notrace_module
-class FasterHaloAttn(halo_attn.HaloAttn):
+class FasterHaloAttn(Faster):
     """The attention of HaloNet: blocks of queries that read the keys around them too."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def serves(self, x: Tensor) -> bool:
+        """Whether nothing waits for its layers to be called, and blocks fill the map."""
+        attn = self.module
+        # its convolutions take most of the time: a graph has timm's own code
+        if isinstance(x, fx.Proxy) or torch.compiler.is_compiling():
+            return False
+        is_whole = not any(extent % attn.block_size for extent in x.shape[2:])
+        return is_whole and is_served(x, attn) and not any(map(is_watched, attn.children()))
+
+    def compute(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, its own channels, H / stride, W / stride)."""
-        size, stride = tuple(x.shape[2:]), self.block_stride
-        if not is_served(x, self) or any(extent % self.block_size for extent in size):
-            return super().forward(x)
+        attn = self.module
+        size, stride = tuple(x.shape[2:]), attn.block_stride
         x = x.permute(0, 2, 3, 1).contiguous()
-        q = _pointwise(self.q, x[:, ::stride, ::stride]).unflatten(-1, (self.num_heads, -1))
-        kv = _pointwise(self.kv, x).unflatten(-1, (self.num_heads, -1)).flatten(1, 2)
-        k, v = kv.split([self.dim_head_qk, self.dim_head_v], -1)
+        q = _pointwise(attn.q, x[:, ::stride, ::stride]).unflatten(-1, (attn.num_heads, -1))
+        kv = _pointwise(attn.kv, x).unflatten(-1, (attn.num_heads, -1)).flatten(1, 2)
+        k, v = kv.split([attn.dim_head_qk, attn.dim_head_v], -1)
         rows, columns = self._position_scores(q)
-        if self.scale_pos_embed:
-            rows, columns = rows * self.scale, columns * self.scale
-        windows = halo_windows(size, self.block_size, self.halo_size, stride)
-        scale = x.new_full((self.num_heads,), self.scale)
+        if attn.scale_pos_embed:
+            rows, columns = rows * attn.scale, columns * attn.scale
+        windows = halo_windows(size, attn.block_size, attn.halo_size, stride)
         queries = torch.cat([q, rows, columns], -1).flatten(1, 2)
-        out = window_attention(queries, k, v, windows, scale=scale)
+        out = window_attention(queries, k, v, windows, scale=scale_of(attn))
         out = out.view(*q.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-        return self.pool(out)
+        return attn.pool(out)
 
     def _position_scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, n, window) what a query gives every row of its window, and every column."""
-        place = torch.arange(self.win_size) - torch.arange(self.block_size_ds)[:, None]
-        place = place + self.win_size - 1
-        embed, edge = self.pos_embed, self.block_size_ds
+        attn = self.module
+        place = torch.arange(attn.win_size) - torch.arange(attn.block_size_ds)[:, None]
+        place = place + attn.win_size - 1
+        embed, edge = attn.pos_embed, attn.block_size_ds
         by_row = q.unflatten(1, (-1, edge))
         rows = torch.einsum("brywnd,ykd->brywnk", by_row, embed.height_rel[place]).flatten(1, 2)
         by_column = q.unflatten(2, (-1, edge))
@@ -133,17 +146,16 @@ class Acceleration:
     """
 
     def __init__(self, model: nn.Module):
-        faster = FASTER | FASTER_LAYERS
-        self._modules = [module for module in model.modules() if type(module) in faster]
-        self.num_modules = sum(type(module) in FASTER for module in self._modules)
-        for module in self._modules:
-            module.__class__ = faster[type(module)]
+        found = [module for module in model.modules() if _takes(module, FASTER)]
+        self.num_modules = len(found)
+        found += [module for module in model.modules() if _takes(module, FASTER_LAYERS)]
+        self._faster = [(FASTER | FASTER_LAYERS)[type(module)](module) for module in found]
 
     def remove(self) -> None:
-        """Give every module its own class back."""
-        for module in self._modules:
-            module.__class__ = type(module).__base__
-        self._modules = []
+        """Let every module compute as it did, whatever has been put on it or taken off since."""
+        for faster in self._faster:
+            faster.take_off()
+        self._faster = []
 
     def __enter__(self) -> "Acceleration":
         return self
@@ -156,11 +168,12 @@ def accelerate(model: nn.Module) -> Acceleration:
     """Compute the windows of a model with one C++ kernel, in place.
 
     Takes Swin, Swin V2, DaViT and HaloNet of timm, and whatever holds their blocks; linear layers
-    and the channel attention of DaViT become those of ``faster_layers``. Outputs and gradients stay
-    the same within the rounding of floats, and the state dict as it is. This serves float32 on a
-    CPU; timm's own code runs where it cannot: on other devices and dtypes, in autocast, for
-    attention dropout in training, and inside ``torch.compile`` and tracing. Undo it before
-    ``torch.jit.script``.
+    and the channel attention of DaViT become those of ``faster_layers``. Outputs, gradients and
+    their gradients stay the same within the rounding of floats; modules keep their classes, names
+    and state dict. This serves float32 on a CPU, inside ``torch.compile`` too. timm's own code runs
+    where it cannot: on other devices and dtypes, in autocast, for attention dropout in training, in
+    a block with a hook on its attention or in it, which is called as before, and for what
+    ``torch.export`` and ``torch.jit.trace`` make. Undo it before ``torch.jit.script``.
 
     Args:
         model: timm's, or any that holds blocks of these.
@@ -175,7 +188,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     >>> with accelerate(model) as handle:
     ...     scores = model(images)
     """
-    if not any(type(module) in FASTER for module in model.modules()):
+    if not any(_takes(module, FASTER) for module in model.modules()):
         names = ", ".join(cls.__name__ for cls in FASTER)
         raise ValueError(
             f"{type(model).__name__} has nothing to accelerate: it needs a {names} of timm, which "
@@ -186,24 +199,54 @@ def accelerate(model: nn.Module) -> Acceleration:
     return Acceleration(model)
 
 
+def _takes(module: nn.Module, faster: dict[type, type[Faster]]) -> bool:
+    """Whether a module can be made faster, and nothing has taken the place of its method yet."""
+    return type(module) in faster and faster[type(module)].method not in vars(module)
+
+
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of single pixels, of (B, H, W, C)."""
     return product(x, conv.weight.flatten(1), conv.bias)
 
 
-def _in_windows(
+def scale_of(attn: nn.Module) -> Tensor:
+    """(n,) what the scores of an attention are multiplied by."""
+    return torch.full((attn.num_heads,), attn.scale, dtype=torch.float32, device="cpu")
+
+
+def padded(x: Tensor, block: nn.Module) -> Tensor:
+    """A map (B, H, W, C) padded to whole windows of a block."""
+    rows, columns = (-x.shape[1 + i] % side for i, side in enumerate(block.window_size))
+    # a graph that does not know its sizes pads always
+    if isinstance(x, fx.Proxy) or rows or columns:
+        x = F.pad(x, (0, 0, 0, columns, 0, rows))
+    return x
+
+
+def in_windows(
     block: nn.Module,
-    qkv: nn.Module,
+    qkv: Tensor,
     x: Tensor,
-    *,
     shift: tuple[int, int],
-    **options: object,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    is_cosine: bool = False,
 ) -> Tensor:
-    """(B, H, W, n * D) what the windows of a block make of a map (B, H, W, C)."""
-    size = tuple(x.shape[1:3])
-    windows, padded = shifted_windows(size, tuple(block.window_size), tuple(shift))
-    if padded != size:
-        x = F.pad(x, (0, 0, 0, padded[1] - size[1], 0, padded[0] - size[0]))
-    packed = qkv(x).flatten(1, 2).unflatten(-1, (3, block.attn.num_heads, -1))
-    out = packed_window_attention(packed, windows, **options)
-    return out.flatten(2).unflatten(1, padded)[:, : size[0], : size[1]]
+    """(B, H, W, n * D) what the windows of a block make of a map.
+
+    Args:
+        qkv: (B, padded H, padded W, 3 * n * D).
+        x: (B, H, W, C), the map before it was padded.
+    """
+    size, whole = (x.shape[1], x.shape[2]), (qkv.shape[1], qkv.shape[2])
+    packed = qkv.flatten(1, 2).unflatten(-1, (3, block.attn.num_heads, -1))
+    places = (size, tuple(block.window_size), tuple(shift))
+    out = attend(packed, scale, bias, *places, is_cosine)
+    return out.flatten(2).unflatten(1, whole)[:, : size[0], : size[1]]
+
+
+@fx.wrap
+def attend(packed: Tensor, *arguments: object) -> Tensor:
+    """``packed_windows``, left whole in the graphs of FX."""
+    return packed_windows(packed, *arguments)

@@ -155,7 +155,8 @@ class VaryingSwin(DoublingPyramid):
     """Swin with varied-size windows; takes images of any size.
 
     Windows are not shifted, as those of keys overlap, and convolutions as large as a window stand
-    for position biases, both as in the paper.
+    for position biases, both as in the paper. The code released for ViTAEv2 has position biases
+    too.
 
     Args:
         in_chans: channels of an image.

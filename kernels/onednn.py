@@ -9,7 +9,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # The setting is global to the process, so threads inside the scope are counted: the first one in
 # switches, the last one out restores. Nothing else can tell one thread's scope from another's.
@@ -104,11 +103,11 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        d_x = _product(d_out, weight.mT) if needs_x else None
+        # a function of its own once more, so that it has a gradient too
+        d_x = _Linear.apply(d_out, weight.mT, None) if needs_x else None
         # oneDNN is no faster here
         d_weight = d_out.mT @ x if needs_weight else None
         return d_x, d_weight, d_out.sum(0) if needs_bias else None

@@ -9,12 +9,13 @@ m keys of a window, E numbers of a slot.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vidattn.kernels import window_attention_torch
 from vidattn.kernels.block_sparse_cpu import SETS, instruction_set
 from vidattn.kernels.compiler import load
 from vidattn.kernels.windows import Windows
@@ -58,52 +59,60 @@ def window_attention(
         ValueError: tensors that do not fit together.
         CompileError: there is no compiler, or it failed.
     """
-    _check(q, k, v, windows, scale, bias)
     return _Attention.apply(windows, is_cosine, scale, bias, q, k, v)
 
 
-def packed_window_attention(
-    qkv: Tensor,
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, windows, is_cosine, scale, bias, q, k, v):
+        ctx.windows, ctx.is_cosine = windows, is_cosine
+        ctx.save_for_backward(scale, bias, q, k, v)
+        return forward(q, k, v, windows, scale=scale, bias=bias, is_cosine=is_cosine)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        scale, bias, *parts = ctx.saved_tensors
+        options = {"scale": scale, "bias": bias, "is_cosine": ctx.is_cosine}
+        if torch.is_grad_enabled():
+            # of a gradient that has one itself, only the twin knows how it came about
+            pulled = window_attention_torch.backward(d_out, tuple(parts), ctx.windows, **options)
+        else:
+            pulled = backward(d_out, *parts, ctx.windows, **options)
+        *grads, d_scale, d_bias = pulled
+        return None, None, d_scale, d_bias, *grads
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, windows: Windows, *, scale, bias, is_cosine) -> Tensor:
+    """The output of ``window_attention``, without a gradient."""
+    _check(q, k, v, windows, scale, bias)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    _run("forward", windows, is_cosine, scale, bias, {"q": q, "k": k, "v": v, "out": out})
+    return out
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     windows: Windows,
     *,
     scale: Tensor,
-    bias: Tensor | None = None,
-    is_cosine: bool = False,
-) -> Tensor:
-    """The same of a packed (B, S, 3, H, D) tensor, whose gradient is written in one piece."""
-    _check(*qkv.unbind(2), windows, scale, bias)
-    return _Attention.apply(windows, is_cosine, scale, bias, qkv)
+    bias: Tensor | None,
+    is_cosine: bool,
+    into: Sequence[Tensor] = (),
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, scale and bias; None where there is none.
 
-
-class _Attention(torch.autograd.Function):
-    """Takes q, k and v, or all of them packed."""
-
-    @staticmethod
-    def forward(ctx, windows, is_cosine, scale, bias, *parts):
-        ctx.windows, ctx.is_cosine = windows, is_cosine
-        ctx.save_for_backward(scale, bias, *parts)
-        q, _, v = _unpack(parts)
-        out = q.new_empty(*q.shape[:3], v.shape[3])
-        _run("forward", windows, is_cosine, scale, bias, _named(parts) | {"out": out})
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        scale, bias, *parts = ctx.saved_tensors
-        new = torch.zeros_like if ctx.windows.shares_keys else torch.empty_like
-        grads = [new(x) for x in parts]
-        tokens = _named(parts) | _named(grads, "d_") | {"out": d_out.contiguous()}
-        d_scale, d_bias = _run("backward", ctx.windows, ctx.is_cosine, scale, bias, tokens)
-        return None, None, d_scale if ctx.is_cosine else None, d_bias, *grads
-
-
-def _unpack(parts: list[Tensor]) -> tuple[Tensor, ...]:
-    return parts[0].unbind(2) if len(parts) == 1 else tuple(parts)
-
-
-def _named(parts: list[Tensor], prefix: str = "") -> dict[str, Tensor]:
-    return {f"{prefix}{name}": x for name, x in zip("qkv", _unpack(parts))}
+    Args:
+        into: tensors that take those of q, k and v, and hold zeros where windows share keys.
+    """
+    new = torch.zeros_like if windows.shares_keys else torch.empty_like
+    grads = into or [new(x) for x in (q, k, v)]
+    tokens = {"q": q, "k": k, "v": v, "out": d_out.contiguous()}
+    tokens |= dict(zip(("d_q", "d_k", "d_v"), grads))
+    d_scale, d_bias = _run("backward", windows, is_cosine, scale, bias, tokens)
+    return *grads, d_scale if is_cosine else None, d_bias
 
 
 def _check(

@@ -5,6 +5,7 @@ Letters: B batch, S tokens, H heads, D head dim, R windows, n queries and m keys
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,3 +41,27 @@ def window_attention(
     # (B, R * n, H, D) in the order of the windows, then of the tokens
     out = (scores.softmax(-1) @ values).transpose(2, 3).flatten(1, 2)
     return out[:, windows.queries.flatten().argsort()]
+
+
+def backward(
+    d_out: Tensor,
+    parts: Tensor | tuple[Tensor, Tensor, Tensor],
+    windows: Windows,
+    *,
+    scale: Tensor,
+    bias: Tensor | None,
+    is_cosine: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the parts, scale and bias, None where there is none; they have some themselves.
+
+    Args:
+        parts: q, k and v, or (B, S, 3, H, D) of them packed.
+    """
+    leaves = [parts] if isinstance(parts, Tensor) else list(parts)
+    leaves += [scale if is_cosine else None, bias]
+    with torch.enable_grad():
+        q, k, v = parts.unbind(2) if isinstance(parts, Tensor) else parts
+        out = window_attention(q, k, v, windows, scale=scale, bias=bias, is_cosine=is_cosine)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        grads = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
+    return tuple(next(grads) if x is not None and x.requires_grad else None for x in leaves)

@@ -7,6 +7,9 @@ import timm
 import torch
 from timm.layers.halo_attn import HaloAttn
 from timm.models._features_fx import create_feature_extractor
+from torch.ao.quantization import quantize_dynamic
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from tests.kernels.attention_cases import TOLERANCE, relative_rms
 from vidattn.backbones import accelerate, faster_windows
@@ -64,7 +67,7 @@ def run(model, images):
 def num_calls(monkeypatch):
     """A list that grows with every call of the kernel."""
     calls = []
-    for name in ("window_attention", "packed_window_attention"):
+    for name in ("window_attention", "packed_windows"):
         own = getattr(faster_windows, name)
 
         def counted(*args, own=own, **options):
@@ -143,6 +146,143 @@ def test_graphs_call_the_kernel(monkeypatch):
         graph = create_feature_extractor(model, {"head": "scores"})
         torch.testing.assert_close(graph(images)["scores"], answer)
         assert len(calls) == 2 * handle.num_modules
+
+
+def test_hooks_see_what_they_saw(monkeypatch):
+    """On every module of the plain model, with the same input and output, and off again."""
+    calls = num_calls(monkeypatch)
+    for case in ("shifted", "cosines", "no biases", "halo"):
+        model, images = create(case)
+        seen = []
+        for name, module in model.eval().named_modules():
+
+            def look(module, inputs, output, name=name, seen=seen):
+                seen.append((name, inputs[0].shape, output.shape))
+
+            module.register_forward_hook(look)
+        model(images)
+        before = seen.copy()
+        seen.clear()
+        with accelerate(model):
+            model(images)
+        assert seen == before and not calls
+    model, images = create("shifted")
+    with accelerate(model) as handle:
+        hook = model.layers[0].blocks[1].attn.register_forward_pre_hook(lambda *args: None)
+        model(images)
+        # only the block that is watched does without the kernel
+        assert len(calls) == handle.num_modules - 1
+        hook.remove()
+        model(images)
+        assert len(calls) == 2 * handle.num_modules - 1
+        with torch.utils.module_tracker.ModuleTracker():
+            model(images)
+        assert len(calls) == 2 * handle.num_modules - 1
+
+
+PARAMETRIZATIONS = {
+    "spectral_norm": parametrizations.spectral_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old weight_norm": torch.nn.utils.weight_norm,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_parametrizations_come_off_in_any_order(name):
+    def norm(layer):
+        torch.manual_seed(0)
+        PARAMETRIZATIONS[name](layer)
+
+    model, images = create("shifted")
+    model.eval()
+    layers = [model.head.fc, model.layers[1].blocks[0].attn.qkv]
+    plain = copy.deepcopy(model)
+    for layer in (plain.head.fc, plain.layers[1].blocks[0].attn.qkv):
+        norm(layer)
+    answer = plain.eval()(images)
+    before = model(images)
+    for first in ("handle", "norm"):
+        handle = accelerate(model)
+        for layer in layers:
+            norm(layer)
+        torch.testing.assert_close(model.eval()(images), answer)
+        if first == "handle":
+            handle.remove()
+            torch.testing.assert_close(model(images), answer)
+        for layer in layers:
+            if name == "old weight_norm":
+                torch.nn.utils.remove_weight_norm(layer)
+            else:
+                remove_parametrizations(layer, "weight", leave_parametrized=True)
+        if first == "norm":
+            model(images)
+            handle.remove()
+        assert {type(layer) for layer in layers} == {torch.nn.Linear}
+        assert not any("forward" in vars(x) or "_attn" in vars(x) for x in model.modules())
+    assert before.shape == model(images).shape
+
+
+def test_quantization_finds_its_layers():
+    model, images = create("shifted")
+    model.eval()
+
+    def quantized(model):
+        found = quantize_dynamic(model, {torch.nn.Linear})
+        return found, sum("quantized" in type(x).__module__ for x in found.modules())
+
+    plain, count = quantized(model)
+    answer = plain(images)
+    accelerate(model)
+    found, same = quantized(model)
+    assert same == count > 0
+    torch.testing.assert_close(found(images), answer, rtol=1e-2, atol=1e-2)
+
+
+def test_gradients_have_gradients():
+    model, images = create("shifted")
+
+    def penalty(model, images):
+        images.requires_grad_()
+        (grad,) = torch.autograd.grad(model(images).sum(), images, create_graph=True)
+        (grad * 100).square().sum().backward()
+        return [x.grad for x in model.parameters() if x.grad is not None]
+
+    exact = penalty(copy.deepcopy(model).double(), images.double().detach())
+    own = penalty(copy.deepcopy(model), images.clone())
+    accelerate(model)
+    for found, plain, answer in zip(penalty(model, images), own, exact, strict=True):
+        limit = max(TOLERANCE[torch.float32], 3 * relative_rms(plain, answer))
+        assert relative_rms(found, answer) < limit
+
+
+@pytest.mark.parametrize("case", ["shifted", "cosines, padded", "no biases"])
+def test_compiled_graphs_hold_the_kernel(case):
+    model, images = create(case)
+    exact = run(copy.deepcopy(model).double(), images.double())
+    own = run(model, images)
+    accelerate(model)
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    found = run(torch.compile(model, fullgraph=True, backend=backend), images)
+    assert sum("packed_windows" in target for target in targets) == accelerate_count(model)
+    for x, plain, answer in zip(found, own, exact, strict=True):
+        assert relative_rms(x, answer) < max(
+            TOLERANCE[torch.float32], 2 * relative_rms(plain, answer)
+        )
+
+
+def accelerate_count(model):
+    """Blocks whose windows the kernel computes."""
+    return sum(
+        isinstance(x, faster_windows.FasterWindows)
+        for m in model.modules()
+        for x in vars(m).values()
+    )
 
 
 def test_what_cannot_be_accelerated_is_named(monkeypatch):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.kernels.attention_cases import TOLERANCE, relative_rms
 from vidattn.kernels import block_sparse_cpu, compiler, window_attention_cpu, window_attention_torch
+from vidattn.kernels.packed_windows import packed_windows
 from vidattn.kernels.windows import halo_windows, shifted_windows
 
 needs_compiler = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
@@ -105,15 +106,41 @@ def test_threads_share_the_work(case, monkeypatch):
         torch.set_num_threads(before)
 
 
-def packed(q, k, v, windows, **options):
+def packed(q, k, v, windows, scale, bias=None, is_cosine=False):
+    assert windows is SHIFTED
     qkv = torch.stack([q, k, v], 2)
-    return window_attention_cpu.packed_window_attention(qkv, windows, **options)
+    return packed_windows(qkv, scale, bias, (5, 9), (3, 4), (1, 2), is_cosine)
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", [case for case in CASES if "packed" in CASES[case][-1]])
-def test_packed_tensors(case):
-    assert_right(packed, torch.float32, case)
+def test_packed_tensors(case, dtype):
+    assert_right(packed, dtype, case)
+    if dtype == torch.float32:
+        assert_right(torch.compile(packed, fullgraph=True, backend="aot_eager"), dtype, case)
+
+
+def penalty_gradients(engine, dtype, leaves, given, pull):
+    """Gradients of the square of a gradient."""
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in leaves.items()}
+    wanted = [x for name, x in leaves.items() if name != "scale" or given["is_cosine"]]
+    out = engine(**leaves, **given)
+    grads = torch.autograd.grad(out, wanted, pull.to(dtype), create_graph=True)
+    return torch.autograd.grad(sum(x.square().sum() for x in grads), wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("engine", "case"),
+    [(window_attention_cpu.window_attention, case) for case in ("other values", "cosines", "halo")]
+    + [(packed, "shifted"), (packed, "cosines")],
+)
+def test_gradients_have_gradients(engine, case):
+    inputs = make(case)
+    answers = penalty_gradients(slow, torch.float64, *inputs)
+    for found, answer in zip(penalty_gradients(engine, torch.float32, *inputs), answers):
+        assert relative_rms(found, answer) < TOLERANCE[torch.float32]
 
 
 WRONG = {

@@ -75,7 +75,7 @@ def _token(grid: Grid, place: tuple[int, int, int]) -> int:
 
 
 def _print_figures(plans: dict[str, Plan]) -> None:
-    head = ["method", "tokens", "density", "visited", "blocks", "plan MiB", "speed-up at most"]
+    head = ["method", "tokens", "density", "visited", "blocks", "plan\nMiB", "speed-up\nat most"]
     rows = []
     for label, plan in plans.items():
         figures = plan.summary()

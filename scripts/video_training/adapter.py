@@ -120,7 +120,8 @@ def comfy(state: Mapping[str, Tensor], rules: tuple) -> dict[str, Tensor]:
     for module, (down, up) in _pairs(state).items():
         name = f"diffusion_model.{_renamed(module, rules)}"
         found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"] = down, up
-        if rules:
+        # diffusers refuses an alpha elsewhere; one that equals r says nothing new anyway
+        if rules and module.startswith("blocks."):
             found[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return found
 

@@ -100,7 +100,8 @@ def load_frame(
     # the VAE of Wan breaks into blotches below float32; every one is small and runs once
     dtypes = {"default": DTYPES[dtype], "vae": torch.float32}
     try:
-        pipe = DiffusionPipeline.from_pretrained(
+        # the class itself: for Wan, DiffusionPipeline would load the transformers all the same
+        pipe = pipeline_class(folder).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, dtype=dtypes, **empty
         )
     except (OSError, ValueError, ImportError) as error:
@@ -126,6 +127,11 @@ def pipeline_config(folder: Path) -> dict[str, object]:
     return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
 
 
+def pipeline_class(folder: Path) -> type:
+    """The class of a pipeline."""
+    return getattr(diffusers, pipeline_config(folder)["_class_name"])
+
+
 def takes(pipe: DiffusionPipeline, name: str) -> bool:
     """Whether a pipeline can be called with an argument of this name."""
     return name in inspect.signature(type(pipe).__call__).parameters
@@ -133,8 +139,7 @@ def takes(pipe: DiffusionPipeline, name: str) -> bool:
 
 def needs_picture(folder: Path) -> bool:
     """Whether a pipeline starts from a picture."""
-    cls = getattr(diffusers, pipeline_config(folder)["_class_name"])
-    found = inspect.signature(cls.__call__).parameters.get("image")
+    found = inspect.signature(pipeline_class(folder).__call__).parameters.get("image")
     return found is not None and found.default is inspect.Parameter.empty
 
 

@@ -11,7 +11,9 @@ from tests.test_imports import imported
 
 DISTRIBUTION = {
     "PIL": "pillow",
+    "cv2": "opencv-python-headless",
     "google": "protobuf",
+    "huggingface_hub": "huggingface-hub",
     "yaml": "pyyaml",
 }
 

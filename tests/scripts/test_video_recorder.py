@@ -47,6 +47,19 @@ def run(pipe, size, prompt, **more):
     return pipe(prompt, **{name: value for name, value in given.items() if name in names})
 
 
+def test_transformers_are_not_loaded_to_record_their_arguments(made, monkeypatch):
+    pipe, _, size = made
+
+    def load(*args, **kwargs):
+        raise AssertionError("the weights of a transformer are loaded")
+
+    monkeypatch.setattr(type(pipe.transformer), "from_pretrained", load)
+    folder = Path(pipe.config._name_or_path)
+    frame = pipelines.load_frame(folder, "float32", torch.device("cpu"), tiling=False)
+    names = [name for name in pipe.components if name.startswith("transformer")]
+    assert all(type(getattr(frame, name)) is type(getattr(pipe, name)) for name in names)
+
+
 @pytest.mark.parametrize("caption", [cases.CAPTION, ""])
 def test_the_arguments_are_those_of_the_pipeline(made, monkeypatch, caption):
     pipe, recorder, size = made

@@ -152,7 +152,7 @@ def write_weights(trainee: Trainee) -> list[Path]:
 
 def _write_full(folder: Path, component: str, trainee: Trainee, state: dict, facts: dict) -> Path:
     where = model_folder(trainee.settings.model.name)
-    model = load_transformer(where, component, trainee.settings.model.dtype)
+    model = load_transformer(where, component, trainee.settings.model.torch_dtype)
     model.load_state_dict(state)
     model.save_pretrained(folder / component)
     (folder / f"{component}-schedule.yaml").write_text(facts["schedule"], encoding="utf-8")
@@ -172,7 +172,7 @@ def merge(settings: Settings) -> list[Path]:
         if not file.is_file():
             raise ValueError(f"'{file}' is not there yet; train first, without --merge")
         where = model_folder(settings.model.name)
-        model = load_transformer(where, component, settings.model.dtype)
+        model = load_transformer(where, component, settings.model.torch_dtype)
         model.load_lora_adapter(str(file), adapter_name=ADAPTER)
         model.fuse_lora()
         model.unload_lora()

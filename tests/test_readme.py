@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.cli_cases import run
 from vidattn.schedule_file import load_schedule
@@ -55,6 +56,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     (tmp_path / "tuned.yaml").write_text(TUNED)
+    for name in re.findall(r"--lora (\S+)", README):
+        (tmp_path / name).parent.mkdir(parents=True)
+        save_file({}, tmp_path / name)
     return tmp_path
 
 

@@ -19,8 +19,6 @@ from video_training.prepare import Prepared, Sample
 from video_training.recorder import AXIS, CONDITION, PER_SAMPLE, TIME_SCALE, TIME_SHAPE, nest
 from video_training.settings import Settings
 
-from vidattn.commands.model import DTYPES
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -111,7 +109,7 @@ class Loader:
     ):
         self.prepared, self.order, self.data = prepared, order, settings.data
         self.device, self.seed = device, settings.run.seed
-        self.kept, self.dtype = DTYPES[settings.model.dtype], dtype
+        self.kept, self.dtype = settings.model.torch_dtype, dtype
         self.waited_s = 0.0
 
     def batches(self, first: int, end: int) -> Iterator[Batch]:

@@ -1,7 +1,6 @@
 """The folder of a model and its parts, loaded as far as training needs them."""
 
 import inspect
-import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -12,8 +11,11 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vidattn.commands.model import DTYPES, PICKLES, check_folder, find_model
-from vidattn.pipelines.family import family_of
+from vidattn.commands.folder import PICKLES, check_folder, find_model
+from vidattn.commands.model import pipeline_config
+from vidattn.commands.request import TEMPORAL, first_attribute, spatial_multiple
+from vidattn.commands.skeleton import skeleton
+from vidattn.pipelines.family import family_of, find_family
 
 
 @cache
@@ -44,7 +46,7 @@ def transformer_class(folder: Path, component: str) -> type:
     Raises:
         ValueError: the pipeline has no such component, or one that cannot be patched.
     """
-    parts = pipeline_config(folder)
+    parts = pipeline_config(str(folder))
     found = parts.get(component)
     known = [name for name in parts if name.startswith("transformer") and parts[name][1]]
     if component not in known:
@@ -54,17 +56,7 @@ def transformer_class(folder: Path, component: str) -> type:
     return getattr(diffusers, found[1])
 
 
-def empty_transformer(folder: Path, component: str, dtype: torch.dtype) -> nn.Module:
-    """A transformer without its weights, on the meta device."""
-    cls = transformer_class(folder, component)
-    with torch.device("meta"):
-        model = cls.from_config(cls.load_config(folder, subfolder=component))
-    family_of(model)
-    # past the warning that a cast model may not compute well: this one never computes
-    return nn.Module.to(model, dtype)
-
-
-def load_transformer(folder: Path, component: str, dtype: str) -> nn.Module:
+def load_transformer(folder: Path, component: str, dtype: torch.dtype) -> nn.Module:
     """A transformer with its weights.
 
     Raises:
@@ -73,7 +65,7 @@ def load_transformer(folder: Path, component: str, dtype: str) -> nn.Module:
     cls = transformer_class(folder, component)
     try:
         model = cls.from_pretrained(
-            folder, subfolder=component, torch_dtype=DTYPES[dtype], use_safetensors=True
+            folder, subfolder=component, torch_dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -84,21 +76,27 @@ def load_transformer(folder: Path, component: str, dtype: str) -> nn.Module:
 
 
 def load_frame(
-    folder: Path, dtype: str, device: torch.device, *, tiling: bool
+    folder: Path, dtype: torch.dtype, device: torch.device, *, tiling: bool
 ) -> DiffusionPipeline:
     """The pipeline around its transformers, which have no weights.
 
     Raises:
         ValueError: it cannot be loaded.
     """
-    parts = pipeline_config(folder)
-    names = [name for name in parts if name.startswith("transformer") and parts[name][1]]
-    empty = {name: empty_transformer(folder, name, DTYPES[dtype]) for name in names}
+    bones = skeleton(str(folder), pipeline_config(str(folder)))
+    if bones is None:
+        raise ValueError(f"'{folder}' is no pipeline that can be built from its configurations")
+    # past the warning that a cast model may not compute well: these never compute
+    empty = {
+        name: nn.Module.to(part, dtype)
+        for name, part in bones.components.items()
+        if isinstance(part, nn.Module) and find_family(part)
+    }
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     # the VAE of Wan breaks into blotches below float32; every one is small and runs once
-    dtypes = {"default": DTYPES[dtype], "vae": torch.float32}
+    dtypes = {"default": dtype, "vae": torch.float32}
     try:
         # the class itself: for Wan, DiffusionPipeline would load the transformers all the same
         pipe = pipeline_class(folder).from_pretrained(
@@ -117,19 +115,14 @@ def load_frame(
 
 def load_scheduler(folder: Path) -> object:
     """The scheduler of a pipeline, which says what the model predicts."""
-    parts = pipeline_config(folder)
+    parts = pipeline_config(str(folder))
     cls = getattr(diffusers, parts["scheduler"][1])
     return cls.from_pretrained(folder, subfolder="scheduler")
 
 
-def pipeline_config(folder: Path) -> dict[str, object]:
-    """What stands in model_index.json beside the components, boundary_ratio among it."""
-    return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-
-
 def pipeline_class(folder: Path) -> type:
     """The class of a pipeline."""
-    return getattr(diffusers, pipeline_config(folder)["_class_name"])
+    return getattr(diffusers, pipeline_config(str(folder))["_class_name"])
 
 
 def takes(pipe: DiffusionPipeline, name: str) -> bool:
@@ -143,11 +136,9 @@ def needs_picture(folder: Path) -> bool:
     return found is not None and found.default is inspect.Parameter.empty
 
 
-def temporal_factor(pipe: DiffusionPipeline) -> int:
-    """Frames of a clip per frame of its latents."""
-    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-    names += ("vae_temporal_scale_factor", "vae_scale_factor_t")
-    return next((getattr(pipe, name) for name in names if getattr(pipe, name, None)), 1)
+def multiples(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Frames of a clip per frame of its latents, and what height and width are multiples of."""
+    return first_attribute(pipe, TEMPORAL), spatial_multiple(pipe)
 
 
 def first_line(error: Exception) -> str:

@@ -16,14 +16,12 @@ from tqdm import tqdm
 from video_training.cache import Cache, FileHashes, digest
 from video_training.clips import Clip, Problems, find_clips
 from video_training.frames import Footage, fit, probe, read_frames
-from video_training.pipeline import load_frame, model_folder, needs_picture, temporal_factor
+from video_training.pipeline import load_frame, model_folder, multiples, needs_picture
 from video_training.recorder import SHAPE, Recorder
 from video_training.settings import Settings
 from video_training.stretches import Stretch, check_buckets, cut
 
-from vidattn.commands.model import DTYPES
 from vidattn.commands.output import writable_folder
-from vidattn.commands.request import spatial_multiple
 
 # of what an entry holds; a change of it makes all anew
 FORMAT = 1
@@ -171,9 +169,8 @@ class Preparation:
         if self.recorder is None:
             model = self.settings.model
             device = self.accelerator.device
-            pipe = load_frame(self.folder, model.dtype, device, tiling=model.vae_tiling)
-            sizes = temporal_factor(pipe), spatial_multiple(pipe)
-            check_buckets(self.settings.data.buckets, *sizes)
+            pipe = load_frame(self.folder, model.torch_dtype, device, tiling=model.vae_tiling)
+            check_buckets(self.settings.data.buckets, *multiples(pipe))
             self.recorder = Recorder(
                 pipe, guidance=model.guidance, fps=self.settings.data.fps, call=model.call
             )
@@ -182,7 +179,7 @@ class Preparation:
     def _encode(self, stretches: list[Stretch], samples: list[Sample]) -> None:
         pairs = zip(stretches, samples)
         new = self._share([pair for pair in pairs if pair[1].latents not in self.latents])
-        dtype = DTYPES[self.settings.model.dtype]
+        dtype = self.settings.model.torch_dtype
         if new:
             recorder = self._open()
         found = self._ahead(lambda pair: _try(_frames, pair[0]), new)

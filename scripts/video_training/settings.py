@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 Number = int | float
 # a run that is resumed may differ in these, for they change no number that is computed
 FREE = (
@@ -31,6 +33,11 @@ class Model:
     guidance: float = 1.0
     vae_tiling: bool = False
     call: dict = field(default_factory=dict)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        return getattr(torch, self.dtype)
 
 
 @dataclass(frozen=True)

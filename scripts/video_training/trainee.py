@@ -24,12 +24,11 @@ from video_training.pipeline import (
     load_scheduler,
     load_transformer,
     model_folder,
-    pipeline_config,
 )
 from video_training.prepare import Prepared
 from video_training.settings import Optimizer, Run, Settings, Tune
 
-from vidattn.commands.model import DTYPES
+from vidattn.commands.model import pipeline_config
 from vidattn.grid import Size
 from vidattn.pipelines.family import family_of
 
@@ -96,7 +95,7 @@ def make_trainee(settings: Settings, accelerator: Accelerator) -> Trainee:
     """
     folder, model = model_folder(settings.model.name), settings.model
     process = Process(load_scheduler(folder), settings.noise)
-    ranges = expert_ranges(pipeline_config(folder).get("boundary_ratio"), model.experts)
+    ranges = expert_ranges(pipeline_config(str(folder)).get("boundary_ratio"), model.experts)
     sparse = Sparse(settings.attention)
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if is_fsdp and (settings.run.ema or not accelerator.is_fsdp2):
@@ -104,7 +103,8 @@ def make_trainee(settings: Settings, accelerator: Accelerator) -> Trainee:
     set_seed(settings.run.seed)
     experts = {}
     # shards hold one dtype, and weights that move are float32
-    dtype = "float32" if is_fsdp or settings.tune.method == "full" else model.dtype
+    needs_all = is_fsdp or settings.tune.method == "full"
+    dtype = torch.float32 if needs_all else model.torch_dtype
     for name in model.experts:
         plain = load_transformer(folder, name, dtype)
         prepare_tuning(plain, settings.tune)
@@ -112,7 +112,7 @@ def make_trainee(settings: Settings, accelerator: Accelerator) -> Trainee:
             plain.enable_gradient_checkpointing()
         plain.train()
         experts[name] = _make_expert(plain, settings, accelerator)
-    return Trainee(settings, accelerator, experts, process, sparse, ranges, DTYPES[dtype])
+    return Trainee(settings, accelerator, experts, process, sparse, ranges, dtype)
 
 
 def expert_ranges(

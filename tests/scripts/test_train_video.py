@@ -332,10 +332,10 @@ def test_training_learns_its_clips(world, tmp_path):
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
     # all weights were moved and are there to load
     model, before = (
-        program.load_transformer(folder, "transformer", "float32").state_dict()
+        program.load_transformer(folder, "transformer", torch.float32).state_dict()
         for folder in (world / "wan", world / "wan")
     )
-    cls = program.load_transformer(world / "wan", "transformer", "float32").__class__
+    cls = program.load_transformer(world / "wan", "transformer", torch.float32).__class__
     model = cls.from_pretrained(tmp_path / "out" / "transformer").state_dict()
     trained = load_file(
         folders.find_checkpoint(tmp_path / "out" / "checkpoints") / "transformer.safetensors"

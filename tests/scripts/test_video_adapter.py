@@ -151,7 +151,8 @@ def files(folder, tmp_path_factory):
 def test_updates_go_to_their_experts(folder, files):
     out, models = files
     pipe = DiffusionPipeline.from_pretrained(folder)
-    load_loras(pipe, [Lora(out / "lora-transformer_2.safetensors"), Lora(out / "lora.safetensors")])
+    names = ("lora-transformer_2", "lora")
+    load_loras(pipe, [parse_lora(str(out / f"{name}.safetensors")) for name in names])
     for component, model in models.items():
         found = answer(getattr(pipe, component))
         torch.testing.assert_close(found, answer(model), rtol=1e-4, atol=1e-5)
@@ -178,7 +179,7 @@ def test_updates_of_another_model_are_refused_by_their_keys(folder, files, tmp_p
     out, _ = files
     single = DiffusionPipeline.from_pretrained(cases.write_pipeline(tmp_path / "wan", "wan"))
     with pytest.raises(ValueError, match="is for the transformer_2 of a pipeline, which this Wan"):
-        load_loras(single, [Lora(out / "lora-transformer_2.safetensors")])
+        load_loras(single, [parse_lora(str(out / "lora-transformer_2.safetensors"))])
     config = TINY["WanTransformer3DModel"].config
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.transformer = WanTransformer3DModel(**config | {"num_layers": 1})
@@ -194,9 +195,10 @@ def test_updates_of_another_model_are_refused_by_their_keys(folder, files, tmp_p
 def test_files_and_weights_of_the_command_line(files, tmp_path, monkeypatch):
     out, _ = files
     file = out / "lora.safetensors"
-    assert parse_lora(str(file)) == Lora(file, 1.0)
-    assert parse_lora(f"{file}:-0.5") == Lora(file, -0.5)
-    assert parse_lora(str(file)).facts()["schedule"] == "rules: []"
+    assert parse_lora(str(file)) == Lora(file, 1.0, "transformer", "rules: []")
+    assert parse_lora(f"{file}:-0.5").weight == -0.5
+    second = parse_lora(str(out / "lora-transformer_2.safetensors"))
+    assert second.component == "transformer_2"
     for text, message in (
         (f"{file}:strong", "FILE or FILE:WEIGHT, the weight a number"),
         ("nowhere.safetensors", "'nowhere.safetensors' must be a .safetensors file that exists"),
@@ -206,7 +208,7 @@ def test_files_and_weights_of_the_command_line(files, tmp_path, monkeypatch):
             parse_lora(text)
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is no safetensors file"):
-        parse_lora(str(tmp_path / "a.safetensors")).facts()
+        parse_lora(str(tmp_path / "a.safetensors"))
 
 
 def test_merged_weights_answer_like_the_tuned_model(folder, tmp_path):

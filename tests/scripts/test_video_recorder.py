@@ -28,7 +28,7 @@ def made(request, tmp_path_factory):
     cases.write_pipeline(folder, request.param)
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    frame = pipelines.load_frame(folder, "float32", torch.device("cpu"), tiling=False)
+    frame = pipelines.load_frame(folder, torch.float32, torch.device("cpu"), tiling=False)
     recorder = recorders.Recorder(frame, fps=12.0, call={"max_sequence_length": 6})
     return pipe, recorder, cases.PIPELINES[request.param][1]
 
@@ -55,7 +55,7 @@ def test_transformers_are_not_loaded_to_record_their_arguments(made, monkeypatch
 
     monkeypatch.setattr(type(pipe.transformer), "from_pretrained", load)
     folder = Path(pipe.config._name_or_path)
-    frame = pipelines.load_frame(folder, "float32", torch.device("cpu"), tiling=False)
+    frame = pipelines.load_frame(folder, torch.float32, torch.device("cpu"), tiling=False)
     names = [name for name in pipe.components if name.startswith("transformer")]
     assert all(type(getattr(frame, name)) is type(getattr(pipe, name)) for name in names)
 

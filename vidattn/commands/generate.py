@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from vidattn.commands.clip import Guards, make_clip
+from vidattn.commands.lora import LoraChoice, check_loras, load_loras
 from vidattn.commands.output import write_atomically, write_json
 from vidattn.commands.record import record
 from vidattn.commands.serve import foresee
@@ -18,8 +19,13 @@ def run(args: argparse.Namespace) -> None:
     guards = Guards(args.dense_layers, args.dense_steps)
     outlook = foresee(args, [args.request])
     choice = args.choice or outlook.default()
+    if isinstance(choice, LoraChoice):
+        print(f"attention as {choice.lora.path} was trained with; --method or --schedule overrules")
     outlook.check(choice, guards)
+    if outlook.pipe is not None:
+        check_loras(outlook.pipe, args.loras)
     pipe, (request,) = outlook.load(args)
+    load_loras(pipe, args.loras)
     warn_about(pipe, args.model, [request])
     clip = make_clip(pipe, request, choice, guards)
     with write_atomically(args.path) as partial:
@@ -30,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
         record(pipe, args, request)
         | {
             "method": choice.label,
+            "loras": {str(lora.path): lora.weight for lora in args.loras},
             "dense_layers": clip.report.dense_layers,
             "dense_steps": clip.report.dense_steps,
             "frames": list(clip.frames.shape),

@@ -13,6 +13,7 @@ from vidattn.commands.choice import (
     ScheduleChoice,
     choices_of,
 )
+from vidattn.commands.lora import parse_lora, trained_attention
 from vidattn.commands.output import fresh_file, writable_file
 from vidattn.commands.request import request_of
 from vidattn.flags.video import add_model_arguments, add_request_arguments
@@ -22,7 +23,8 @@ examples:
   vidattn generate "a red boot moving right over a dark background"
   vidattn generate --method radial --density 0.3 --output boot.mp4
   vidattn generate "a cat on a skateboard" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
-      --method radial:density=0.3 --dense-steps 0.25 --offload model"""
+      --method radial:density=0.3 --dense-steps 0.25 --offload model
+  vidattn generate --lora runs/tiny-t2v-lora/lora.safetensors:0.8"""
 
 # the method that flags of a method belong to where none is named
 FLAGS_OF = "radial"
@@ -39,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--schedule", metavar="NAME|FILE", help=SCHEDULE_HELP)
     parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="low-rank updates to add, several times for several; without --method and --schedule "
+        "attention is as they were trained with, where the file says so",
+    )  # fmt: skip
+    parser.add_argument(
         "--output", type=Path, metavar="FILE",
         help=f"an mp4 or gif, replaced if it is there (default: {OUTPUT}, or the first of "
         f"{OUTPUT.stem}-2, {OUTPUT.stem}-3, ... that is free)",
@@ -48,14 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(args: argparse.Namespace) -> None:
-    """Check the flags, and set ``choice`` (None for the default), ``request`` and ``path``.
+    """Check the flags, and set ``choice`` (None for the default), ``loras``, ``request``, ``path``.
 
     Raises:
         ValueError: what is wrong with them.
     """
     if args.prompt is not None and args.prompt_flag is not None:
         raise ValueError("the prompt is given twice, with and without --prompt")
-    args.choice = _choice(args)
+    args.loras = [parse_lora(text) for text in args.lora]
+    args.choice = _choice(args) or trained_attention(args.loras)
     path = fresh_file(OUTPUT) if args.output is None else args.output
     args.path = writable_file(path, (".mp4", ".gif"))
     writable_file(path.with_suffix(".json"), (".json",))

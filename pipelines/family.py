@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,8 +18,12 @@ from torch import Tensor, nn
 import vidattn.pipelines
 from vidattn.grid import Size
 from vidattn.registry import unknown
+from vidattn.schedule import Model
 
 Arguments = Mapping[str, object]
+
+# what wrappers of modules call the module inside
+WRAPPED = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class Place(NamedTuple):
@@ -74,6 +79,23 @@ def patched_size(model: nn.Module, hidden_states: Tensor, axes: str = "BCTHW") -
     return t, h, w
 
 
+def attentions(family: Family, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The self-attentions over the video of a model, with their names, whatever wraps blocks."""
+    named = ((WRAPPED.sub("", path), module) for path, module in model.named_modules())
+    return [
+        (path, module)
+        for path, module in named
+        if re.fullmatch(family.layers, path) and hasattr(module, "processor")
+    ]
+
+
+def shape_of(model: nn.Module) -> Model:
+    """What schedules compare with what they were made for."""
+    modules = attentions(family_of(model), model)
+    heads = {getattr(module, "heads", None) for _, module in modules}
+    return Model(type(model).__name__, len(modules), heads.pop() if len(heads) == 1 else None)
+
+
 @cache
 def families() -> tuple[Family, ...]:
     """Every family: the ``FAMILY`` of each file in this folder."""
@@ -111,11 +133,17 @@ def family_of(model: nn.Module) -> Family:
     """The family of a model.
 
     Raises:
-        ValueError: the model is unknown, or known not to work; what is known is listed.
+        ValueError: the model is unknown, one for images, or known not to work; what is known is
+            listed.
     """
-    family = find_family(model)
+    family, name = find_family(model), type(model).__name__
+    if family is None and "2D" in name:
+        raise ValueError(
+            f"{name} is an image model, and only the attention of video models is made sparse. "
+            f"Known: {', '.join(known_models())}"
+        )
     if family is None:
-        raise unknown("video transformer", type(model).__name__, known_models())
+        raise unknown("video transformer", name, known_models())
     if reason := refusal(family, model):
-        raise ValueError(f"{type(model).__name__} cannot be patched: {reason}")
+        raise ValueError(f"{name} cannot be patched: {reason}")
     return family

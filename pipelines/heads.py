@@ -65,7 +65,7 @@ def heads_here(module: nn.Module, q: Tensor) -> Heads:
         first, left, total = cut
     else:
         total = left = num if left is None else left
-    parallel = context_parallel(module)
+    parallel = context_parallel(module.processor)
     if parallel is not None and parallel.ulysses_degree > 1:
         each = -(-left // parallel.ulysses_degree)
         first += parallel._ulysses_local_rank * each
@@ -78,9 +78,9 @@ def heads_here(module: nn.Module, q: Tensor) -> Heads:
     return Heads(first, num, total)
 
 
-def context_parallel(module: nn.Module) -> object | None:
-    """The settings of diffusers' context parallelism that a layer runs in, None outside of it."""
-    parallel = getattr(module.processor, "_parallel_config", None)
+def context_parallel(processor: object) -> object | None:
+    """The settings of diffusers' context parallelism of a processor, None outside of it."""
+    parallel = getattr(processor, "_parallel_config", None)
     config = getattr(parallel, "context_parallel_config", None)
     return config if config is not None and (config._world_size or 1) > 1 else None
 

@@ -2,7 +2,7 @@
 
 The processor of the layer gets a subclass of its own class that runs inside a function mode; the
 mode catches scaled_dot_product_attention, where every processor of diffusers arrives. Under
-torch.compile the call becomes one opaque operator, which finds its layer by number.
+torch.compile the call becomes an operator (see ``operators``).
 
 Letters: B batch, H heads, S tokens, D head dim.
 """
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
@@ -25,22 +23,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vidattn.pipelines import masks
+from vidattn.pipelines.heads import context_parallel
+from vidattn.pipelines.operators import numbered
 from vidattn.pipelines.swap import MARK, swap_in, swap_out
 
-# the operators read what changes from step to step, which a replayed CUDA graph would freeze
-TAGS = tuple(tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe")
 NATIVE = attention_dispatch.AttentionBackendName.NATIVE
-
-# operators of torch take no Python objects, so they find theirs by number
-_by_number: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
-
-
-def numbered(thing: object) -> Tensor:
-    """A number for ``thing``, in a tensor so that compiled code does not depend on its value."""
-    number = next(_numbers)
-    _by_number[number] = thing
-    return torch.tensor(number, device="cpu")
 
 
 class Owner(Protocol):
@@ -51,6 +38,9 @@ class Owner(Protocol):
 
     def skipped(self, layer: Layer, allowed: bool) -> None:
         """Told that a layer ran without attending, and whether it may."""
+
+    def check_gradient(self, layer: Layer) -> None:
+        """Told that the gradient of a call will be that of dense attention."""
 
     def cannot(self, layer: Layer, why: str) -> None:
         """Told that a call of a layer runs dense for a reason that nobody asked for."""
@@ -181,6 +171,9 @@ def _namespace(base: type) -> dict[str, object]:
             out = call(self, *args, **kwargs)
         if layer.hits == before:
             layer.owner.skipped(layer, allowed=False)
+        first = out[0] if isinstance(out, tuple) else out
+        if first.requires_grad and context_parallel(self) is not None:
+            layer.owner.check_gradient(layer)
         return out
 
     if route != "own":
@@ -207,91 +200,3 @@ def _scores_are_skipped() -> bool:
 
 def _global_backend() -> attention_dispatch.AttentionBackendName:
     return attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
-
-
-def _run(q, k, v, mask, scale, layer: Tensor) -> Tensor:
-    found = _by_number.get(layer.item())
-    if found is None:
-        # the patch is gone, the compiled code is not
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return found.owner.attend(found, q, k, v, mask, scale)
-
-
-@torch.library.custom_op("vidattn::attend", mutates_args=(), tags=TAGS)
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, layer: Tensor
-) -> Tensor:
-    return _run(q, k, v, mask, scale, layer).contiguous()
-
-
-@_attend.register_fake
-def _(q, k, v, mask, scale, layer):
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
-
-
-@torch.library.custom_op("vidattn::attend_backward", mutates_args=(), tags=TAGS)
-def _attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    layer: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = _run(*leaves, mask, scale, layer)
-    return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
-
-
-@_attend_backward.register_fake
-def _(grad, q, k, v, mask, scale, layer):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _save(ctx, inputs, output):
-    q, k, v, mask, scale, layer = inputs
-    ctx.save_for_backward(q, k, v, mask, layer)
-    ctx.scale = scale
-
-
-def _backward(ctx, grad):
-    q, k, v, mask, layer = ctx.saved_tensors
-    grads = torch.ops.vidattn.attend_backward(grad, q, k, v, mask, ctx.scale, layer)
-    return *grads, None, None, None
-
-
-_attend.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("vidattn::begin", mutates_args=(), tags=TAGS)
-def _begin(
-    hidden_states: Tensor, timestep: Tensor, size: list[int], num_before: int, site: Tensor
-) -> Tensor:
-    found = _by_number.get(site.item())
-    if found is not None:
-        found.begin(hidden_states, timestep, (size[0], size[1], size[2]), num_before)
-    return hidden_states.clone()
-
-
-@_begin.register_fake
-def _(hidden_states, timestep, size, num_before, site):
-    return torch.empty_like(hidden_states)
-
-
-@torch.library.custom_op("vidattn::end", mutates_args=(), tags=TAGS)
-def _end(output: Tensor, site: Tensor) -> Tensor:
-    found = _by_number.get(site.item())
-    if found is not None:
-        found.end(output)
-    return output.clone()
-
-
-@_end.register_fake
-def _(output, site):
-    return torch.empty_like(output)
-
-
-_begin.register_autograd(lambda ctx, grad: (grad, None, None, None, None))
-_end.register_autograd(lambda ctx, grad: (grad, None))

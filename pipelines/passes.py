@@ -108,8 +108,9 @@ class Passes:
             ValueError: the schedule needs the number of steps, and nothing says it.
         """
         if is_backward():
-            self._local.bound = again = self._repeated(latents)
+            again = self._repeated(latents)
             again.repeats.clear()
+            self._local.repeated = torch._C._current_graph_task_id(), again
             return
         settings, (loop, call) = self._settings, find_loop()
         last, self._local.output = getattr(self._local, "output", None), None
@@ -140,7 +141,6 @@ class Passes:
     def end(self, output: Tensor) -> bool:
         """A forward pass ends; whether it was the first of its transformer in its generation."""
         if is_backward():
-            self._local.bound = None
             return False
         current = self.current()
         current.diary.watch.add(current.start, output.device)
@@ -165,9 +165,13 @@ class Passes:
         Raises:
             RuntimeError: there is none, or one of several is run again and nobody knows which.
         """
-        bound, mine = (getattr(self._local, name, None) for name in ("bound", "current"))
+        bound = getattr(self._local, "bound", None)
+        if bound is None and is_backward():
+            # until the end of this backward pass: the repetition may stop halfway
+            task, again = getattr(self._local, "repeated", (None, None))
+            bound = again if task == torch._C._current_graph_task_id() else None
         # the backward pass runs blocks again in threads of its own
-        current = bound or mine or self._latest
+        current = bound or getattr(self._local, "current", None) or self._latest
         if current is None:
             raise RuntimeError(
                 f"a layer of {self.name} ran before the transformer did: call the transformer, not "

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from torch import nn
 
+from vidattn.choice import parse_choice
 from vidattn.method import Method
 from vidattn.methods import create_method, label
+from vidattn.pipelines.family import shape_of
 from vidattn.pipelines.handle import Handle, find_handle, handle_of
 from vidattn.pipelines.models import find_transformers, parts_of, unwrap
 from vidattn.pipelines.settings import Settings
 from vidattn.schedule import DenseGuard, Rule, Schedule
-from vidattn.schedule_file import load_schedule
+from vidattn.schedule_file import find_presets, list_presets, load_schedule
 
 
 def patch(
@@ -35,10 +37,11 @@ def patch(
     Args:
         pipe_or_transformer: a pipeline, all of whose video transformers are patched, or one of
             them alone.
-        method: a name from ``list_methods()``, or a method with its options set.
+        method: a name from ``list_methods()``, also with options as the command line reads them
+            ("radial:density=0.3"), or a method with its options set.
         schedule: instead of a method, which of them serves which layers, heads and steps: a YAML
             file, the name of one of the presets for published models (``vidattn list --presets``),
-            or a Schedule.
+            or a Schedule. Without both, a published model gets its preset.
         dense_layers: first layers of each transformer that stay dense: a count or a fraction; when
             not given 1, or what the schedule says.
         dense_steps: first denoising steps that stay dense: a count, or a fraction of the steps of
@@ -51,7 +54,8 @@ def patch(
 
     Raises:
         ValueError: the model is unknown or cannot be patched, it is patched already, a bad method,
-            option or guard, or a schedule that is broken or for another model.
+            option or guard, a schedule that is broken or for another model, or neither a method nor
+            a schedule for a model without a preset.
 
     >>> with vidattn.patch(pipe, "radial", density=0.25) as handle:
     ...     video = pipe(prompt).frames
@@ -59,9 +63,31 @@ def patch(
     """
     transformers = _unpatched_transformers(pipe_or_transformer)
     pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
+    if method is schedule is None:
+        schedule = _preset(transformers, is_whole=pipe is not None)
     usual = DenseGuard(1, 0.1 if hasattr(pipe, "scheduler") else 0)
     chosen = _schedule(method, schedule, options, usual).with_guard(dense_layers, dense_steps)
     return Handle(pipe, transformers, Settings(chosen, strict))
+
+
+def _preset(transformers: dict[str, nn.Module], is_whole: bool) -> str:
+    """The preset of the model that is to be patched.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    shapes = {name: shape_of(model) for name, model in transformers.items()}
+    found = find_presets(shapes, is_whole)
+    if len(found) == 1:
+        return found[0]
+    first = next(iter(shapes.values()))
+    model = f"a {first.transformer} of {first.layers} layers and {first.heads} heads"
+    which = f"presets {' and '.join(found)} both are" if found else "no preset is"
+    raise ValueError(
+        f"patch takes a method or a schedule, got neither, and {which} for {model}: give a method "
+        'such as "radial" with density=0.3 (vidattn.list_methods() names them), or schedule= with '
+        f"a preset ({', '.join(list_presets())}) or a YAML file"
+    )
 
 
 def _schedule(
@@ -71,7 +97,7 @@ def _schedule(
     guard: DenseGuard,
 ) -> Schedule:
     """The schedule that is asked for, a method being one that serves everything."""
-    if (method is None) == (schedule is None):
+    if method is not None and schedule is not None:
         raise ValueError(
             f"patch takes a method or a schedule, got method={method!r} and schedule={schedule!r}"
         )
@@ -84,7 +110,11 @@ def _schedule(
         return schedule
     if schedule is not None:
         return load_schedule(schedule)
-    method = create_method(method, **options) if isinstance(method, str) else method
+    if isinstance(method, str):
+        choice = parse_choice(method)
+        if twice := sorted(choice.options.keys() & options):
+            raise ValueError(f"{method!r} has the options {twice} already: give them once")
+        method = create_method(choice.name, **choice.options, **options)
     return Schedule((Rule(method),), guard, name=label(method))
 
 

@@ -22,6 +22,8 @@ class Tally:
     num_dense: Counter[str] = field(default_factory=Counter)
     # what the heads followed in the sparse calls
     parts: Counter[tuple[Part, ...]] = field(default_factory=Counter)
+    # and what they ran on
+    engines: Counter[str] = field(default_factory=Counter)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -36,6 +38,7 @@ class Tally:
         density: float | None,
         why: str | None,
         parts: tuple[Part, ...],
+        engines: tuple[str, ...],
     ) -> None:
         """Count a call that began at ``start``: sparse with a density, or dense with a reason."""
         self.watch.add(start, device)
@@ -45,6 +48,7 @@ class Tally:
             self.num_sparse += 1
             self.density_sum += density
             self.parts[parts] += 1
+            self.engines["+".join(engines)] += 1
 
 
 @dataclass

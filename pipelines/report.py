@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 
+from vidattn.table import table
+
 HEAD = ("layer", "sparse", "dense", "density", "searches", "recall", "ms per call", "methods")
+PROSE = ("dense", "methods")
 SEARCHES = HEAD.index("searches")
 
 
@@ -19,6 +24,7 @@ class LayerReport:
         num_sparse: calls that ran sparse.
         num_dense: calls that ran dense, by reason.
         methods: sparse calls by what the heads followed in them.
+        engines: sparse calls by the engine that ran them, joined by "+" where heads need several.
         density: kept pairs over all pairs of video tokens, mean of the sparse calls; None without.
         num_searches: plans that were read from content; the other sparse calls used them again.
         recall: share of dense attention that the plans of the last searches kept when they were
@@ -30,6 +36,7 @@ class LayerReport:
     num_sparse: int
     num_dense: dict[str, int]
     methods: dict[str, int]
+    engines: dict[str, int]
     density: float | None
     num_searches: int
     recall: float | None
@@ -40,11 +47,13 @@ class LayerReport:
 class Report:
     """A generation, or for a bare transformer everything since it was patched.
 
+    A generation is a call of a pipeline, with all sections of a long video.
+
     Args:
         method: the method with its options, or the name of the schedule.
         dense_layers, dense_steps: what stayed dense: counts or fractions.
         grids: the grids that were attended to.
-        num_steps: denoising steps seen.
+        num_steps: denoising steps seen, of all sections.
         num_passes: forward passes of the transformers.
         layers: one entry per layer.
         transformer_ms: time in the transformers, with the next.
@@ -83,6 +92,14 @@ class Report:
         return sum(layer.attention_ms for layer in self.layers)
 
     @property
+    def engines(self) -> dict[str, int]:
+        """Sparse attention calls by the engine that ran them."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.engines)
+        return dict(total)
+
+    @property
     def density(self) -> float | None:
         """Kept pairs over all pairs in all calls, dense ones counted whole; None without calls."""
         calls = self.num_sparse + self.num_dense
@@ -91,10 +108,26 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Everything as plain types, for JSON."""
-        sums = ("num_sparse", "num_dense", "attention_ms", "density")
+        sums = ("num_sparse", "num_dense", "attention_ms", "density", "engines")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
 
     def __str__(self) -> str:
+        if not self.num_passes:
+            return f"{self.method}: nothing has run yet"
+        head, *rows = self._rows()
+        return "\n".join([self._head(), table(head, rows, prose=PROSE), self._times()])
+
+    def _repr_html_(self) -> str:
+        """The report as notebooks show it."""
+        if not self.num_passes:
+            return f"<p>{html.escape(str(self))}</p>"
+        head, *rows = self._rows()
+        lines = [_html_row("th", head), *(_html_row("td", row) for row in rows)]
+        before, after = (f"<p>{html.escape(x)}</p>" for x in (self._head(), self._times()))
+        return f"{before}<table>{''.join(lines)}</table>{after}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """The table: its head, and a row for each run of layers that did the same."""
         rows = [HEAD]
         for _, run in itertools.groupby(self.layers, key=_what_it_did):
             rows.append(_row(list(run)))
@@ -103,14 +136,16 @@ class Report:
             rows = [row[:-1] for row in rows]
         if not any(layer.num_searches for layer in self.layers):
             rows = [row[:SEARCHES] + row[SEARCHES + 2 :] for row in rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+        return rows
+
+    def _head(self) -> str:
+        """What ran, and where."""
         density = "none" if self.density is None else f"{self.density:.3f}"
-        head = (
+        engines = "".join(f", sparse on {name}" for name in self.engines)
+        return (
             f"{self.method} on {', '.join(self.grids) or 'no grid'}: {self.num_steps} steps, "
-            f"{self.num_passes} passes, density {density} with the dense calls"
+            f"{self.num_passes} passes, density {density} with the dense calls{engines}"
         )
-        return "\n".join([head, *(line.rstrip() for line in table), self._times()])
 
     def _times(self) -> str:
         parts = [f"transformer {self.transformer_ms / 1e3:.2f} s"]
@@ -121,6 +156,10 @@ class Report:
         others = {"VAE": self.vae_ms, "text encoder": self.text_encoder_ms, "rest": self.rest_ms}
         parts += [f"{name} {ms / 1e3:.2f} s" for name, ms in others.items()]
         return f"{self.total_ms / 1e3:.2f} s in all: {', '.join(parts)}"
+
+
+def _html_row(tag: str, row: tuple[str, ...]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)}</tr>"
 
 
 def _what_it_did(layer: LayerReport) -> tuple:

@@ -6,19 +6,20 @@ Letters: B batch, H heads, S tokens, D head dim.
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidattn.attention import attend
+from vidattn.attention import attend, engines_of
 from vidattn.grid import Size
 from vidattn.head_plan import HeadPlan
 from vidattn.pipelines.break_even import break_even
 from vidattn.pipelines.checkpoint import tie, untie
-from vidattn.pipelines.family import family_of
-from vidattn.pipelines.intercept import Layer, give_back, keep_choice, numbered, owner, take
+from vidattn.pipelines.family import attentions, family_of, shape_of
+from vidattn.pipelines.intercept import Layer, give_back, keep_choice, owner, take
+from vidattn.pipelines.operators import numbered
 from vidattn.pipelines.passes import Pass, Passes, is_backward
 from vidattn.pipelines.plans import Plans
 from vidattn.pipelines.root import ContextOf, install
@@ -40,11 +41,7 @@ class Site:
         self.name, self.model, self.settings, self.handle = name, model, settings, handle
         self.family = family = family_of(model)
         self.number = numbered(self)
-        self.modules = [
-            (path, module)
-            for path, module in model.named_modules()
-            if re.fullmatch(family.layers, path) and hasattr(module, "processor")
-        ]
+        self.modules = attentions(family, model)
         if not self.modules:
             raise ValueError(
                 f"{type(model).__name__} has no layer to patch: none is called {family.layers!r}"
@@ -62,9 +59,7 @@ class Site:
     @property
     def shape(self) -> Model:
         """What schedules compare with what they were made for."""
-        heads = {getattr(module, "heads", None) for _, module in self.modules}
-        only = heads.pop() if len(heads) == 1 else None
-        return Model(type(self.model).__name__, len(self.layers), only)
+        return shape_of(self.model)
 
     def remove(self) -> None:
         """Take our layers out again."""
@@ -147,15 +142,16 @@ class Site:
             plan, parts = self._plan(layer, current, call, q, k)
             if (limit := break_even(q.device)) < plan.visited_density:
                 why, plan = f"dense is faster above density {limit:.2f} on this GPU", None
-        start = Stopwatch.now(q.device)
+        start, engines = Stopwatch.now(q.device), ()
         if plan is None:
             out = layer.dense(q, k, v, mask, scale)
         else:
-            out = self._sparse(q, k, v, plan, call)
+            out, engines = self._sparse(q, k, v, plan, call)
         # what is run again for the backward pass is no call of the model
         if not is_backward():
             density = None if plan is None else plan.density
-            current.diary.tallies[layer.index].add(start, q.device, density, why, parts)
+            tally = current.diary.tallies[layer.index]
+            tally.add(start, q.device, density, why, parts, engines)
         return out
 
     def find_video(
@@ -168,7 +164,7 @@ class Site:
     def skipped(self, layer: Layer, allowed: bool) -> None:
         """A layer ran without attending."""
         if not (allowed or self.family.may_skip):
-            self.cannot(layer, "it does not use scaled_dot_product_attention")
+            self.cannot(layer, _why_not_caught())
         else:
             self._note(layer, SKIPPED)
 
@@ -185,6 +181,19 @@ class Site:
             )
         if record:
             self._note(layer, why)
+
+    def check_gradient(self, layer: Layer) -> None:
+        """Refuse a gradient that is not that of what ran.
+
+        Raises:
+            RuntimeError: the call was sparse.
+        """
+        if self._why_dense(layer, self.passes.current()) is None:
+            raise RuntimeError(
+                f"{self.name}.{layer.name} has no gradient of sparse attention: the backward pass "
+                "of diffusers' context parallelism attends densely. Train in one process for each "
+                "sample, or run under torch.no_grad()"
+            )
 
     def _note(self, layer: Layer, why: str) -> None:
         """Count a dense call that takes no time of ours."""
@@ -215,13 +224,29 @@ class Site:
         parts = call.heads.parts(self.settings.schedule.parts(*at, num_heads=call.heads.total))
         return self.plans.plan(parts, layer.index, current, call, q, k), parts
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan | HeadPlan, call: Call) -> Tensor:
+    def _sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan | HeadPlan, call: Call
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Attention by a plan, and the engines that it ran on."""
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
         turn, keys = call.turn, call.keys
-        if not turn:
-            return attend(q, k, v, plan, scale=call.scale, key_mask=keys)
-        q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
-        keys = None if keys is None else keys.roll(-turn, 1)
-        return attend(q, k, v, plan, scale=call.scale, key_mask=keys).roll(turn, 2)
+        if turn:
+            q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
+            keys = None if keys is None else keys.roll(-turn, 1)
+        out = attend(q, k, v, plan, scale=call.scale, key_mask=keys)
+        return out.roll(turn, 2) if turn else out, engines_of(q, k, v, plan, keys)
+
+
+def _why_not_caught() -> str:
+    """Why the attention of a layer did not arrive here."""
+    function = F.scaled_dot_product_attention
+    if function is torch._C._nn.scaled_dot_product_attention:
+        return "it does not use scaled_dot_product_attention"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return (
+        "torch.nn.functional.scaled_dot_product_attention was replaced by "
+        f"{getattr(function, '__module__', '?')}.{name}, which attends in its place; put back the "
+        "function of PyTorch"
+    )

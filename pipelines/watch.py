@@ -63,6 +63,7 @@ class _Tap:
     def __init__(self, site: Site, look: Callable[[Sight], None]):
         self._site, self._look = site, look
         self.skipped, self.cannot = site.skipped, site.cannot
+        self.check_gradient = site.check_gradient
 
     def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale) -> Tensor:
         """(B, H, S, D) attention of a layer, as the site computes it."""

@@ -26,7 +26,8 @@ from quality_report import Compared, draw, summarize, to_markdown
 from safetensors.torch import load_file, save_file
 from t2v.data import held_out_prompts
 
-from vidattn.commands.choice import Choice, ScheduleChoice
+from vidattn.choice import Choice
+from vidattn.commands.choice import ScheduleChoice
 from vidattn.commands.clip import Clip, Guards, make_clip
 from vidattn.commands.compare import plan_density
 from vidattn.commands.folder import find_model

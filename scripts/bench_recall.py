@@ -17,7 +17,7 @@ from motion_latents import fit_pca, heads_of, read_clip, tokens_of
 from packages import ROBOT_CLIPS, unpack
 from torch import Tensor
 
-from vidattn.commands.choice import Choice
+from vidattn.choice import Choice
 from vidattn.commands.output import writable_folder, write_atomically, write_json
 from vidattn.fidelity import fidelity
 from vidattn.grid import Grid

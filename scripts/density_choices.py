@@ -6,7 +6,8 @@ from dataclasses import replace
 from itertools import product
 
 from vidattn.catalog import describe, list_methods
-from vidattn.commands.choice import Choice, ScheduleChoice
+from vidattn.choice import Choice
+from vidattn.commands.choice import ScheduleChoice
 from vidattn.commands.serve import choice_at
 from vidattn.grid import Grid
 

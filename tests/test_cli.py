@@ -7,9 +7,9 @@ import signal
 import pytest
 
 from vidattn.catalog import describe, list_methods
+from vidattn.choice import Choice, parse_choice
 from vidattn.cli import COMMANDS, main
 from vidattn.commands import output
-from vidattn.commands.choice import Choice, parse_choice
 from vidattn.commands.folder import BUNDLED, read_card
 from vidattn.commands.output import fresh_file, write_atomically, write_json
 from vidattn.commands.request import request_of

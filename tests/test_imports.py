@@ -18,7 +18,7 @@ LAYERS = (
     {"content", "calibration"},
     {"pattern"},
     {"methods", "cache", "attention"},
-    {"mixture", "schedule", "measure", "fidelity", "video", "allocation"},
+    {"mixture", "schedule", "measure", "fidelity", "video", "allocation", "choice"},
     {"draw", "neighborhood", "perception", "simulate", "schedule_file"},
     {"pipelines", "backbones"},
     {"commands"},

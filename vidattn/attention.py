@@ -90,6 +90,35 @@ def attend(
     return (out, lse) if return_lse else out
 
 
+def engines_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan | HeadPlan,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[str, ...]:
+    """The engines that ``attend`` runs a plan on, in alphabetical order; takes what that takes.
+
+    "pytorch" is PyTorch's own attention, which dense plans run on.
+    """
+    plans = plan.plans if isinstance(plan, HeadPlan) else (plan,)
+    return tuple(sorted({_engine(q, k, v, one, key_mask, backend, False) for one in plans}))
+
+
+def _engine(q, k, v, plan: Plan, key_mask: Tensor | None, backend: str, need_lse: bool) -> str:
+    """What runs a plan."""
+    if backend != "auto":
+        return backend
+    if plan.precision is not None:
+        return _auto_quantised(q.device.type, q.dtype, plan.precision)
+    if plan.is_dense and not need_lse:
+        return "pytorch"
+    engine = _auto_engine(q.device.type, q.dtype)
+    is_for_flash = engine == "triton" and _is_for_flash(q, k, v, plan, key_mask)
+    return "flash" if is_for_flash else engine
+
+
 def _attend_by_heads(
     q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, options: dict
 ) -> tuple[Tensor, Tensor | None]:
@@ -142,20 +171,16 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     _check(q, k, v, plan, key_mask)
     scale *= plan.sharpness
+    engine = _engine(q, k, v, plan, key_mask, backend, need_lse)
     if plan.precision is not None:
-        return _quantised(q, k, v, plan, scale, key_mask, backend)
-    if backend == "auto" and plan.is_dense and not need_lse:
+        return _quantised(q, k, v, plan, scale, key_mask, engine)
+    if engine == "pytorch":
         mask = None if key_mask is None else key_mask[:, None, None]
         grouped = k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
         )
         return out, None
-    engine = backend
-    if backend == "auto":
-        engine = _auto_engine(q.device.type, q.dtype)
-        if engine == "triton" and _is_for_flash(q, k, v, plan, key_mask):
-            engine = "flash"
     gain, shift = _compensation(v, plan, key_mask, q.shape[1])
     call = (q, k, v, plan, scale, key_mask)
     if engine == "triton":
@@ -173,8 +198,6 @@ def _quantised(q, k, v, plan, scale, key_mask, backend) -> tuple[Tensor, Tensor]
             f"a plan of precision {plan.precision!r} has no gradient: use torch.no_grad(), or "
             "train with plan.with_precision(None)"
         )
-    if backend == "auto":
-        backend = _auto_quantised(q.device.type, q.dtype, plan.precision)
     if backend not in _QUANTISED:
         raise ValueError(
             f"the {backend!r} engine does not run plans of precision {plan.precision!r}: use "

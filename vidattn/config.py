@@ -117,6 +117,12 @@ def alternatives(hint: object) -> tuple[object, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
+def takes_words(hint: object) -> bool:
+    """Whether a type has words among its values."""
+    kinds = alternatives(hint)
+    return any(kind is str or typing.get_origin(kind) is typing.Literal for kind in kinds)
+
+
 def describe_type(hint: object) -> str:
     """A type in plain words: 'one integer or t,h,w', 'a number or none'."""
     words = {int: "one integer", float: "a number", bool: "true or false", str: "a word"}

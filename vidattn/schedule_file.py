@@ -18,6 +18,7 @@ from vidattn.methods import method_class, name_of
 from vidattn.registry import unknown
 from vidattn.resources import resource
 from vidattn.schedule import DenseGuard, Model, Rule, Schedule, show_numbers
+from vidattn.video_models import find_video_model
 
 Numbers = int | str | tuple[int | str, ...]
 
@@ -84,6 +85,25 @@ def load_schedule(where: str | Path) -> Schedule:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return Schedule(tuple(rules), guard, given.model, name)
+
+
+def find_presets(models: Mapping[str, Model], is_whole: bool = True) -> list[str]:
+    """The presets made for the model whose transformers these are, by component name.
+
+    Args:
+        is_whole: whether they are all that the model has; else one may be an expert of several.
+
+    >>> find_presets({"transformer": Model("MochiTransformer3DModel", 48, 24)})
+    ['mochi-1']
+    """
+    found = []
+    for name in list_presets():
+        made_for, shape = load_schedule(name).model, find_video_model(name)
+        wanted = (made_for.transformer, shape.layers, shape.heads)
+        is_same = {(x.transformer, x.layers, x.heads) for x in models.values()} == {wanted}
+        if is_same and (not is_whole or len(models) == shape.experts):
+            found.append(name)
+    return found
 
 
 def save_schedule(schedule: Schedule, path: Path, comment: str = "") -> None:

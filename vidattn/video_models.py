@@ -33,6 +33,7 @@ class VideoModel:
     text: int = 0
     text_first: bool = False
     cross_tokens: int = 0
+    experts: int = 1
 
     @property
     def dim(self) -> int:

@@ -1,6 +1,7 @@
 """What cannot be done is said: by patch, while running, or in the report."""
 
 import diffusers
+import peft
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import WAN
 from tests.pipelines.tiny_pipes import run_wan
 from vidattn.methods.neighborhood import Neighborhood
+from vidattn.pipelines import family
 from vidattn.pipelines.ltx import longest_video
 from vidattn.pipelines.masks import key_mask, paired, unpaired
 from vidattn.pipelines.steps import Count
@@ -29,6 +31,7 @@ def wan():
         ({"method": "neighborhood", "windows": 3}, "did you mean 'window'"),
         ({"method": Neighborhood(), "window": 3}, "belong to a method given by name"),
         ({"method": "radial", "density": 2.0}, "density must be"),
+        ({"method": "radial", "density": "0.3"}, "density of radial must be a number or none, got"),
         ({"method": "radial", "dense_layers": -1}, "dense_layers must be a count"),
         ({"method": "radial", "dense_layers": 1.5}, "dense_layers must be a count"),
         ({"method": "radial", "dense_steps": True}, "dense_steps must be a count"),
@@ -54,6 +57,51 @@ def test_fractions_of_steps_that_nobody_knows(wan):
                 generation.at(step)
                 case.call(wan)
         assert [layer.num_sparse for layer in handle.report().layers] == [0, 1]
+
+
+PARALLEL = ("DataParallel", "DistributedDataParallel")
+
+
+@pytest.mark.parametrize("wrapper", [*PARALLEL, "PeftModel"])
+@torch.no_grad()
+def test_wrapped_models(wan, wrapper, tmp_path):
+    case = TINY["WanTransformer3DModel"]
+    if wrapper == "PeftModel":
+        wrapped = peft.get_peft_model(wan, peft.LoraConfig(target_modules=["to_q"]))
+    else:
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        wrapped = getattr(nn.parallel, wrapper)(wan)
+    try:
+        dense = case.call(wrapped)
+        handle = vidattn.patch(wrapped, "neighborhood", window=3, dense_layers=0)
+        assert not torch.equal(case.call(wrapped), dense)
+        assert handle.report().num_sparse == 2
+        vidattn.unpatch(wrapped)
+        assert torch.equal(case.call(wrapped), dense)
+    finally:
+        if wrapper != "PeftModel":
+            torch.distributed.destroy_process_group()
+
+
+def test_models_without_a_preset(wan):
+    for pipe in (wan, tiny_pipes.wan()):
+        with pytest.raises(ValueError, match="and no preset is for a WanTransformer3D"):
+            vidattn.patch(pipe)
+
+
+def test_published_models_get_their_preset(wan, monkeypatch):
+    shape = family.Model("WanTransformer3DModel", 40, 40)
+    monkeypatch.setattr("vidattn.pipelines.patch.shape_of", lambda model: shape)
+    with vidattn.patch(tiny_pipes.wan()) as handle:
+        assert handle.schedule.name == "schedule 'wan2.1-14b'"
+        assert handle.schedule.guard.steps == 0.24
+    with vidattn.patch(tiny_pipes.wan(two_experts=True), dense_steps=2) as handle:
+        assert handle.schedule.name == "schedule 'wan2.2-a14b'" and handle.schedule.guard.steps == 2
+    with pytest.raises(ValueError, match="presets wan2.1-14b and wan2.2-a14b both are for a WanTr"):
+        vidattn.patch(wan)
+    with pytest.raises(ValueError, match="the options .'density'. belong to a method"):
+        vidattn.patch(tiny_pipes.wan(), density=0.3)
 
 
 def test_twice(wan):
@@ -90,7 +138,7 @@ def test_unknown_models():
         pooled_projection_dim=8,
         axes_dims_rope=(2, 2, 4),
     )
-    with pytest.raises(ValueError, match="unknown video transformer 'FluxTransformer2DModel'"):
+    with pytest.raises(ValueError, match="FluxTransformer2DModel is an image model, and only the"):
         vidattn.patch(flux, "radial")
 
 
@@ -160,6 +208,17 @@ def test_a_model_that_does_not_attend(wan):
     layers = handle.report().layers
     assert layers[0].num_sparse == 1 and layers[1].num_sparse == 0
     assert "it does not use scaled_dot_product_attention" in layers[1].num_dense
+
+
+@torch.no_grad()
+def test_attention_that_was_replaced(wan, monkeypatch):
+    def sage(query, key, value, **options):
+        return value
+
+    with vidattn.patch(wan, "neighborhood", window=3, dense_layers=0):
+        monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", sage)
+        with pytest.raises(RuntimeError, match="was replaced by tests.pipelines.test_errors.*sage"):
+            TINY["WanTransformer3DModel"].call(wan)
 
 
 @torch.no_grad()

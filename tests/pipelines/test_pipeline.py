@@ -120,6 +120,28 @@ def test_report(wan):
     assert str(handle.report()) == table
 
 
+def test_what_handles_and_reports_look_like(wan):
+    with vidattn.patch(wan, "neighborhood", window=3) as handle:
+        assert repr(handle) == (
+            "<Handle: neighborhood:window=3 in 2 layers of transformer; dense_layers=1, "
+            "dense_steps=0.1>"
+        )
+        empty = handle.report()
+        assert str(empty) == "neighborhood:window=3: nothing has run yet"
+        assert empty._repr_html_() == "<p>neighborhood:window=3: nothing has run yet</p>"
+        run_wan(wan)
+    assert repr(handle).endswith("dense_steps=0.1, removed>")
+    report = handle.report()
+    # what reads little runs on an engine of ours
+    (engine,) = report.engines
+    assert engine in ("cpp", "torch") and report.engines[engine] == 6
+    assert report.to_dict()["engines"] == {engine: 6}
+    assert [layer.engines for layer in report.layers] == [{}, {engine: 6}]
+    assert f", sparse on {engine}" in str(report)
+    page = report._repr_html_()
+    assert page.count("<tr>") == 3 and "<td>2 (step guard)</td>" in page
+
+
 def test_components_are_restored(wan):
     parts = [wan.vae, wan.text_encoder, wan.transformer]
     before = [(type(part), dict(vars(part))) for part in parts]

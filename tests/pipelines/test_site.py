@@ -184,7 +184,7 @@ def test_the_report_says_how_much_the_last_searches_kept(monkeypatch):
         # both passes of the third step
         recalls = [recall(q, k, made) for i, q, k, made in seen[-4:] if i == number]
         assert layer.recall == pytest.approx(sum(recalls) / 2, abs=1e-5) and layer.recall < 0.99
-        assert f"  4         {layer.recall:.3f}  " in str(handle.report())
+        assert f" 4   {layer.recall:.3f} " in str(handle.report())
     with patch(model) as handle:
         case.call(model)
     report = handle.report()

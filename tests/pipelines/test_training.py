@@ -1,11 +1,18 @@
 """Gradients through a patched transformer."""
 
+import functools
+
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils.checkpoint import checkpoint
 
 import vidattn
 from tests.pipelines.sparse import COGVIDEOX, WAN, patch
+from tests.pipelines.test_site import Rarely
 from tests.pipelines.tiny import TINY, build
+from tests.pipelines.tiny_inputs import latents
+from vidattn.pipelines.checkpoint import Tied
 
 
 @pytest.fixture
@@ -55,3 +62,80 @@ def test_training_under_autocast(wan):
         sparse = gradients(WAN, wan, autocast=True)
     assert all(gradient.isfinite().all() for gradient in sparse.values())
     assert any(not torch.equal(sparse[name], dense[name]) for name in dense)
+
+
+REENTRANT = functools.partial(checkpoint, use_reentrant=True)
+
+
+def two_steps(model, method, run=lambda model, **inputs: model(**inputs, return_dict=False)[0]):
+    """Gradients of two clips at two told steps, and how often plans were searched."""
+    found = []
+    with vidattn.patch(model, method, dense_layers=0) as handle:
+        with handle.generation(num_steps=2) as generation:
+            for step in range(2):
+                generation.at(step)
+                torch.manual_seed(step)
+                model.zero_grad()
+                run(model, **TINY[WAN].inputs()).square().mean().backward()
+                gradients = (x.grad.flatten() for x in model.parameters() if x.grad is not None)
+                found.append(torch.cat(list(gradients)))
+        return found, [layer.num_searches for layer in handle.report().layers]
+
+
+@pytest.mark.parametrize("method", ["topk", "adaspa", "cluster", "paro"])
+@pytest.mark.parametrize("kind", ["blocks", "reentrant", "whole"])
+def test_what_is_run_again_sees_what_the_forward_pass_saw(method, kind, wan):
+    expected, searches = two_steps(wan.train(), method)
+
+    def whole(model, **inputs):
+        inputs["hidden_states"].requires_grad_()
+        return checkpoint(model, **inputs, return_dict=False, use_reentrant=False)[0]
+
+    if kind == "whole":
+        found = two_steps(wan, method, whole)
+    else:
+        wan.enable_gradient_checkpointing(REENTRANT if kind == "reentrant" else None)
+        if kind == "reentrant":
+            # such a block needs an input with a gradient
+            wan.patch_embedding.register_forward_hook(lambda *given: given[-1].requires_grad_())
+        found = two_steps(wan, method)
+    assert found[1] == searches
+    for one, other in zip(found[0], expected):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-5)
+
+
+def test_two_forward_passes_before_one_goes_back(wan):
+    sizes = [{"hidden_states": latents(4, 3, 11, 15)}, {"hidden_states": latents(4, 2, 9, 8)}]
+
+    def gradient(order=(0, 1)):
+        with vidattn.patch(wan.train(), "topk", density=0.3, dense_layers=0):
+            wan.zero_grad()
+            losses = [TINY[WAN].call(wan, **sizes[i]).square().mean() for i in (0, 1)]
+            for i in order:
+                losses[i].backward()
+        return torch.cat([x.grad.flatten() for x in wan.parameters() if x.grad is not None])
+
+    expected = gradient()
+    wan.enable_gradient_checkpointing()
+    for order in ((0, 1), (1, 0)):
+        torch.testing.assert_close(gradient(order), expected, atol=1e-7, rtol=1e-5)
+    assert not any(isinstance(x, Tied) for x in vars(wan).values())
+    wan.disable_gradient_checkpointing()
+    for i, block in enumerate(wan.blocks):
+        wan.blocks[i] = CheckpointWrapper(block)
+    # nothing tells which of the two it is
+    with pytest.raises(RuntimeError, match="several forward passes it belongs to is not known"):
+        gradient()
+
+
+@pytest.mark.parametrize("method", ["topk", Rarely()])
+def test_compiled_training_reads_content_once(method, wan):
+    expected, _ = two_steps(wan.train(), method)
+    wan.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    if method == "topk":
+        for one, other in zip(two_steps(wan, method)[0], expected):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    else:
+        found, _ = two_steps(wan, method)
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from vidattn.calibration import Calibrator
-from vidattn.commands.choice import Choice
+from vidattn.choice import Choice
 from vidattn.commands.clip import Guards, pipeline_arguments
 from vidattn.commands.output import write_atomically
 from vidattn.commands.serve import foresee

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from vidattn.commands.choice import AllMethods, Choice, Served
+from vidattn.choice import Choice
+from vidattn.commands.choice import AllMethods, Served
 from vidattn.commands.clip import Clip, Guards, make_clip, warm_up
 from vidattn.commands.comparison import Row, seconds, to_markdown, to_text
 from vidattn.commands.likeness import Measure, choose_measures

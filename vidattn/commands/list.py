@@ -7,7 +7,7 @@ import argparse
 import yaml
 
 from vidattn.catalog import PRESETS, describe, list_methods, list_presets
-from vidattn.commands.choice import Choice
+from vidattn.choice import Choice
 from vidattn.config import describe_type
 from vidattn.resources import resource
 from vidattn.table import fill, table

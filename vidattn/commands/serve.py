@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vidattn.catalog import describe, list_methods
-from vidattn.commands.choice import (
-    DEFAULT_METHOD,
-    AllMethods,
-    Choice,
-    PresetChoice,
-    ScheduleChoice,
-    Served,
-    parse_choice,
-)
+from vidattn.choice import Choice, parse_choice
+from vidattn.commands.choice import DEFAULT_METHOD, AllMethods, PresetChoice, ScheduleChoice, Served
 from vidattn.commands.clip import Guards
 from vidattn.commands.folder import find_model
 from vidattn.commands.model import find_device, load_pipeline, pipeline_config

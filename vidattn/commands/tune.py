@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from tqdm import tqdm
 
-from vidattn.commands.choice import Choice
+from vidattn.choice import Choice
 from vidattn.commands.clip import pipeline_arguments
 from vidattn.commands.output import write_atomically
 from vidattn.commands.request import Request

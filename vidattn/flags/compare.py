@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vidattn.choice import SYNTAX, Choice
 from vidattn.commands.choice import (
     DEFAULT_METHOD,
     SCHEDULE_HELP,
-    SYNTAX,
     AllMethods,
-    Choice,
     ScheduleChoice,
     choices_of,
     parse_all,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vidattn.commands.choice import SYNTAX, named_choices
+from vidattn.choice import SYNTAX
+from vidattn.commands.choice import named_choices
 from vidattn.commands.output import writable_file
 
 BARE_METHODS = True

@@ -5,14 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vidattn.commands.choice import (
-    DEFAULT_METHOD,
-    SCHEDULE_HELP,
-    SYNTAX,
-    Choice,
-    ScheduleChoice,
-    choices_of,
-)
+from vidattn.choice import SYNTAX, Choice
+from vidattn.commands.choice import DEFAULT_METHOD, SCHEDULE_HELP, ScheduleChoice, choices_of
 from vidattn.commands.lora import parse_lora, trained_attention
 from vidattn.commands.output import fresh_file, writable_file
 from vidattn.commands.request import request_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vidattn.commands.choice import SYNTAX, choices_of
+from vidattn.choice import SYNTAX
+from vidattn.commands.choice import choices_of
 from vidattn.commands.output import writable_file
 from vidattn.commands.request import request_of
 from vidattn.flags.values import positive_int

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import typing
 
 from torch import Tensor
 
 from vidattn.catalog import list_methods
-from vidattn.config import show_value
+from vidattn.config import describe_type, show_value, takes_words
 from vidattn.grid import Grid
 from vidattn.head_plan import HeadPlan
 from vidattn.method import Method
@@ -41,9 +42,13 @@ def create_method(name: str, **options: object) -> Method:
     """
     cls = method_class(name)
     known = [field.name for field in dataclasses.fields(cls)]
-    for option in options:
+    hints = typing.get_type_hints(cls)
+    for option, value in options.items():
         if option not in known:
             raise unknown(f"option of method {name!r}", option, known)
+        if isinstance(value, str) and not takes_words(hints[option]):
+            kind = describe_type(hints[option])
+            raise ValueError(f"{option} of {name} must be {kind}, got the word {value!r}")
     return cls(**options)
 
 

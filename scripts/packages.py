@@ -152,3 +152,11 @@ ROBOT_CLIPS = Package(
     "nvidia_gr00t_sdk-0.1.0-py3-none-any.whl",
     "9b6b77606227a0097da30dc97a787a5e87b60fec009c6e7bdc1198a1aa6a81a5",
 )
+
+# 256x256 pictures with opacity, MIT
+FLUENT_EMOJI = Package(
+    "npm",
+    "@lobehub/fluent-emoji-3d@1.1.0",
+    "lobehub-fluent-emoji-3d-1.1.0.tgz",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+)

@@ -18,8 +18,6 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from safetensors.torch import load_file, save_file
-from t2v.checkpoint import learning_rate, load_checkpoint, save_checkpoint
-from t2v.data import Clips, fetch_items, vary_caption
 from t2v.flow import (
     FlowModel,
     build_text_encoder,
@@ -29,8 +27,10 @@ from t2v.flow import (
 )
 from t2v.latents import LatentPool, encode_clips
 from t2v.muon import Muon
+from t2v.stage import Clock, Stage, load_newest, phase_of, train_stage
 from t2v.team import Team, run_team
-from t2v.vae import build_vae, set_latent_statistics, train_vae
+from t2v.vae import build_vae, set_latent_statistics, use_training_layers, vae_stage
+from t2v.worlds import load_world
 from transformers import UMT5EncoderModel
 
 
@@ -66,60 +66,52 @@ def flow_optimizers(model: FlowModel, team: Team) -> dict[str, torch.optim.Optim
 
 
 def draw_batch(
-    pools: dict, phase: dict, clips: Clips, tokenizer, drop: float, place: tuple[int, Team]
+    pools: dict, phase: dict, world, tokenizer, drop: float, place: tuple[int, int, Team]
 ):
     """Latents (B, C, t, h, w) with the ids and mask of their captions."""
-    step, team = place
-    shared = np.random.default_rng((clips.seed, step, 3))
+    seed, step, team = place
+    shared = np.random.default_rng((seed, step, 3))
     kind = phase["batches"][shared.choice(len(phase["batches"]), p=phase["shares"])]
-    rng = np.random.default_rng((clips.seed, step, 4, team.rank))
+    rng = np.random.default_rng((seed, step, 4, team.rank))
     picks = rng.integers(0, 2**31, kind["batch"]).tolist()
     pool = pools[tuple(kind["clips"])]
     latents, scenes = pool.draw(picks, kind["frames"], kind.get("window"))
-    captions = ["" if rng.random() < drop else vary_caption(s, rng) for s in scenes]
+    captions = ["" if rng.random() < drop else world.vary_caption(s, rng) for s in scenes]
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     return latents, (tokens.input_ids, tokens.attention_mask)
 
 
-def train_flow(config: dict, clips: Clips, work: Path, team: Team) -> tuple[FlowModel, object]:
-    """Train the transformer with its text encoder; returns the averaged weights."""
-    options, tokenizer = config["flow"], build_tokenizer()
+def tokenizer_of(config: dict):
+    """The tokenizer of the world's words."""
+    world = load_world(config["world"])
+    return build_tokenizer(world.WORDS, world.SPELLINGS)
+
+
+def clips_of(config: dict):
+    """The clips that training sees."""
+    return load_world(config["world"]).Clips(config["data"], config["seed"])
+
+
+def flow_stage(config: dict, clips, team: Team) -> Stage:
+    """The training of the transformer and its text encoder on encoded clips."""
+    options, world, tokenizer = config["flow"], load_world(config["world"]), tokenizer_of(config)
     model = build_flow_model(config, len(tokenizer))
     if config["init"]:
         load_bundle(model, config["init"])
     model.use_training_attention()
-    average = copy.deepcopy(model)
-    optimizers = flow_optimizers(model, team)
-    parts = {"model": model, "average": average} | optimizers
-    total = options["phases"][-1]["until"]
-    start = load_checkpoint(work / "flow.safetensors", parts)
-    pools = {tuple(k["size"]): LatentPool(clips, k["size"], work, team) for k in options["clips"]}
-    bar = team.bar(start, total, "flow")
-    for step in range(start, total):
-        phase = next(p for p in options["phases"] if step < p["until"])
+    work = Path(config["work"])
+    pools = {tuple(k["size"]): LatentPool(clips, k, work, team) for k in options["clips"]}
+
+    def loss_at(step: int) -> dict[str, torch.Tensor]:
+        phase = phase_of(options, step)
         latents, tokens = draw_batch(
-            pools, phase, clips, tokenizer, options["drop_caption"], (step, team)
+            pools, phase, world, tokenizer, options["drop_caption"], (config["seed"], step, team)
         )
-        loss = flow_loss(model, latents, tokens, phase["shift"], step * team.size + team.rank)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        team.average_gradients(model)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for name, optimizer in optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    step, peak=options["peak"][name], total=total, **options["schedule"]
-                )
-            optimizer.step()
-        keep = min(options["ema"], (1 + step) / (10 + step))
-        with torch.no_grad():
-            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-                slow.lerp_(fast, 1 - keep)
-        team.report(bar, step, {"loss": loss, "norm": norm})
-        last = step + 1 == total
-        if team.rank == 0 and ((step + 1) % options["save_every"] == 0 or last):
-            save_checkpoint(work / "flow.safetensors", step + 1, parts)
-    return average, tokenizer
+        number = step * team.size + team.rank
+        return {"loss": flow_loss(model, latents, tokens, phase["shift"], number)}
+
+    optimizers = flow_optimizers(model, team)
+    return Stage("flow", model, optimizers, loss_at, options, average=copy.deepcopy(model))
 
 
 def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
@@ -158,41 +150,43 @@ def start_vae(config: dict) -> AutoencoderKLWan:
     return build_vae(**config["vae"]["model"])
 
 
-def load_vae(config: dict, clips: Clips) -> AutoencoderKLWan:
+def load_vae(config: dict, clips) -> AutoencoderKLWan:
     """The trained autoencoder with its latent statistics."""
     vae = start_vae(config)
     if not config["vae"]["phases"]:
         return vae.eval().requires_grad_(False)
-    if not load_checkpoint(Path(config["work"]) / "vae.safetensors", {"vae": vae}):
+    if not load_newest(Path(config["work"]), "vae", {"module": vae}):
         raise ValueError(f"{config['work']} has no vae.safetensors; train first, without --export")
-    vae.eval().requires_grad_(False)
+    use_training_layers(vae.eval().requires_grad_(False))
     set_latent_statistics(vae, clips, config["vae"]["statistics_clips"])
     return vae
 
 
-def train(team: Team, config: dict) -> None:
-    """Run every stage that is not finished yet."""
+def train(team: Team, config: dict, clock: Clock, finish: bool = False) -> None:
+    """Run every stage that is not finished yet, until time is up."""
     work = Path(config["work"])
     work.mkdir(parents=True, exist_ok=True)
-    clips = Clips(config["data"], "train", config["seed"])
+    clips = clips_of(config)
     torch.manual_seed(config["seed"])
     if config["vae"]["phases"]:
-        train_vae(start_vae(config), clips, config["vae"], work, team)
+        stage = vae_stage(start_vae(config), clips, config["vae"], team)
+        if not train_stage(stage, work, team, clock):
+            return
     team.wait()
     vae = load_vae(config, clips)
     encode_clips(vae, clips, config["flow"]["clips"], work, team)
-    model, tokenizer = train_flow(config, clips, work, team)
-    if team.rank == 0:
-        export(vae, model, tokenizer, config, Path(config["out"]))
+    stage = flow_stage(config, clips, team)
+    if train_stage(stage, work, team, clock, finish) and team.rank == 0:
+        export(vae, stage.average, tokenizer_of(config), config, Path(config["out"]))
 
 
 def export_newest(config: dict) -> None:
     """Write the pipeline folder from the newest checkpoint, finished or not."""
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer_of(config)
     model = build_flow_model(config, len(tokenizer))
-    if not load_checkpoint(Path(config["work"]) / "flow.safetensors", {"average": model}):
+    if not load_newest(Path(config["work"]), "flow", {"average": model}):
         raise ValueError(f"{config['work']} has no flow.safetensors; train first, without --export")
-    vae = load_vae(config, Clips(config["data"], "train", config["seed"]))
+    vae = load_vae(config, clips_of(config))
     export(vae, model, tokenizer, config, Path(config["out"]))
 
 
@@ -201,7 +195,7 @@ def read_config(path: str, given: dict) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"no configuration file {path}; the bundled one is configs/tiny_t2v.yaml")
     config = yaml.safe_load(Path(path).read_text())
-    needed = {"seed", "processes", "data", "work", "out", "vae", "text", "flow"}
+    needed = {"world", "seed", "processes", "data", "work", "out", "vae", "text", "flow"}
     if missing := sorted(needed - set(config if isinstance(config, dict) else {})):
         raise ValueError(f"{path} lacks {', '.join(missing)}; see configs/tiny_t2v.yaml")
     return check_init({"init": None} | config | given)
@@ -227,17 +221,28 @@ def main() -> None:
     parser.add_argument(
         "--export", action="store_true", help="only write the pipeline from the newest checkpoint"
     )
+    parser.add_argument("--hours", type=float, default=0, help="stop after about this long ...")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="... and that; the default is never"
+    )
+    parser.add_argument(
+        "--finish", action="store_true", help="let the transformer's rate fall from where it is now"
+    )
     arguments = parser.parse_args()
+    seconds = 3600 * arguments.hours + 60 * arguments.minutes
+    if seconds < 0:
+        parser.error(f"{seconds} seconds; --hours and --minutes give a time to train")
     given = {k: getattr(arguments, k) for k in ("data", "work", "out", "init")}
     try:
         config = read_config(arguments.config, {k: v for k, v in given.items() if v})
-        fetch_items(config["data"])
+        load_world(config["world"]).fetch_items(config["data"])
         if arguments.export:
             export_newest(config)
     except ValueError as error:
         parser.error(str(error))
     if not arguments.export:
-        run_team(config["processes"], train, config)
+        clock = Clock(seconds or None)
+        run_team(config["processes"], train, config, clock, arguments.finish)
 
 
 if __name__ == "__main__":

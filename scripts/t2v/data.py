@@ -38,6 +38,13 @@ COLOURS = {
 }
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 BACKGROUNDS = ("dark", "light", "gray", "striped", "checkered", "dotted")
+WORDS = dict.fromkeys(
+    " ".join(
+        ("a moving moves to the over on background", *COLOURS, *ITEMS, *DIRECTIONS, *BACKGROUNDS)
+    ).split()
+)
+# Spellings read as words the captions have.
+SPELLINGS = {"an": "a", "grey": "gray", "t shirt": "shirt", "tshirt": "shirt"}
 
 ITEM_PX = 44
 SPEED_PX = 1.5
@@ -186,11 +193,16 @@ def render(
 class Clips:
     """Endless captioned clips; clip i of a seed is always the same."""
 
-    def __init__(self, folder: str | Path, split: str, seed: int) -> None:
+    def __init__(self, folder: str | Path, seed: int, split: str = "train") -> None:
         self.images = load_items(folder, split)
         self.seed = seed
         held_out = set(held_out_scenes())
         self.scenes = [s for s in all_scenes() if s not in held_out]
+
+    def scene(self, index: int, size: tuple[int, int, int]) -> Scene:
+        """What clip number `index` shows, at any size."""
+        rng = np.random.default_rng((self.seed, index))
+        return self.scenes[rng.integers(len(self.scenes))]
 
     def sample(
         self, index: int, size: tuple[int, int, int], scene: Scene | None = None

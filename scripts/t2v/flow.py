@@ -5,33 +5,29 @@ latents are (B, C, t, h, w) with S = t * h * w.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
-from t2v.data import BACKGROUNDS, COLOURS, DIRECTIONS, ITEMS
 from t2v.precision import fast_products
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-# Spellings read as words the captions have.
-SPELLINGS = {"an": "a", "grey": "gray", "t shirt": "shirt", "tshirt": "shirt"}
 # The number of text positions WanPipeline pads every prompt to.
 CONTEXT = 512
 SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A lower-casing word tokenizer of exactly the words captions use."""
-    names = (*COLOURS, *ITEMS, *DIRECTIONS, *BACKGROUNDS)
-    words = " ".join(("a moving moves to the over on background", *names)).split()
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys((*SPECIAL, *words)))}
+def build_tokenizer(words: Iterable[str], spellings: dict[str, str]) -> PreTrainedTokenizerFast:
+    """A lower-casing tokenizer of the given words; `spellings` maps patterns to what they mean."""
+    vocabulary = {word: i for i, word in enumerate((*SPECIAL, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    spellings = [normalizers.Replace(Regex(rf"\b{a}\b"), b) for a, b in SPELLINGS.items()]
+    respelled = [normalizers.Replace(Regex(rf"\b({a})\b"), b) for a, b in spellings.items()]
     plain = [normalizers.NFKC(), normalizers.Lowercase()]
     plain.append(normalizers.Replace(Regex(r"[^\w\s]"), " "))
-    tokenizer.normalizer = normalizers.Sequence(plain + spellings)
+    tokenizer.normalizer = normalizers.Sequence(plain + respelled)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]

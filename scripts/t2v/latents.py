@@ -4,62 +4,116 @@ n clips, C latent channels; latents are (n, C, t, h, w), every leading part of t
 the encoding of a shorter clip, since the encoder is causal.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file, save_file
-from t2v.data import Clips, Scene
+from safetensors.torch import load_file
+from t2v.checkpoint import read_fact, write_tensors
 from t2v.precision import fast_products
 from t2v.team import Team
 from t2v.vae import encode_moments, normalise
 
+# Clips in a file: what is lost when encoding is cut short.
+SHARD = 250
 
-def _file(work: Path, size: list[int], team: Team) -> Path:
-    name = "x".join(map(str, size))
-    return work / f"latents_{name}_{team.rank}_of_{team.size}.safetensors"
+
+def _files(work: Path, kind: dict, team: Team) -> dict[Path, range]:
+    """This worker's files for clips of one size, with the places of their clips among all."""
+    name = "x".join(map(str, kind["size"]))
+    starts = range(team.rank * SHARD, kind["count"], team.size * SHARD)
+    return {
+        work / f"latents_{name}_{start}.safetensors": range(
+            start, min(start + SHARD, kind["count"])
+        )
+        for start in starts
+    }
+
+
+def _first_number(size: list[int]) -> int:
+    """The number of the first clip of a size; no other use of clips comes near it."""
+    frames, height, width = size
+    return 10**9 + ((frames * 1000 + height) * 1000 + width) * 10**6
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _source(vae: AutoencoderKLWan) -> str:
+    """A hash of the autoencoder's weights and statistics."""
+    weights = [t.detach().contiguous().numpy().tobytes() for t in vae.state_dict().values()]
+    statistics = [str(vae.config.latents_mean), str(vae.config.latents_std)]
+    return _digest(*weights, *(s.encode() for s in statistics))
+
+
+def _shown(scenes: list) -> str:
+    """A hash of what clips show."""
+    return _digest(*(scene.caption.encode() for scene in scenes))
 
 
 @torch.no_grad()
-def encode_clips(
-    vae: AutoencoderKLWan, clips: Clips, kinds: list[dict], work: Path, team: Team
-) -> None:
-    """Encode this worker's share of `count` clips of each (frames, height, width) `size`."""
-    number = {scene: i for i, scene in enumerate(clips.scenes)}
-    for order, kind in enumerate(kinds):
-        size, path = tuple(kind["size"]), _file(work, kind["size"], team)
-        if path.exists():
-            continue
-        latents, scenes = [], []
-        mine = range(team.rank, kind["count"], team.size)
-        bar = team.bar(0, len(mine), f"latents {size}")
-        for index in mine:
-            clip, scene = clips.sample((order + 2) * 10**7 + index, size)
-            with fast_products():
-                mean = encode_moments(vae, clip[None]).chunk(2, dim=1)[0]
-            latents.append(normalise(vae, mean[0].float()).half())
-            scenes.append(number[scene])
-            bar.update()
+def encode_clips(vae: AutoencoderKLWan, clips, kinds: list[dict], work: Path, team: Team) -> None:
+    """Encode this worker's share of `count` clips of each (frames, height, width) `size`.
+
+    Raises:
+        ValueError: a file comes from another autoencoder or cannot be written.
+    """
+    source = _source(vae)
+    for kind in kinds:
+        size, first = tuple(kind["size"]), _first_number(kind["size"])
+        files = _files(work, kind, team)
+        bar = team.bar(0, sum(map(len, files.values())), f"latents {size}")
+        for path, places in files.items():
+            if path.exists() and (found := read_fact(path, "vae")) != source:
+                raise ValueError(
+                    f"{path} was written by the autoencoder {found}, not {source}; delete the "
+                    "files latents_* there, or choose another work folder"
+                )
+            if path.exists() and len(places) == read_fact(path, "count"):
+                bar.update(len(places))
+                continue
+            latents, scenes = [], []
+            for place in places:
+                clip, scene = clips.sample(first + place, size)
+                with fast_products():
+                    mean = encode_moments(vae, clip[None]).chunk(2, dim=1)[0]
+                latents.append(normalise(vae, mean[0].float()).half())
+                scenes.append(scene)
+                bar.update()
+            write_tensors(
+                path,
+                {"latents": torch.stack(latents)},
+                vae=source,
+                count=len(places),
+                scenes=_shown(scenes),
+            )
         bar.close()
-        partial = path.with_suffix(".partial")
-        save_file({"latents": torch.stack(latents), "scenes": torch.tensor(scenes)}, partial)
-        partial.replace(path)
 
 
 class LatentPool:
-    """This worker's encoded clips of one size."""
+    """This worker's encoded clips of one size.
 
-    def __init__(self, clips: Clips, size: list[int], work: Path, team: Team) -> None:
-        path = _file(work, size, team)
-        if not path.exists():
-            raise ValueError(f"{path} is missing; list size {size} under flow.clips in the config")
-        tensors = load_file(path)
-        self.latents, self.scenes = tensors["latents"], tensors["scenes"]
-        self.names = clips.scenes
+    Raises:
+        ValueError: a file is missing, or its clips show something else by now.
+    """
+
+    def __init__(self, clips, kind: dict, work: Path, team: Team) -> None:
+        first, parts, self.scenes = _first_number(kind["size"]), [], []
+        for path, places in _files(work, kind, team).items():
+            if not path.exists():
+                raise ValueError(f"{path} is missing; train without cutting the encoding short")
+            parts.append(load_file(path)["latents"])
+            scenes = [clips.scene(first + place, tuple(kind["size"])) for place in places]
+            if _shown(scenes) != read_fact(path, "scenes"):
+                raise ValueError(f"{path} holds clips of other scenes; delete the files latents_*")
+            self.scenes += scenes
+        self.latents = torch.cat(parts)
 
     def draw(
         self, picks: list[int], frames: int, window: int | None = None
-    ) -> tuple[torch.Tensor, list[Scene]]:
+    ) -> tuple[torch.Tensor, list]:
         """The first `frames` latent frames of the picked clips as (B, C, frames, h, w).
 
         A `window` cuts as many rows and columns, at a place that the pick settles.
@@ -71,4 +125,4 @@ class LatentPool:
             places = [divmod(p // len(self.latents) % room**2, room) for p in picks]
             cuts = [x[..., r : r + window, c : c + window] for x, (r, c) in zip(latents, places)]
             latents = torch.stack(cuts)
-        return latents, [self.names[self.scenes[p]] for p in chosen]
+        return latents, [self.scenes[p] for p in chosen]

@@ -6,6 +6,7 @@ Real clips of the held-out prompts come first, to show what the judge itself get
 import argparse
 import functools
 import json
+import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -15,33 +16,26 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from t2v.data import NUM_PROMPTS, Clips, Scene, fetch_items, held_out_prompts
-from t2v.measure import (
-    Classifier,
-    colour_of,
-    direction_of,
-    load_classifier,
-    train_classifier,
-    wilson,
-)
+from t2v.worlds import WORLDS, load_witness, load_world
 from tqdm import tqdm
 
-ASPECTS = ("direction", "item", "colour")
-SETTINGS = ("frames", "height", "width", "steps", "guidance", "seed", "dtype")
+SETTINGS = ("world", "frames", "height", "width", "steps", "guidance", "seed", "dtype")
 
 
-def judge(video: np.ndarray, scene: Scene, classifier: Classifier) -> dict[str, str]:
-    """What the judge sees in a (T, H, W, 3) video of a scene."""
-    seen = (direction_of(video), classifier.name(video), colour_of(video))
-    return {"prompt": scene.caption} | dict(zip(ASPECTS, seen, strict=True))
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson score interval of `right` out of `count`."""
+    share, spread = right / count, z**2 / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / count + spread / count / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def summary(rows: list[dict[str, str]], scenes: list[Scene]) -> dict[str, dict]:
+def summary(rows: list[dict[str, str]], scenes: list, world: str) -> dict[str, dict]:
     """Share right with its 95 % Wilson interval, for each aspect."""
-    result = {}
-    for aspect in ASPECTS:
+    witness, result = load_witness(world), {}
+    for aspect in witness.ASPECTS:
         pairs = zip(rows, scenes, strict=True)
-        right = sum(row[aspect] == getattr(scene, aspect) for row, scene in pairs)
+        right = sum(witness.right(scene, aspect, row[aspect]) for row, scene in pairs)
         low, high = wilson(right, len(rows))
         interval = [round(low, 3), round(high, 3)]
         share = round(right / len(rows), 4)
@@ -70,34 +64,47 @@ def save_sheet(path: Path, videos: list[np.ndarray], columns: int = 5) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def tools(model: str, classifier: str, dtype: str):
+def tools(model: str, classifier: str, dtype: str, world: str):
     """The pipeline with the classifier, loaded once in each process."""
     torch.set_num_threads(1)
     pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
-    return pipe, load_classifier(Path(classifier))
-
-
-@torch.no_grad()
-def score_real(index: int, scene: Scene, arguments: argparse.Namespace) -> tuple[dict, dict]:
-    """Judge one real test-split clip of a prompt, plain and through the autoencoder."""
-    pipe, classifier = tools(arguments.model, arguments.classifier, arguments.dtype)
-    size = (arguments.frames, arguments.height, arguments.width)
-    clip, _ = unseen_clips(arguments.data).sample(index, size, scene)
-    latents = pipe.vae.encode(clip[None].to(pipe.vae.dtype)).latent_dist.mode()
-    decoded = to_video(pipe.vae.decode(latents).sample[0])
-    return judge(to_video(clip), scene, classifier), judge(decoded, scene, classifier)
+    return pipe, load_witness(world).load_classifier(Path(classifier))
 
 
 @functools.lru_cache(maxsize=1)
-def unseen_clips(folder: str) -> Clips:
-    """Clips of images no training has seen."""
-    return Clips(folder, "test", 1)
+def unseen_clips(folder: str, world: str):
+    """Clips that training does not have."""
+    return load_world(world).unseen_clips(folder)
 
 
-def score_generated(index: int, scene: Scene, arguments: argparse.Namespace):
+def judge(video: np.ndarray, scene, classifier, world: str) -> dict[str, str]:
+    """What the witness sees in a (T, H, W, 3) video of a scene."""
+    return {"prompt": scene.caption} | load_witness(world).look(video, classifier)
+
+
+def noise_ratio(real: np.ndarray, decoded: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of a decoded video in dB."""
+    return float(-10 * np.log10(np.square(real - decoded).mean()))
+
+
+@torch.no_grad()
+def score_real(index: int, scene, arguments: argparse.Namespace) -> tuple[dict, dict, float]:
+    """Judge one unseen real clip of a prompt, plain and through the autoencoder."""
+    world = arguments.world
+    pipe, classifier = tools(arguments.model, arguments.classifier, arguments.dtype, world)
+    size = (arguments.frames, arguments.height, arguments.width)
+    clip, _ = unseen_clips(arguments.data, world).sample(index, size, scene)
+    latents = pipe.vae.encode(clip[None].to(pipe.vae.dtype)).latent_dist.mode()
+    real, decoded = to_video(clip), to_video(pipe.vae.decode(latents).sample[0])
+    seen = [judge(video, scene, classifier, world) for video in (real, decoded)]
+    return *seen, noise_ratio(real, decoded)
+
+
+def score_generated(index: int, scene, arguments: argparse.Namespace):
     """Generate one prompt; gives what the judge sees, the video as bytes and the seconds."""
-    pipe, classifier = tools(arguments.model, arguments.classifier, arguments.dtype)
+    world = arguments.world
+    pipe, classifier = tools(arguments.model, arguments.classifier, arguments.dtype, world)
     begin = time.perf_counter()
     video = pipe(
         scene.caption,
@@ -109,12 +116,13 @@ def score_generated(index: int, scene: Scene, arguments: argparse.Namespace):
         generator=torch.Generator().manual_seed(arguments.seed + index),
     ).frames[0]
     seconds = time.perf_counter() - begin
-    return judge(video, scene, classifier), (video * 255).round().astype(np.uint8), seconds
+    seen = judge(video, scene, classifier, world)
+    return seen, (video * 255).round().astype(np.uint8), seconds
 
 
-def score(scenes: list[Scene], arguments: argparse.Namespace) -> tuple[dict, list[np.ndarray]]:
+def score(scenes: list, arguments: argparse.Namespace) -> tuple[dict, list[np.ndarray]]:
     """Judge real and generated clips of every scene; gives scores and generated videos."""
-    context = torch.multiprocessing.get_context("spawn")
+    context, world = torch.multiprocessing.get_context("spawn"), arguments.world
     numbers, given = range(len(scenes)), [arguments] * len(scenes)
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         bar = functools.partial(tqdm, total=len(scenes))
@@ -122,13 +130,16 @@ def score(scenes: list[Scene], arguments: argparse.Namespace) -> tuple[dict, lis
         made = []
         for outcome in bar(pool.map(score_generated, numbers, scenes, given), desc="generated"):
             made.append(outcome)
-            tqdm.write("  ->  ".join((outcome[0]["prompt"], str([outcome[0][a] for a in ASPECTS]))))
-    plain, through = zip(*real)
+            tqdm.write(
+                "  ->  ".join((outcome[0]["prompt"], ", ".join(list(outcome[0].values())[1:])))
+            )
+    plain, through, ratios = zip(*real)
     rows, videos, seconds = zip(*made)
     scores = {
-        "real": summary(plain, scenes),
-        "real_through_vae": summary(through, scenes),
-        "generated": summary(rows, scenes),
+        "real": summary(plain, scenes, world),
+        "real_through_vae": summary(through, scenes, world),
+        "generated": summary(rows, scenes, world),
+        "vae_psnr_db": round(float(np.mean(ratios)), 2),
         "median_seconds_per_clip": round(float(np.median(seconds)), 1),
         "prompts": rows,
     }
@@ -139,7 +150,8 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="assets/tiny-t2v", help="a WanPipeline folder")
-    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, help="how many, at most 40")
+    parser.add_argument("--world", default="clothes", choices=WORLDS, help="what it shows")
+    parser.add_argument("--prompts", type=int, default=40, help="how many, at most 40")
     parser.add_argument("--out", default="scores.json", help="where the scores go")
     parser.add_argument("--sheet", help="also save a PNG of frames of every clip")
     parser.add_argument("--data", default="runs/t2v/data", help="folder for the image package")
@@ -159,7 +171,7 @@ def parse() -> argparse.Namespace:
     if not (Path(arguments.model) / "model_index.json").is_file():
         parser.error(f"{arguments.model} has no model_index.json; give a diffusers folder")
     try:
-        held_out_prompts(arguments.prompts)
+        load_world(arguments.world).held_out_prompts(arguments.prompts)
     except ValueError as error:
         parser.error(str(error))
     return arguments
@@ -168,12 +180,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Judge real clips, then the model, and write the scores."""
     arguments = parse()
-    scenes = held_out_prompts(arguments.prompts)
+    world, witness = load_world(arguments.world), load_witness(arguments.world)
+    scenes = world.held_out_prompts(arguments.prompts)
     path = Path(arguments.classifier or Path(arguments.model) / "judge.safetensors")
     arguments.classifier = str(path)
     if not path.exists():
-        train_classifier(Clips(arguments.data, "train", 0), path)
-    fetch_items(arguments.data)
+        witness.train_classifier(world.Clips(arguments.data, 0), path)
+    world.fetch_items(arguments.data)
     scores, videos = score(scenes, arguments)
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     out, partial = Path(arguments.out), Path(arguments.out + ".partial")

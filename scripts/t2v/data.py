@@ -215,6 +215,11 @@ class Clips:
         return render(scene, pool[rng.integers(len(pool))], size, rng), scene
 
 
+def unseen_clips(folder: str | Path) -> Clips:
+    """Clips of images that training does not have."""
+    return Clips(folder, 1, "test")
+
+
 def vary_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A training caption: mostly the full one, at times shorter or in other words."""
     draw = rng.random()

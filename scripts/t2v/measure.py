@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
-from t2v.data import COLOURS, DIRECTIONS, ITEMS, Clips
+from t2v.data import COLOURS, DIRECTIONS, ITEMS, Clips, Scene
 from tqdm import tqdm
 
+ASPECTS = ("direction", "item", "colour")
 MIN_CHROMA = 0.14
 MIN_PIXELS = 60
 # The items move at 1.5 pixels a frame.
@@ -152,9 +153,12 @@ def load_classifier(path: Path) -> Classifier:
     return model.eval()
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson score interval of `right` out of `count`."""
-    share, spread = right / count, z**2 / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / count / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def look(video: np.ndarray, classifier: Classifier) -> dict[str, str]:
+    """What is seen in a (T, H, W, 3) video, by aspect."""
+    seen = (direction_of(video), classifier.name(video), colour_of(video))
+    return dict(zip(ASPECTS, seen, strict=True))
+
+
+def right(scene: Scene, aspect: str, seen: str) -> bool:
+    """Whether what is seen is what the scene asks for."""
+    return seen == getattr(scene, aspect)

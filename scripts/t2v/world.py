@@ -15,6 +15,7 @@ from t2v.motion import ITEM_PX, boxes_of, path_of, turns_of
 from t2v.scenes import (
     FLYING,
     LOOKING_LEFT,
+    NUM_PROMPTS,
     SHARE_OF_PAIRS,
     SHARE_SLOW,
     SPELLINGS,
@@ -29,7 +30,16 @@ from t2v.scenes import (
 )
 from torch import Tensor
 
-__all__ = ["SPELLINGS", "WORDS", "Clips", "fetch_items", "held_out_prompts", "vary_caption"]
+__all__ = [
+    "NUM_PROMPTS",
+    "SPELLINGS",
+    "WORDS",
+    "Clips",
+    "fetch_items",
+    "held_out_prompts",
+    "unseen_clips",
+    "vary_caption",
+]
 
 INNER = "package/assets"
 # The shortest side in which two things pass each other.
@@ -118,3 +128,8 @@ class Clips:
         """Clip number `index` as (3, T, H, W) with what it shows."""
         scene = scene or self.scene(index, size)
         return self.render(scene, size, np.random.default_rng((self.seed, index, 1))), scene
+
+
+def unseen_clips(folder: str | Path) -> Clips:
+    """Clips in poses and places that training does not have."""
+    return Clips(folder, 1)

@@ -35,7 +35,7 @@ def write_items(folder: Path, per_label: int = 3) -> Path:
 
 @pytest.fixture
 def clips(tmp_path):
-    return data.Clips(write_items(tmp_path), "train", seed=3)
+    return data.Clips(write_items(tmp_path), 3)
 
 
 def test_clip_repeats(clips):

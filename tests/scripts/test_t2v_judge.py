@@ -73,10 +73,10 @@ def test_view_fills_28_pixels():
 
 
 def test_wilson_interval():
-    low, high = measure.wilson(34, 40)
+    low, high = judging.wilson(34, 40)
     torch.testing.assert_close(torch.tensor([low, high]), torch.tensor([0.7093, 0.9294]), **TIGHT)
-    assert measure.wilson(40, 40)[1] == pytest.approx(1.0)
-    assert measure.wilson(0, 40)[0] == pytest.approx(0.0)
+    assert judging.wilson(40, 40)[1] == pytest.approx(1.0)
+    assert judging.wilson(0, 40)[0] == pytest.approx(0.0)
 
 
 TIGHT = {"rtol": 0, "atol": 2e-4}
@@ -84,9 +84,9 @@ TIGHT = {"rtol": 0, "atol": 2e-4}
 
 def test_summary_counts_each_aspect():
     scenes = data.held_out_prompts(2)
-    rows = [{a: getattr(s, a) for a in judging.ASPECTS} for s in scenes]
+    rows = [{a: getattr(s, a) for a in measure.ASPECTS} for s in scenes]
     rows[1]["item"] = "none"
-    counted = judging.summary(rows, scenes)
+    counted = judging.summary(rows, scenes, "clothes")
     assert counted["direction"]["right"] == 2 and counted["item"]["right"] == 1
     assert json.dumps(counted)
 

@@ -5,7 +5,9 @@ Each stage (VAE, encoded clips, transformer, export) resumes from what is under 
 
 import argparse
 import copy
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,13 @@ from t2v.latents import LatentPool, encode_clips
 from t2v.muon import Muon
 from t2v.stage import Clock, Stage, load_newest, phase_of, train_stage
 from t2v.team import Team, run_team
-from t2v.vae import build_vae, set_latent_statistics, use_training_layers, vae_stage
+from t2v.vae import (
+    build_vae,
+    decoder_of,
+    set_latent_statistics,
+    use_training_layers,
+    vae_stage,
+)
 from t2v.worlds import load_world
 from transformers import UMT5EncoderModel
 
@@ -66,7 +74,7 @@ def flow_optimizers(model: FlowModel, team: Team) -> dict[str, torch.optim.Optim
 
 
 def draw_batch(
-    pools: dict, phase: dict, world, tokenizer, drop: float, place: tuple[int, int, Team]
+    pool_of: Callable, phase: dict, world, tokenizer, drop: float, place: tuple[int, int, Team]
 ):
     """Latents (B, C, t, h, w) with the ids and mask of their captions."""
     seed, step, team = place
@@ -74,7 +82,7 @@ def draw_batch(
     kind = phase["batches"][shared.choice(len(phase["batches"]), p=phase["shares"])]
     rng = np.random.default_rng((seed, step, 4, team.rank))
     picks = rng.integers(0, 2**31, kind["batch"]).tolist()
-    pool = pools[tuple(kind["clips"])]
+    pool = pool_of(*kind["clips"])
     latents, scenes = pool.draw(picks, kind["frames"], kind.get("window"))
     captions = ["" if rng.random() < drop else world.vary_caption(s, rng) for s in scenes]
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
@@ -92,20 +100,26 @@ def clips_of(config: dict):
     return load_world(config["world"]).Clips(config["data"], config["seed"])
 
 
-def flow_stage(config: dict, clips, team: Team) -> Stage:
-    """The training of the transformer and its text encoder on encoded clips."""
+def flow_stage(config: dict, vae: AutoencoderKLWan, clips, team: Team) -> Stage:
+    """The training of the transformer and its text encoder on clips, encoded once."""
     options, world, tokenizer = config["flow"], load_world(config["world"]), tokenizer_of(config)
     model = build_flow_model(config, len(tokenizer))
     if config["init"]:
         load_bundle(model, config["init"])
     model.use_training_attention()
     work = Path(config["work"])
-    pools = {tuple(k["size"]): LatentPool(clips, k, work, team) for k in options["clips"]}
+    kinds = {tuple(kind["size"]): kind for kind in options["clips"]}
+
+    # Each size is encoded when a phase first needs it.
+    @functools.cache
+    def pool_of(*size: int) -> LatentPool:
+        encode_clips(vae, clips, kinds[size], work, team)
+        return LatentPool(clips, kinds[size], work, team)
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         phase = phase_of(options, step)
         latents, tokens = draw_batch(
-            pools, phase, world, tokenizer, options["drop_caption"], (config["seed"], step, team)
+            pool_of, phase, world, tokenizer, options["drop_caption"], (config["seed"], step, team)
         )
         number = step * team.size + team.rank
         return {"loss": flow_loss(model, latents, tokens, phase["shift"], number)}
@@ -157,6 +171,7 @@ def load_vae(config: dict, clips) -> AutoencoderKLWan:
         return vae.eval().requires_grad_(False)
     if not load_newest(Path(config["work"]), "vae", {"module": vae}):
         raise ValueError(f"{config['work']} has no vae.safetensors; train first, without --export")
+    load_newest(Path(config["work"]), "decoder", {"module": decoder_of(vae)})
     use_training_layers(vae.eval().requires_grad_(False))
     set_latent_statistics(vae, clips, config["vae"]["statistics_clips"])
     return vae
@@ -172,10 +187,14 @@ def train(team: Team, config: dict, clock: Clock, finish: bool = False) -> None:
         stage = vae_stage(start_vae(config), clips, config["vae"], team)
         if not train_stage(stage, work, team, clock):
             return
-    team.wait()
+        team.wait()
+    if options := config["vae"].get("decoder"):
+        stage = vae_stage(load_vae(config, clips), clips, options, team, decoder_only=True)
+        if not train_stage(stage, work, team, clock):
+            return
+        team.wait()
     vae = load_vae(config, clips)
-    encode_clips(vae, clips, config["flow"]["clips"], work, team)
-    stage = flow_stage(config, clips, team)
+    stage = flow_stage(config, vae, clips, team)
     if train_stage(stage, work, team, clock, finish) and team.rank == 0:
         export(vae, stage.average, tokenizer_of(config), config, Path(config["out"]))
 
@@ -198,6 +217,10 @@ def read_config(path: str, given: dict) -> dict:
     needed = {"world", "seed", "processes", "data", "work", "out", "vae", "text", "flow"}
     if missing := sorted(needed - set(config if isinstance(config, dict) else {})):
         raise ValueError(f"{path} lacks {', '.join(missing)}; see configs/tiny_t2v.yaml")
+    listed = {tuple(kind["size"]) for kind in config["flow"]["clips"]}
+    used = {tuple(b["clips"]) for p in config["flow"]["phases"] for b in p["batches"]}
+    if missing := sorted(used - listed):
+        raise ValueError(f"{path} draws clips of {missing}, which flow.clips does not list")
     return check_init({"init": None} | config | given)
 
 

@@ -49,9 +49,15 @@ class Blobs:
     @property
     def cut(self) -> bool:
         """Whether it may go on beyond the frame."""
-        inside = np.zeros_like(self.mask)
-        inside[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = True
-        return bool((self.mask & ~inside).any())
+        edges = np.array(self.mask.shape) - 1
+        near = bool(_sides(self.mask)) or np.minimum(self.centre, edges - self.centre).min() < 20
+        return bool(near)
+
+
+def _sides(mask: np.ndarray) -> list[int]:
+    """The sides of the frame that a mask comes near."""
+    strips = (mask[:BORDER_PX], mask[-BORDER_PX:], mask[:, :BORDER_PX], mask[:, -BORDER_PX:])
+    return [side for side, strip in enumerate(strips) if strip.any()]
 
 
 def blobs_of(frame: np.ndarray, background: np.ndarray) -> Blobs:
@@ -67,4 +73,7 @@ def blobs_of(frame: np.ndarray, background: np.ndarray) -> Blobs:
     if sizes.max() < MIN_PIXELS:
         return Blobs(np.zeros_like(mask), 0)
     largest = ndimage.binary_fill_holes(ndimage.binary_closing(largest, iterations=2))
-    return Blobs(largest, int((sizes > max(PIECE * sizes.max(), MIN_PIXELS)).sum()))
+    big = 1 + np.flatnonzero(sizes > max(PIECE * sizes.max(), MIN_PIXELS))
+    # What comes near the same side may be one beyond it.
+    groups = {(*_sides(mask & (labels == label)), -label)[0] for label in big.tolist()}
+    return Blobs(largest, len(groups))

@@ -126,9 +126,11 @@ def _attend(
         rows = query.shape[2]
         bias = None if bias is None else bias.expand(-1, -1, rows, -1)
         return F.scaled_dot_product_attention(query, key, value, bias)
-    logits = (query * query.shape[-1] ** -0.5) @ key.mT
-    logits = logits if bias is None else logits + bias
-    return logits.softmax(-1).type_as(value) @ value
+    # Autocast would write out the logits in float32.
+    with torch.autocast("cpu", enabled=False):
+        logits = (query * query.shape[-1] ** -0.5) @ key.mT
+        logits = logits if bias is None else logits + bias
+        return logits.softmax(-1) @ value
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

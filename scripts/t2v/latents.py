@@ -42,8 +42,9 @@ def _digest(*parts: bytes) -> str:
 
 
 def _source(vae: AutoencoderKLWan) -> str:
-    """A hash of the autoencoder's weights and statistics."""
-    weights = [t.detach().contiguous().numpy().tobytes() for t in vae.state_dict().values()]
+    """A hash of what encodes: the decoder may change, the latents stay."""
+    states = (vae.encoder.state_dict(), vae.quant_conv.state_dict())
+    weights = [t.contiguous().numpy().tobytes() for state in states for t in state.values()]
     statistics = [str(vae.config.latents_mean), str(vae.config.latents_std)]
     return _digest(*weights, *(s.encode() for s in statistics))
 
@@ -54,42 +55,35 @@ def _shown(scenes: list) -> str:
 
 
 @torch.no_grad()
-def encode_clips(vae: AutoencoderKLWan, clips, kinds: list[dict], work: Path, team: Team) -> None:
-    """Encode this worker's share of `count` clips of each (frames, height, width) `size`.
+def encode_clips(vae: AutoencoderKLWan, clips, kind: dict, work: Path, team: Team) -> None:
+    """Encode this worker's share of the `count` clips of a (frames, height, width) `size`.
 
     Raises:
-        ValueError: a file comes from another autoencoder or cannot be written.
+        ValueError: a file comes from another encoder or cannot be written.
     """
-    source = _source(vae)
-    for kind in kinds:
-        size, first = tuple(kind["size"]), _first_number(kind["size"])
-        files = _files(work, kind, team)
-        bar = team.bar(0, sum(map(len, files.values())), f"latents {size}")
-        for path, places in files.items():
-            if path.exists() and (found := read_fact(path, "vae")) != source:
-                raise ValueError(
-                    f"{path} was written by the autoencoder {found}, not {source}; delete the "
-                    "files latents_* there, or choose another work folder"
-                )
-            if path.exists() and len(places) == read_fact(path, "count"):
-                bar.update(len(places))
-                continue
-            latents, scenes = [], []
-            for place in places:
-                clip, scene = clips.sample(first + place, size)
-                with fast_products():
-                    mean = encode_moments(vae, clip[None]).chunk(2, dim=1)[0]
-                latents.append(normalise(vae, mean[0].float()).half())
-                scenes.append(scene)
-                bar.update()
-            write_tensors(
-                path,
-                {"latents": torch.stack(latents)},
-                vae=source,
-                count=len(places),
-                scenes=_shown(scenes),
+    source, size, first = _source(vae), tuple(kind["size"]), _first_number(kind["size"])
+    files = _files(work, kind, team)
+    bar = team.bar(0, sum(map(len, files.values())), f"latents {size}")
+    for path, places in files.items():
+        if path.exists() and (found := read_fact(path, "vae")) != source:
+            raise ValueError(
+                f"{path} was written by the encoder {found}, not {source}; delete the "
+                "files latents_* there, or choose another work folder"
             )
-        bar.close()
+        if path.exists() and len(places) == read_fact(path, "count"):
+            bar.update(len(places))
+            continue
+        latents, scenes = [], []
+        for place in places:
+            clip, scene = clips.sample(first + place, size)
+            with fast_products():
+                mean = encode_moments(vae, clip[None]).chunk(2, dim=1)[0]
+            latents.append(normalise(vae, mean[0].float()).half())
+            scenes.append(scene)
+            bar.update()
+        facts = {"vae": source, "count": len(places), "scenes": _shown(scenes)}
+        write_tensors(path, {"latents": torch.stack(latents)}, **facts)
+    bar.close()
 
 
 class LatentPool:

@@ -54,9 +54,9 @@ class Classifier(torch.nn.Module):
     @torch.no_grad()
     def name(self, video: np.ndarray, blobs: list[Blobs]) -> str:
         """The thing by the mean of its log-probabilities over the frames that show most of it."""
-        order = sorted(range(len(blobs)), key=lambda t: (blobs[t].cut, -blobs[t].pixels))
+        seen = [t for t, blob in enumerate(blobs) if blob.count]
+        order = sorted(seen, key=lambda t: (blobs[t].cut, -blobs[t].pixels))
         views = [view_of(video[t], blobs[t]) for t in order[:NUM_VIEWS]]
-        views = [view for view in views if view is not None]
         if not views:
             return "none"
         return list(THINGS)[int(self(torch.stack(views)).log_softmax(-1).mean(0).argmax())]

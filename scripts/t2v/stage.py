@@ -102,16 +102,17 @@ def train_stage(stage: Stage, work: Path, team: Team, clock: Clock, finish: bool
     step = load_checkpoint(steady, stage.parts)
     if not finish:
         begin = max(step, stage.options["phases"][-1]["until"] - length)
-        if not _run(stage, (step, begin, float("inf")), steady, team, clock):
+        step, over = _run(stage, (step, begin, float("inf")), steady, team, clock)
+        if over:
             return False
-        step = begin
     # A fall from an earlier checkpoint is not gone on with.
     done = load_step(fall)
     if done <= step + length and read_fact(fall, "begin") == step:
         done = load_checkpoint(fall, stage.parts)
     else:
         done = step
-    return _run(stage, (done, step + length, step + length), fall, team, clock, begin=step)
+    done, _ = _run(stage, (done, step + length, step + length), fall, team, clock, begin=step)
+    return done == step + length
 
 
 def _run(
@@ -121,8 +122,8 @@ def _run(
     team: Team,
     clock: Clock,
     **facts: int,
-) -> bool:
-    """Take steps from the first to before the second; False where time is up before."""
+) -> tuple[int, bool]:
+    """Take steps from the first to before the second; the step reached, and whether time is up."""
     start, stop, end = steps
     bar = team.bar(start, stop, path.stem)
     for step in range(start, stop):
@@ -132,6 +133,6 @@ def _run(
         due = (step + 1) % stage.options["save_every"] == 0 or step + 1 == stop or over
         if due and team.rank == 0:
             save_checkpoint(path, stage.parts, step=step + 1, **facts)
-        if over and step + 1 < stop:
-            return False
-    return True
+        if over:
+            return step + 1, True
+    return stop, False

@@ -160,12 +160,21 @@ def crop_batch(clips, size: list[int], first: int) -> torch.Tensor:
     return torch.stack(windows)
 
 
-def vae_stage(vae: AutoencoderKLWan, clips, options: dict, team: Team) -> Stage:
-    """The training of an autoencoder on windows of clips."""
-    use_training_layers(vae)
-    kernels = [p for p in vae.parameters() if p.ndim >= 4]
-    others = [p for p in vae.parameters() if p.ndim < 4]
+def decoder_of(vae: AutoencoderKLWan) -> torch.nn.ModuleDict:
+    """What turns latents into clips: it can train on without making encoded clips stale."""
+    return torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+
+
+def vae_stage(
+    vae: AutoencoderKLWan, clips, options: dict, team: Team, decoder_only: bool = False
+) -> Stage:
+    """The training of an autoencoder on windows of clips, or of its decoder with the rest fixed."""
+    use_training_layers(vae).requires_grad_(not decoder_only)
+    module = decoder_of(vae).requires_grad_(True) if decoder_only else vae
+    kernels = [p for p in module.parameters() if p.ndim >= 4]
+    others = [p for p in module.parameters() if p.ndim < 4]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98))
+    name = "decoder" if decoder_only else "vae"
 
     def loss_at(step: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((clips.seed, step, 1))
@@ -175,7 +184,7 @@ def vae_stage(vae: AutoencoderKLWan, clips, options: dict, team: Team) -> Stage:
         windows = crop_batch(clips, size, 64 * number)
         return vae_loss(vae, windows, number, options["kl_weight"])
 
-    return Stage("vae", vae, {"muon": Muon(kernels, team), "adamw": adamw}, loss_at, options)
+    return Stage(name, module, {"muon": Muon(kernels, team), "adamw": adamw}, loss_at, options)
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def motion_of(blobs: list[Blobs]) -> str:
 
 def whole(blobs: list[Blobs]) -> str:
     """How one thing fails to hold together: "split", "jumps" or "fades"; "yes" where it does."""
-    if sum(blob.count > 1 and not blob.cut for blob in blobs) > 1:
+    if sum(blob.count > 1 for blob in blobs) > 1:
         return "split"
     steps = [
         np.linalg.norm(b - a) / (t - s)
@@ -90,7 +90,7 @@ def whole(blobs: list[Blobs]) -> str:
     ]
     if not steps or max(steps) > MAX_STEP:
         return "jumps"
-    inside = [blob.pixels for blob in blobs if not blob.cut]
+    inside = [blob.pixels for blob in blobs if blob.count and not blob.cut]
     if inside and min(inside) < FADED * np.median(inside):
         return "fades"
     return "yes"

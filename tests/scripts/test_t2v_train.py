@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -197,6 +199,43 @@ def test_trains_an_autoencoder_on_from_a_folder(tmp_path):
     torch.testing.assert_close(loaded.state_dict(), vae.state_dict(), rtol=0, atol=0)
 
 
+def test_decoder_trains_on_with_the_encoder_as_it_is(tmp_path):
+    config = micro_config(tmp_path)
+    cases.write_sprites(tmp_path / "data")
+    run(config)
+    clips = program.clips_of(config)
+    before = program.load_vae(config, clips).state_dict()
+    phases = {
+        k: config["vae"][k] for k in ("phases", "kl_weight", "peak", "schedule", "save_every")
+    }
+    config["vae"]["decoder"] = phases
+    run(config)
+    moved = {
+        key.split(".")[0]
+        for key, value in program.load_vae(config, clips).state_dict().items()
+        if not torch.equal(value, before[key])
+    }
+    assert moved == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_training_norm_equals_the_original(channels_last):
+    torch.manual_seed(2)
+    layer = WanRMS_norm(6, images=False)
+    layer.gamma.data = torch.randn_like(layer.gamma)
+    clip, weights = torch.randn(2, 6, 3, 5, 7), torch.randn(2, 6, 3, 5, 7)
+    if channels_last:
+        clip = clip.to(memory_format=torch.channels_last_3d)
+    found = []
+    for norm in (layer, lambda x: vaes.RootMeanSquareNorm.apply(x, layer.gamma)):
+        x = clip.clone().requires_grad_()
+        layer.gamma.grad = None
+        out = norm(x)
+        (out * weights).sum().backward()
+        found.append((out, x.grad, layer.gamma.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -251,3 +290,12 @@ def test_incomplete_config_is_refused(tmp_path, text):
         program.read_config(str(path), {})
     with pytest.raises(ValueError, match="no configuration file"):
         program.read_config(str(path) + ".missing", {})
+
+
+def test_clips_that_are_not_listed_are_refused(tmp_path):
+    config = micro_config(tmp_path)
+    config["flow"]["phases"][1]["batches"][0]["clips"] = [5, 48, 32]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"\(5, 48, 32\).* flow.clips does not list"):
+        program.read_config(str(path), {})

@@ -63,9 +63,7 @@ def test_straight_way_goes_on_at_the_other_side(move, slow):
 @pytest.mark.parametrize("move", scenes.MOTIONS)
 def test_thing_stays_in_view_where_there_is_room(move):
     for seed in range(20):
-        path = motion.path_of(
-            Actor("car", move), 33, (0, 0, 128, 128), np.random.default_rng(seed)
-        )
+        path = motion.path_of(Actor("car", move), 33, (0, 0, 128, 128), np.random.default_rng(seed))
         assert path.min() >= motion.ITEM_PX / 2 - 1e-3
         assert path.max() <= 128 - motion.ITEM_PX / 2 + 1e-3
 
@@ -113,7 +111,11 @@ def test_a_rocket_flies_nose_first(clips, move):
     rng = np.random.default_rng(0)
     actor = Actor("rocket", move)
     drawn = world.draw_actor(
-        clips.sprites["rocket"], torch.tensor([[40.0, 40.0]]), motion.turns_of(actor, 1, rng), 80, 80
+        clips.sprites["rocket"],
+        torch.tensor([[40.0, 40.0]]),
+        motion.turns_of(actor, 1, rng),
+        80,
+        80,
     )[0]
     white = (drawn[:3].amin(0) > 0.8).nonzero().double().mean(0) + 0.5 - 40
     assert white @ torch.tensor(scenes.STEPS[move]).double() > 0.95 * white.norm() > 5

@@ -1,0 +1,119 @@
+"""The loop of a stage: its rates, its two checkpoints, and running for a given time."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+checkpoint = importlib.import_module("t2v.checkpoint")
+stages = importlib.import_module("t2v.stage")
+Team = importlib.import_module("t2v.team").Team
+
+OPTIONS = {
+    "phases": [{"until": 3}, {"until": 10}],
+    "peak": {"adamw": 0.1},
+    "schedule": {"warmup": 2, "decay": 4},
+    "save_every": 100,
+    "ema": 0.9,
+}
+
+
+class Line:
+    """A stage that fits a line to noisy points, and the rates and steps it has taken."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        module, average = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+        average.load_state_dict(module.state_dict())
+        self.taken, self.rates = [], []
+        optimizer = torch.optim.AdamW(module.parameters())
+        optimizer.register_step_pre_hook(
+            lambda *_: self.rates.append(optimizer.param_groups[0]["lr"])
+        )
+        optimizers = {"adamw": optimizer}
+        self.stage = stages.Stage("line", module, optimizers, self.loss_at, OPTIONS, average)
+
+    def loss_at(self, step: int) -> dict[str, torch.Tensor]:
+        self.taken.append(step)
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        return {"loss": (self.stage.module(x) - x.sum(1, keepdim=True)).square().mean()}
+
+    def train(self, work: Path, clock=None, finish: bool = False) -> bool:
+        clock = clock or stages.Clock()
+        return stages.train_stage(self.stage, work, Team(), clock, finish)
+
+
+class Steps(stages.Clock):
+    """A clock that stops after so many steps."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def over(self, team) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def contents(line: Line) -> list[torch.Tensor]:
+    stage = line.stage
+    return [p.detach() for m in (stage.module, stage.average) for p in m.parameters()]
+
+
+@pytest.mark.parametrize("cuts", [[4], [1, 2, 1], [6], [7, 2]])
+def test_a_run_of_several_times_equals_an_uncut_one(tmp_path, cuts):
+    whole = Line()
+    assert whole.train(tmp_path / "whole")
+    assert whole.taken == list(range(10))
+    taken = []
+    for steps in cuts:
+        line = Line()
+        assert not line.train(tmp_path / "cut", Steps(steps))
+        assert len(line.taken) == steps
+        taken += line.taken
+    last = Line()
+    assert last.train(tmp_path / "cut")
+    assert taken + last.taken == list(range(10))
+    torch.testing.assert_close(contents(last), contents(whole), rtol=0, atol=0)
+
+
+def test_rate_rises_stays_and_falls_over_the_last_steps(tmp_path):
+    line = Line()
+    line.train(tmp_path)
+    expected = [0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05, 0.025]
+    torch.testing.assert_close(line.rates, expected)
+    assert not Line().taken and Line().train(tmp_path)
+
+
+def test_fall_leaves_the_steady_part_to_go_on_from(tmp_path):
+    assert not Line().train(tmp_path, Steps(3))
+    early = Line()
+    assert early.train(tmp_path, finish=True)
+    assert early.taken == [3, 4, 5, 6]
+    torch.testing.assert_close(early.rates, [0.1, 0.075, 0.05, 0.025])
+    steady, fall = stages.files_of(tmp_path, "line")
+    assert checkpoint.load_step(steady) == 3 and checkpoint.load_step(fall) == 7
+
+    found = torch.nn.Linear(3, 1)
+    assert stages.load_newest(tmp_path, "line", {"module": found}) == 7
+    torch.testing.assert_close(found.weight, early.stage.module.weight, rtol=0, atol=0)
+
+    # On another day: the fall of before is no part of it.
+    later = Line()
+    assert later.train(tmp_path)
+    assert later.taken == list(range(3, 10))
+    whole = Line()
+    whole.train(tmp_path / "whole")
+    torch.testing.assert_close(contents(later), contents(whole), rtol=0, atol=0)
+
+
+def test_last_phase_goes_on():
+    assert stages.phase_of(OPTIONS, 2) is OPTIONS["phases"][0]
+    assert stages.phase_of(OPTIONS, 3) is stages.phase_of(OPTIONS, 99) is OPTIONS["phases"][1]
+
+
+def test_clock():
+    assert not stages.Clock().over(Team()) and not stages.Clock(60).over(Team())
+    assert stages.Clock(0).over(Team())

@@ -185,7 +185,7 @@ def write_pipeline(folder: Path, name: str) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         cls, parts = PIPELINES[name][0]()
-        tokenizer = build_tokenizer()
+        tokenizer = build_tokenizer(dict.fromkeys(CAPTION.split()), {})
         pipe = cls(tokenizer=tokenizer, text_encoder=_text_encoder(len(tokenizer)), **parts)
     pipe.save_pretrained(folder)
     # the name that every release of transformers knows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vidattn.kernels.triton_tiles import load_rows
+from vidattn.kernels.triton_tiles import READS_BESIDE_LIST, load_rows
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def block_mass_kernel(
     mass += (i_bh * num_tiles + i_tile) * num_blocks
     o_n = tl.arange(0, BN)
     total = 0.0
-    for i_key in tl.range(num_blocks * PER_BLOCK, num_stages=STAGES):
+    for i_key in tl.range(num_blocks * PER_BLOCK, num_stages=(STAGES - 1) * READS_BESIDE_LIST + 1):
         b_key = tl.load(order + i_key * BN + o_n)
         m_key = tl.load(readable + i_key * BN + o_n) != 0
         # [L, BD]

@@ -28,7 +28,10 @@ SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 @dataclass(frozen=True)
 class Tile:
-    """One launch: queries by keys to a tile, warps, and stages of the software pipeline."""
+    """One launch: queries by keys to a tile, warps, and how many tiles are held for one to come.
+
+    With ``stages`` of n, a tile is read n - 1 turns of the loop before its turn.
+    """
 
     rows: int
     columns: int
@@ -40,59 +43,41 @@ _OLD = (80, 89, 120)
 # for blocks of 128 and more, by kernel and padded head dim: architectures and their tile
 _HALF = {
     ("forward", 32): {(*_OLD, 90, 100): Tile(128, 128, 8, 3)},
-    ("forward", 64): {_OLD: Tile(128, 128, 8, 3), (90, 100): Tile(128, 128, 8, 5)},
-    ("forward", 128): {_OLD: Tile(128, 64, 8, 5), (90, 100): Tile(128, 128, 8, 5)},
+    ("forward", 64): {(*_OLD, 90, 100): Tile(128, 128, 8, 3)},
+    ("forward", 128): {_OLD: Tile(128, 64, 8, 3), (90, 100): Tile(128, 128, 8, 3)},
     ("forward", 256): {
-        (80,): Tile(64, 64, 8, 3),
-        (89, 120): Tile(64, 32, 8, 3),
-        (90, 100): Tile(128, 64, 8, 3),
+        (80,): Tile(64, 64, 8, 2),
+        (89, 120): Tile(64, 32, 8, 2),
+        (90, 100): Tile(128, 64, 8, 2),
     },
     ("query_gradient", 32): {_OLD: Tile(128, 64, 8, 2), (90, 100): Tile(128, 128, 8, 2)},
     ("query_gradient", 64): {_OLD: Tile(128, 64, 8, 2), (90, 100): Tile(128, 128, 8, 2)},
-    ("query_gradient", 128): {_OLD: Tile(128, 32, 8, 2), (90, 100): Tile(128, 64, 8, 2)},
+    ("query_gradient", 128): {_OLD: Tile(128, 32, 8, 2), (90, 100): Tile(128, 64, 8, 3)},
     ("query_gradient", 256): {
         (80,): Tile(64, 32, 8, 2),
         (89, 120): Tile(32, 32, 8, 2),
         (90,): Tile(128, 32, 8, 2),
         (100,): Tile(64, 32, 8, 2),
     },
-    ("key_gradient", 32): {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
-    ("key_gradient", 64): {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
-    ("key_gradient", 128): {
-        _OLD: Tile(64, 64, 8, 2),
-        (90,): Tile(32, 128, 8, 2),
-        (100,): Tile(64, 128, 8, 2),
-    },
-    ("key_gradient", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(32, 64, 8, 2)},
-    ("key_gradient_bias", 32): {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
-    ("key_gradient_bias", 64): {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
-    ("key_gradient_bias", 128): {
-        _OLD: Tile(64, 64, 8, 2),
-        (90,): Tile(32, 128, 8, 2),
-        (100,): Tile(64, 128, 8, 2),
-    },
-    ("key_gradient_bias", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(16, 64, 8, 2)},
     **{
-        ("block_mass", n): {_OLD: Tile(128, 128, 8, 2), (90, 100): Tile(128, 128, 8, 3)}
-        for n in (32, 64, 128)
+        (kernel, n): tiles
+        for kernel in ("key_gradient", "key_gradient_bias")
+        for n, tiles in {
+            32: {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
+            64: {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
+            128: {_OLD: Tile(64, 64, 8, 2), (90,): Tile(32, 128, 8, 3), (100,): Tile(32, 128, 8, 2)},
+            256: {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(16, 64, 8, 2)},
+        }.items()
     },
+    **{("block_mass", n): {(*_OLD, 90, 100): Tile(128, 128, 8, 2)} for n in (32, 64, 128)},
     ("block_mass", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
     **{
         ("int8_qk", n): {_OLD: Tile(128, 64, 8, 3), (90, 100): Tile(128, 128, 8, 3)}
-        for n in (64, 128)
-    },
-    # a third stage spills on sm_100
-    ("int8_qk", 32): {
-        _OLD: Tile(128, 64, 8, 3),
-        (90,): Tile(128, 128, 8, 3),
-        (100,): Tile(128, 128, 8, 2),
+        for n in (32, 64, 128)
     },
     ("int8_qk", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
     # as many keys everywhere as share a scale of their weights, on whatever GPU
-    **{
-        ("int8", n): {(80, 89, 90, 100): Tile(128, 64, 8, 3), (120,): Tile(128, 64, 8, 2)}
-        for n in (32, 64, 128)
-    },
+    **{("int8", n): {(*_OLD, 90, 100): Tile(128, 64, 8, 3)} for n in (32, 64, 128)},
     ("int8", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
 }
 # float32 has no tensor cores: equal on all architectures, by padded head dim
@@ -160,15 +145,13 @@ def tile(
     rows, columns = min(best.rows, largest), min(best.columns, largest)
     # the side that a program keeps while it walks over the other
     kept, most = (columns, best.columns) if kernel.startswith("key") else (rows, best.rows)
-    warps = best.warps
+    warps, stages = best.warps, 2 if has_extras else best.stages
     if kept < most:
         # a warp has registers for 16 rows, except where two tiles are kept, and where it spilled
-        spills = kernel.startswith("key")
+        spills = kernel.startswith("key") and (arch != 90 or kernel.endswith("bias"))
         spills |= kernel == "forward" and (kept == 32 or (kept == 64 and arch in _OLD))
         warps = min(best.warps, max(1, kept // (8 if spills else 16)))
-    return Tile(
-        rows,
-        columns,
-        warps=warps,
-        stages=min(best.stages, 3) if has_extras else best.stages,
-    )
+        if kernel != "forward":
+            # so that two programs fit a multiprocessor
+            stages = 2
+    return Tile(rows, columns, warps, min(stages, best.stages))

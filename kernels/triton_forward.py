@@ -15,10 +15,12 @@ from vidattn.kernels.triton_tiles import (
     LN2,
     NO_RULE,
     NOTHING,
+    READS,
+    READS_BESIDE_LIST,
     TABLE,
-    first_slot,
     in_box,
     in_table,
+    listed_slot,
     load_rows,
     store_rows,
     widen,
@@ -60,12 +62,15 @@ def _read_keys(
     PER_BLOCK: tl.constexpr = BLOCK // BN
     o_n = tl.arange(0, BN)
     end = end * PER_BLOCK
-    # the list is read one tile ahead: read in its own turn it would cost k and v a buffer each
-    i_slot = first_slot(listed, begin * PER_BLOCK, end, BLOCK, BN)
-    for i_tile in tl.range(begin * PER_BLOCK, end, num_stages=STAGES):
+    AHEAD: tl.constexpr = (STAGES - 1) * (READS if RULE == NO_RULE else READS_BESIDE_LIST)
+    for i_tile in tl.range(begin * PER_BLOCK, end, num_stages=AHEAD + 1):
+        i_slot = listed_slot(listed, i_tile, BLOCK, BN)
         b_token = tl.load(order + i_slot + o_n)
+        # either takes fewer registers; the one with which nothing spills is found by compiling
+        listed_k = i_slot >= 0 if BN > 64 else None
+        listed_v = None if BN > 64 else i_slot >= 0
         # [L, BD]
-        b_k = load_rows(k, b_token, stride_ks, D, BD, RULE != NO_RULE)
+        b_k = load_rows(k, b_token, stride_ks, D, BD, RULE != NO_RULE, listed_k)
         # [M, L]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if RULE == LIVE:
@@ -100,10 +105,9 @@ def _read_keys(
         b_sum = b_sum * b_fade + tl.sum(b_p, 1)
         b_acc = b_acc * b_fade[:, None]
         # [L, BD]
-        b_v = load_rows(v, b_token, stride_vs, D, BD, RULE != NO_RULE)
+        b_v = load_rows(v, b_token, stride_vs, D, BD, RULE != NO_RULE, listed_v)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_top = b_new
-        i_slot = first_slot(listed, i_tile + 1, end, BLOCK, BN)
     return b_acc, b_sum, b_top
 
 

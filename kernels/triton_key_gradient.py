@@ -16,10 +16,11 @@ from vidattn.kernels.triton_tiles import (
     BOX,
     LOG2E,
     NO_RULE,
+    READS_BESIDE_LIST,
     TABLE,
-    first_slot,
     in_box,
     in_table,
+    listed_slot,
     load_rows,
     store_rows,
     widen,
@@ -59,13 +60,14 @@ def _pull_keys(
     BM: tl.constexpr,
     RULE: tl.constexpr,
     STAGES: tl.constexpr,
+    HAS_DBIAS: tl.constexpr,
 ):
     """Adds what listed query blocks ``begin`` to ``end`` give to the gradients of one tile."""
     PER_BLOCK: tl.constexpr = BLOCK // BM
     o_m = tl.arange(0, BM)
     end = end * PER_BLOCK
-    i_slot = first_slot(listed, begin * PER_BLOCK, end, BLOCK, BM)
-    for i_tile in tl.range(begin * PER_BLOCK, end, num_stages=STAGES):
+    for i_tile in tl.range(begin * PER_BLOCK, end, num_stages=(STAGES - 1) * READS_BESIDE_LIST + 1):
+        i_slot = listed_slot(listed, i_tile, BLOCK, BM)
         b_token = tl.load(order + i_slot + o_m)
         # [M, BD]
         b_q = load_rows(q, b_token, stride_qs, D, BD, RULE != NO_RULE)
@@ -96,10 +98,9 @@ def _pull_keys(
         b_dv = tl.dot(b_p.to(b_d_out.dtype), b_d_out, b_dv, input_precision="ieee")
         b_dp = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[None, :])
-        if b_dbias is not None:
+        if HAS_DBIAS:
             b_dbias += tl.sum(b_ds, 1)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-        i_slot = first_slot(listed, i_tile + 1, end, BLOCK, BM)
     return b_dk, b_dv, b_dbias
 
 
@@ -194,17 +195,16 @@ def key_gradient_kernel(
         count = (tl.load(row_start + i_row + 1) - start).to(tl.int32)
         clear = tl.load(num_clear + i_row)
         b_bias = None
-        b_dbias = None
+        # a tensor also where nobody asks for it: functions return no None before Triton 3.7
+        b_dbias = tl.zeros([BN], tl.float32)
         if key_bias is not None:
             p_bias = key_bias + i_b * stride_bias_b + i_h * stride_bias_h
             b_bias = tl.load(p_bias + b_token, mask=b_token >= 0, other=0.0)
-        if d_bias is not None:
-            b_dbias = tl.zeros([BN], tl.float32)
         # fmt: off
         b_dk, b_dv, b_dbias = _pull_keys(
             b_dk, b_dv, b_dbias, b_k, b_v, b_bias, p_q, p_d_out, p_lse, p_delta, order,
             listed + start, 0, clear, clear, None, None, None, guard, None, None, None,
-            log2_scale, stride_qs, stride_ds, D, BD, BLOCK, BM, NO_RULE, STAGES,
+            log2_scale, stride_qs, stride_ds, D, BD, BLOCK, BM, NO_RULE, STAGES, d_bias is not None,
         )
         if RULE != NO_RULE:
             whole = tl.load(num_whole + i_row)
@@ -215,7 +215,7 @@ def key_gradient_kernel(
                 b_dk, b_dv, b_dbias, b_k, b_v, b_bias, p_q, p_d_out, p_lse, p_delta, order,
                 listed + start, clear, count, whole, b_key, low, high, guard,
                 masks, p_mask_id, o_key, log2_scale, stride_qs, stride_ds,
-                D, BD, BLOCK, BM, RULE, STAGES,
+                D, BD, BLOCK, BM, RULE, STAGES, d_bias is not None,
             )
         # fmt: on
         if d_bias is not None:

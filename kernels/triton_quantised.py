@@ -15,10 +15,11 @@ from vidattn.kernels.triton_tiles import (
     LN2,
     NO_RULE,
     NOTHING,
+    READS_BESIDE_LIST,
     TABLE,
-    first_slot,
     in_box,
     in_table,
+    listed_slot,
     load_rows,
     store_rows,
     widen,
@@ -64,8 +65,8 @@ def _read_keys(
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     end = end * PER_BLOCK
-    i_slot = first_slot(listed, begin * PER_BLOCK, end, BLOCK, BN)
-    for i_tile in tl.range(begin * PER_BLOCK, end, num_stages=STAGES):
+    for i_tile in tl.range(begin * PER_BLOCK, end, num_stages=(STAGES - 1) * READS_BESIDE_LIST + 1):
+        i_slot = listed_slot(listed, i_tile, BLOCK, BN)
         b_token = tl.load(order + i_slot + o_n)
         # [L, BD]
         b_k = load_rows(k, i_slot + o_n, BD, BD, BD, False)
@@ -111,7 +112,6 @@ def _read_keys(
             b_v = load_rows(v, b_token, stride_vs, D, BD, RULE != NO_RULE)
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
         b_top = b_new
-        i_slot = first_slot(listed, i_tile + 1, end, BLOCK, BN)
     return b_acc, b_sum, b_top
 
 

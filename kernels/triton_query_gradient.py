@@ -14,10 +14,12 @@ from vidattn.kernels.triton_tiles import (
     LIVE,
     LOG2E,
     NO_RULE,
+    READS,
+    READS_BESIDE_LIST,
     TABLE,
-    first_slot,
     in_box,
     in_table,
+    listed_slot,
     load_rows,
     store_rows,
     widen,
@@ -60,8 +62,9 @@ def _pull_queries(
     PER_BLOCK: tl.constexpr = BLOCK // BN
     o_n = tl.arange(0, BN)
     end = end * PER_BLOCK
-    i_slot = first_slot(listed, begin * PER_BLOCK, end, BLOCK, BN)
-    for i_tile in tl.range(begin * PER_BLOCK, end, num_stages=STAGES):
+    AHEAD: tl.constexpr = (STAGES - 1) * (READS if RULE == NO_RULE else READS_BESIDE_LIST)
+    for i_tile in tl.range(begin * PER_BLOCK, end, num_stages=AHEAD + 1):
+        i_slot = listed_slot(listed, i_tile, BLOCK, BN)
         b_token = tl.load(order + i_slot + o_n)
         # [L, BD]
         b_k = load_rows(k, b_token, stride_ks, D, BD, RULE != NO_RULE)
@@ -89,7 +92,6 @@ def _pull_queries(
         b_dp = tl.dot(b_d_out, tl.trans(b_v), input_precision="ieee")
         b_ds = b_p * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-        i_slot = first_slot(listed, i_tile + 1, end, BLOCK, BN)
     return b_dq
 
 

@@ -20,16 +20,31 @@ LIVE = tl.constexpr(1)
 BOX = tl.constexpr(2)
 TABLE = tl.constexpr(3)
 
+# A loop reads the list, the tokens of a block and their rows one behind the other. Triton shares
+# the stages of its pipeline out among what it reads ahead: as many each, and so many it needs to
+# read rows one turn ahead. Where a block number is used in two places it is read in its own turn.
+READS = tl.constexpr(3)
+READS_BESIDE_LIST = tl.constexpr(2)
+
 
 @triton.jit
-def load_rows(x, b_token, stride, D: tl.constexpr, BD: tl.constexpr, CHECKED: tl.constexpr):
-    """[R, BD] the rows of the tokens; 0 beyond D, and for token -1 where ``CHECKED``."""
+def load_rows(
+    x, b_token, stride, D: tl.constexpr, BD: tl.constexpr, CHECKED: tl.constexpr, always=None
+):
+    """[R, BD] the rows of the tokens; 0 beyond D, and for token -1 where ``CHECKED``.
+
+    ``always`` is true, which the compiler does not know: it gives the rows a mask of their own,
+    where one for keys and values would be kept in registers from the ones to the others.
+    """
     o_d = tl.arange(0, BD)
     p_x = x + b_token.to(tl.int64)[:, None] * stride + o_d[None, :]
-    if CHECKED and D != BD:
-        b_x = tl.load(p_x, mask=(b_token >= 0)[:, None] & (o_d < D)[None, :], other=0.0)
-    elif CHECKED:
-        b_x = tl.load(p_x, mask=(b_token >= 0)[:, None], other=0.0)
+    if CHECKED:
+        m_x = (b_token >= 0)[:, None]
+        if D != BD:
+            m_x = m_x & (o_d < D)[None, :]
+        if always is not None:
+            m_x = m_x & always
+        b_x = tl.load(p_x, mask=m_x, other=0.0)
     elif D != BD:
         b_x = tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
     else:
@@ -47,10 +62,10 @@ def store_rows(x, b_x, b_token, stride, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def first_slot(listed, i_tile, end, BLOCK: tl.constexpr, R: tl.constexpr):
-    """First slot of a tile of the listed blocks; of slot 0 where the list has ended."""
+def listed_slot(listed, i_tile, BLOCK: tl.constexpr, R: tl.constexpr):
+    """First slot of a tile of the listed blocks."""
     PER_BLOCK: tl.constexpr = BLOCK // R
-    i_block = tl.load(listed + i_tile // PER_BLOCK, mask=i_tile < end, other=0)
+    i_block = tl.load(listed + i_tile // PER_BLOCK)
     return tl.multiple_of(i_block * BLOCK + i_tile % PER_BLOCK * R, R)
 
 

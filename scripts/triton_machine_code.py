@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ REGISTERS = 65536
 FLOAT_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 INTEGER_OPCODE = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
 OPCODES = {"int8_qk": (INTEGER_OPCODE, FLOAT_OPCODE), "int8": (INTEGER_OPCODE,)}
+# what multiplies tiles, in the intermediate code of a GPU
+PRODUCT = re.compile(r" (tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ")
 # arguments that are 8-bit integers
 INTEGERS = {"int8_qk": ("q", "k"), "int8": ("q", "k", "v")}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -110,6 +113,8 @@ class Resources:
     shared_bytes: int
     opcodes: dict[str, int]
     slots: list[float]  # warp instructions x 32 for a score, in tiles without a test and with one
+    ahead: list[int]  # turns of each loop with products from the copy of a tile to the wait for it
+    is_serial: bool  # whether each product of warp groups is waited for before the next is issued
 
 
 def measure(case: Case, launch: Tile | None = None) -> Resources:
@@ -133,6 +138,8 @@ def measure(case: Case, launch: Tile | None = None) -> Resources:
         shared_bytes=compiled.metadata.shared,
         opcodes={name: counts[name] for name in sorted(counts) if _is_noted(name)},
         slots=[round(size * per_score, 1) for size in sizes],
+        ahead=turns_ahead(compiled.asm["ttgir"]),
+        is_serial="HGMMA" in counts and _is_serial(compiled.asm["ptx"]),
     )
 
 
@@ -152,8 +159,10 @@ def complaints(case: Case, found: Resources) -> list[str]:
         return wrong
     if ITEMSIZE[case.dtype] == 2:
         wrong += _tensor_complaints(case, found)
-    if not any(found.opcodes.get(name) for name in ("LDGSTS", "UTMALDG")):
-        wrong.append("no asynchronous copies")
+    if not found.ahead or min(found.ahead) < 1:
+        wrong.append(f"loops that wait for their own copies: tiles are {found.ahead} turns ahead")
+    if found.is_serial:
+        wrong.append("products of warp groups that wait for one another")
     return wrong
 
 
@@ -170,6 +179,54 @@ def _tensor_complaints(case: Case, found: Resources) -> list[str]:
         elif expected != oldest and found.opcodes.get(oldest):
             wrong.append(f"{oldest}, the tensor-core instruction of an older architecture")
     return wrong
+
+
+def turns_ahead(ttgir: str) -> list[int]:
+    """Of every innermost loop with products: how many turns before its wait a tile is copied.
+
+    0 is a loop that waits for its own copies, or that has none: nothing is loaded while it computes.
+    """
+    lines, found = ttgir.splitlines(), []
+    for begin, line in enumerate(lines):
+        if " scf.for " not in line:
+            continue
+        closing = line[: len(line) - len(line.lstrip())] + "}"
+        body = list(takewhile(lambda x: not x.startswith(closing), lines[begin + 1 :]))
+        if any(PRODUCT.search(x) for x in body) and not any(" scf.for " in x for x in body):
+            found.append(_turns_ahead(line, body))
+    return found
+
+
+def _turns_ahead(head: str, body: list[str]) -> int:
+    carried = re.findall(r"(%\w+) = ", head.partition("iter_args(")[2])
+    passed = re.findall(r"%[\w#]+", body[-1].partition(" : ")[0])
+    tiles, copies, turns = set(), set(), []
+    for line in body:
+        name = line.split(maxsplit=1)[0]
+        tokens = re.findall(r"%\w+", line.partition(" = ")[2].partition("{")[0].partition(" : ")[0])
+        if "async_copy_global_to_local" in line and re.search(r"tensor<\d+x\d+x!", line):
+            tiles.add(name)
+        elif "async_commit_group" in line and tiles & set(tokens):
+            copies.add(name)
+    for line in body:
+        if "async_wait" not in line:
+            continue
+        for token in re.findall(r"%\w+", line.partition(" = ")[2].partition("{")[0]):
+            count = 0
+            while token in carried and count < len(carried):
+                token, count = passed[carried.index(token)], count + 1
+            # the wait for a list that names tiles to come holds nothing up that is worth a count
+            if token in copies or count == 0:
+                turns.append(count)
+    return min(turns, default=0)
+
+
+def _is_serial(ptx: str) -> bool:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r"\.target (\w+)", ptx)[1]
+        return "serialized" in _tool("ptxas", "-v", "--gpu-name", target, file.name, "-o", "/dev/null")
 
 
 def _is_noted(opcode: str) -> bool:
@@ -233,9 +290,8 @@ def _type(name: str, dtype: str) -> str:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run(
-        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
-    ).stdout
+    ran = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return ran.stdout + ran.stderr
 
 
 def _read_code(code: str) -> tuple[list[str], list[list[str]]]:

@@ -40,6 +40,7 @@ def shipped_cases() -> list[Case]:
     # integers are multiplied 32 at a time
     blocks = [x for x in blocks if x[0] not in INTEGERS or x[2] >= 32]
     small = [Case(kernel, arch, 128, block=block) for kernel, arch, block in blocks]
+    small += [Case(kernel, 90, 64, block=64) for kernel in KERNELS]
     masks = [Case(*one, 128, rule="TABLE") for one in newest if one[0] != "block_mass"]
     plain = ("forward", "query_gradient", "key_gradient", *INTEGERS)
     bias = [Case(*one, 128, has_bias=True) for one in newest if one[0] in plain]

@@ -237,7 +237,10 @@ class BlockLists:
         return self.cache["transposed"]
 
     def to(self, device: torch.device | str) -> BlockLists:
-        """The same lists with their tensors on ``device``."""
+        """The same lists with their tensors on ``device``; themselves where they are there."""
+        row_start = self.row_start.to(device)
+        if row_start is self.row_start:
+            return self
 
         def move(x: Tensor | Box | None) -> Tensor | Box | None:
             return None if x is None else x.to(device)
@@ -245,7 +248,7 @@ class BlockLists:
         return BlockLists(
             self.batch,
             self.heads,
-            self.row_start.to(device),
+            row_start,
             self.num_full.to(device),
             self.key_block.to(device),
             move(self.box),

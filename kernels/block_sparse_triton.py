@@ -205,9 +205,9 @@ _compensated.register_fake(
 
 def _tile(kernel: str, q: Tensor, rows: Segments, bias: dict[str, Any]) -> Tile:
     """The shipped tile of a kernel on this device."""
-    extras = rows.masks is not None or bias["key_bias"] is not None
     size = (q.itemsize, q.shape[-1], rows.block)
-    return tile(kernel, architecture_of(q), *size, has_extras=extras)
+    extras = {"has_masks": rows.masks is not None, "has_bias": bias["key_bias"] is not None}
+    return tile(kernel, architecture_of(q), *size, **extras)
 
 
 def architecture_of(q: Tensor) -> int:

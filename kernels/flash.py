@@ -19,8 +19,8 @@ from vidattn.kernels.timing import interleaved_ms
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
-# its kernels take blocks of whole tiles of 128 keys
-TILE = 128
+# blocks that its kernels have tiles for, by major compute capability
+BLOCKS = {9: (64, 128), 10: (128, 256)}
 # what is timed to learn whether it is worth choosing
 TIMED_BLOCKS, TIMED_HEADS, TIMED_SHARE = 64, 16, 0.25
 log = logging.getLogger("vidattn")
@@ -32,7 +32,7 @@ def obstacle(device: torch.device | str) -> str | None:
     if torch.device(device).type != "cuda" or not is_nvidia:
         return f"needs an NVIDIA GPU, the tensors are on {device}"
     major, minor = torch.cuda.get_device_capability(device)
-    if major not in (9, 10):
+    if major not in BLOCKS:
         return f"needs compute capability 9 or 10, this GPU has {major}.{minor}"
     if not _is_installed():
         return "needs the package flash-attn-4, which is not installed"
@@ -65,7 +65,7 @@ def block_sparse_attention(
         q: (B, H, S, D), D 64 or 128.
         k, v: (B, K, S, D), H a multiple of K.
         order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block, a multiple of 128.
+        block: slots to a block: 64 or 128 on Hopper, 128 or 256 on Blackwell.
         lists: which key blocks each query block reads.
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
@@ -77,7 +77,7 @@ def block_sparse_attention(
     Raises:
         ValueError: something FlashAttention-4 cannot do, with the engine that can.
     """
-    wrong = _unfit(q, block) or obstacle(q.device)
+    wrong = _unfit(q) or obstacle(q.device) or _unfit_block(q, block)
     if wrong is not None:
         raise ValueError(f'FlashAttention-4 {wrong}: use backend="triton" or backend="torch"')
     # brings in the compiler of PyTorch: seconds that only this engine's users should wait
@@ -97,12 +97,19 @@ def block_sparse_attention(
     )
 
 
-def _unfit(q: Tensor, block: int) -> str | None:
+def _unfit(q: Tensor) -> str | None:
     if q.dtype not in DTYPES:
         return f"takes float16 and bfloat16, got {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"takes head dims 64 and 128, got {q.shape[-1]}"
-    return f"takes blocks of a multiple of {TILE}, got {block}" if block % TILE else None
+    return None
+
+
+def _unfit_block(q: Tensor, block: int) -> str | None:
+    blocks = BLOCKS[torch.cuda.get_device_capability(q.device)[0]]
+    if block in blocks:
+        return None
+    return f"takes blocks of {blocks[0]} and {blocks[1]} on this GPU, got {block}"
 
 
 def is_faster(q: Tensor, block: int, lists: BlockLists) -> bool:
@@ -111,7 +118,7 @@ def is_faster(q: Tensor, block: int, lists: BlockLists) -> bool:
     The first call for a device, dtype, head dim, block and kind of plan measures, which takes the
     seconds of a compilation; later ones remember.
     """
-    if _unfit(q, block) or obstacle(q.device):
+    if _unfit(q) or obstacle(q.device) or _unfit_block(q, block):
         return False
     return _measures_faster(q.device, q.dtype, q.shape[-1], block, lists.box is not None)
 
@@ -138,7 +145,7 @@ def _measures_faster(
     except Exception as error:
         log.warning("%s, is left out: %s", what, str(error).partition("\n")[0])
         return False
-    times = interleaved_ms(calls)
+    times = interleaved_ms(calls, device=device)
     log.info("%s, takes %.2f times as long as Triton", what, times["flash"] / times["triton"])
     return times["flash"] < times["triton"]
 

@@ -47,7 +47,8 @@ def block_sparse_attention(
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
         need_lse: whether to return the log-sum-exp, which FlexAttention lacks on a CPU.
-        kernel_options: of FlexAttention on a GPU; by default tiles that divide the block.
+        kernel_options: of FlexAttention on a GPU; by default tiles that divide the block, its own
+            where a block is a multiple of 128.
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, or None.
@@ -60,8 +61,8 @@ def block_sparse_attention(
     slots = Slots(order, block, key_mask)
     block_mask = _block_mask(lists, slots, shared=key_mask is None)
     options = {"scale": scale, "block_mask": block_mask, "enable_gqa": q.shape[1] != k.shape[1]}
-    if q.device.type != "cpu":
-        options["kernel_options"] = kernel_options or _tiles(block)
+    if q.device.type != "cpu" and (chosen := kernel_options or _tiles(block)):
+        options["kernel_options"] = chosen
     blocks = (slots.fill(x).view(*x.shape[:2], -1, x.shape[-1]) for x in (q, k, v))
     if not need_lse:
         return slots.read(_compiled()(*blocks, **options), q), None
@@ -101,7 +102,9 @@ def _compiled() -> Callable:
 
 
 def _tiles(block: int) -> dict[str, int]:
-    """Kernel tiles that divide the block: the defaults do not divide one of 64."""
+    """Kernel tiles that divide the block; none where FlexAttention's own choice does."""
+    if block % 128 == 0:
+        return {}
     tile = 64
     while block % tile:
         tile //= 2

@@ -81,9 +81,9 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, precision):
     if rounded:
         v, value_scales = _in_channels(v, rows)
     bias = plain.bias_arguments(q, key_mask, None)
-    extras = rows.masks is not None or key_mask is not None
     size = (q.itemsize, q.shape[-1], rows.block)
-    shipped = tile(precision, plain.architecture_of(q), *size, has_extras=extras)
+    extras = {"has_masks": rows.masks is not None, "has_bias": key_mask is not None}
+    shipped = tile(precision, plain.architecture_of(q), *size, **extras)
     constants = plain.constant_arguments(rows, q, shipped)
     plain.launch(
         quantised_kernel,

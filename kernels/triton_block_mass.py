@@ -61,11 +61,11 @@ def block_mass_kernel(
         m_key = tl.load(readable + i_key * BN + o_n) != 0
         # [L, BD]
         b_k = load_rows(k, b_key, stride_ks, D, BD, True)
-        # [M, L]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        # [L, M], so that most of a sum stays within a thread
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_p = tl.exp2(b_s * scale - b_lse[None, :])
         # [L], so that hidden keys are left out once and not for every query
-        b_sum = tl.where(m_key, tl.sum(b_p, 0), 0.0)
+        b_sum = tl.where(m_key, tl.sum(b_p, 1), 0.0)
         first = i_key % PER_BLOCK == 0
         total = tl.where(first, 0.0, total) + tl.sum(b_sum, 0)
         # the last tile of a block writes over what the ones before it wrote

@@ -6,7 +6,7 @@ and what the tests hold to the limits of every architecture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KERNELS = (
     "forward",
@@ -59,25 +59,34 @@ _HALF = {
         (90,): Tile(128, 32, 8, 2),
         (100,): Tile(64, 32, 8, 2),
     },
-    **{
-        (kernel, n): tiles
-        for kernel in ("key_gradient", "key_gradient_bias")
-        for n, tiles in {
-            32: {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
-            64: {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
-            128: {_OLD: Tile(64, 64, 8, 2), (90,): Tile(32, 128, 8, 3), (100,): Tile(32, 128, 8, 2)},
-            256: {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(16, 64, 8, 2)},
-        }.items()
+    ("key_gradient", 32): {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
+    ("key_gradient", 64): {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
+    ("key_gradient", 128): {(*_OLD, 100): Tile(64, 64, 8, 2), (90,): Tile(32, 128, 8, 3)},
+    ("key_gradient", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(32, 64, 8, 2)},
+    ("key_gradient_bias", 32): {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
+    ("key_gradient_bias", 64): {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
+    ("key_gradient_bias", 128): {
+        (100,): Tile(64, 64, 8, 2),
+        _OLD: Tile(64, 32, 8, 2),
+        (90,): Tile(32, 128, 8, 3),
     },
-    **{("block_mass", n): {(*_OLD, 90, 100): Tile(128, 128, 8, 2)} for n in (32, 64, 128)},
-    ("block_mass", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
+    ("key_gradient_bias", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(16, 64, 8, 2)},
+    # Triton 3.6 compiles no sums of the newest products of sm_100: fewer keys take older ones
+    **{
+        ("block_mass", n): {(*_OLD, 90): Tile(128, 128, 8, 2), (100,): Tile(128, 32, 8, 2)}
+        for n in (32, 64, 128)
+    },
+    ("block_mass", 256): {(*_OLD, 90): Tile(64, 64, 8, 2), (100,): Tile(64, 32, 8, 2)},
     **{
         ("int8_qk", n): {_OLD: Tile(128, 64, 8, 3), (90, 100): Tile(128, 128, 8, 3)}
         for n in (32, 64, 128)
     },
     ("int8_qk", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
     # as many keys everywhere as share a scale of their weights, on whatever GPU
-    **{("int8", n): {(*_OLD, 90, 100): Tile(128, 64, 8, 3)} for n in (32, 64, 128)},
+    **{
+        ("int8", n): {(80, 90, 100): Tile(128, 64, 8, 3), (89, 120): Tile(64, 64, 4, 3)}
+        for n in (32, 64, 128)
+    },
     ("int8", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
 }
 # float32 has no tensor cores: equal on all architectures, by padded head dim
@@ -125,7 +134,14 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def tile(
-    kernel: str, arch: int, itemsize: int, head_dim: int, block: int, *, has_extras: bool = False
+    kernel: str,
+    arch: int,
+    itemsize: int,
+    head_dim: int,
+    block: int,
+    *,
+    has_masks: bool = False,
+    has_bias: bool = False,
 ) -> Tile:
     """The tile of one launch.
 
@@ -135,23 +151,32 @@ def tile(
         itemsize: bytes of a number of q.
         head_dim: of q.
         block: slots to a block, a multiple of 16; a tile never crosses a block.
-        has_extras: whether masks or biases are read with the keys: they take shared memory too.
+        has_masks: whether pairs are looked up in a table, which takes shared memory too.
+        has_bias: whether keys have biases or a mask.
     """
     padded = max(HEAD_DIMS[0], padded_head_dim(head_dim))
     best = (_SINGLE_KEYS if kernel.startswith("key") else _SINGLE)[padded]
     if itemsize == 2:
         (best,) = (x for archs, x in _HALF[kernel, padded].items() if arch in archs)
+    if kernel == "int8_qk" and arch == 100 and has_bias:
+        # more spill
+        best = replace(best, columns=64)
+    if has_masks or (has_bias and arch not in _OLD):
+        best = replace(best, stages=min(best.stages, 2))
     largest = block & -block
     rows, columns = min(best.rows, largest), min(best.columns, largest)
     # the side that a program keeps while it walks over the other
     kept, most = (columns, best.columns) if kernel.startswith("key") else (rows, best.rows)
-    warps, stages = best.warps, 2 if has_extras else best.stages
-    if kept < most:
-        # a warp has registers for 16 rows, except where two tiles are kept, and where it spilled
-        spills = kernel.startswith("key") and (arch != 90 or kernel.endswith("bias"))
-        spills |= kernel == "forward" and (kept == 32 or (kept == 64 and arch in _OLD))
-        warps = min(best.warps, max(1, kept // (8 if spills else 16)))
-        if kernel != "forward":
-            # so that two programs fit a multiprocessor
-            stages = 2
-    return Tile(rows, columns, warps, min(stages, best.stages))
+    if kept == most:
+        return replace(best, rows=rows, columns=columns)
+    # a warp has registers for 16 rows, except where two tiles are kept, and where it spilled
+    is_key = kernel.startswith("key")
+    spills = is_key and (arch != 90 or kernel.endswith("bias") or kept < 64)
+    spills |= kernel == "forward" and (kept == 32 or (kept == 64 and arch in _OLD))
+    # one program fills the shared memory there: it needs the warps of two
+    spills |= kernel == "query_gradient" and kept == 64 and arch == 100
+    rows_to_warp = 4 if is_key and arch == 100 and kept == 32 else 8 if spills else 16
+    warps = min(best.warps, max(1, kept // rows_to_warp))
+    # so that two programs fit a multiprocessor
+    fits = kernel == "forward" and kept == 64 and arch != 100
+    return Tile(rows, columns, warps, best.stages if fits else min(best.stages, 2))

@@ -22,6 +22,7 @@ from diffusers.models import attention_dispatch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vidattn.kernels.dense import dense_attention
 from vidattn.pipelines import masks
 from vidattn.pipelines.heads import context_parallel
 from vidattn.pipelines.operators import numbered
@@ -110,10 +111,7 @@ class Layer(TorchFunctionMode):
             mask = masks.paired(mask)
         chosen = self.chosen_backend or self.usual_backend or _global_backend()
         if chosen == NATIVE:
-            gqa = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa
-            )
+            return dense_attention(q, k, v, mask=mask, scale=scale)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = attention_dispatch.dispatch_attention_fn(
             q, k, v, attn_mask=mask, scale=scale, backend=chosen

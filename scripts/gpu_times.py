@@ -1,13 +1,17 @@
-"""What scripts/bench_gpu.py times: whole calls at the sizes of video models, and what peers take.
+"""What scripts/bench_gpu.py times: the machine's ceilings, dense attention and ours.
+
+A part gives rows: a name, and what measures it. Attention is that of Wan 2.1 14B at 720p, on eight
+of its 40 heads: heads run beside one another, and the time of one is the same.
 
 Letters: B batch, H heads, S tokens, D head dim.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,181 +19,173 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vidattn.attention import attend
-from vidattn.grid import Grid
-from vidattn.kernels import flash
+from vidattn.grid import Grid, Size, tile_layout
 from vidattn.kernels.timing import interleaved_ms
 from vidattn.methods import plan as plan_of
-from vidattn.neighborhood import neighborhood_attention
+from vidattn.plan import Plan
 
-DENSE = {"dense flash": SDPBackend.FLASH_ATTENTION, "dense cudnn": SDPBackend.CUDNN_ATTENTION}
-DENSITIES = (0.1, 0.2, 0.3, 0.5)
+Row = tuple[str, Callable[[], dict]]
+DENSE = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "PyTorch's choice": None,
+}
+# forward and backward against forward alone: two products and five
+TRAIN = 3.5
 
 
 @dataclass(frozen=True)
-class Case:
-    """One method at one size; everything that runs it is timed in turns."""
+class Sizes:
+    """What is timed, and where."""
 
-    model: str
+    device: str
+    engine: str
     grid: Grid
     heads: int
-    method: str
-    options: dict = field(default_factory=dict)
-    head_dim: int = 128
-    dtype: torch.dtype = torch.bfloat16
+    head_dim: int
+    dtype: torch.dtype
+    tiles: tuple[Size, Size]  # blocks of the larger and of the smaller length
+    density: float
+    window: Size
+    planning_heads: int
+    rounds: int = 5
+
+    @classmethod
+    def of(cls, device: str, engine: str) -> Sizes:
+        """Wan 2.1 14B at 720p; on the engine of a CPU the smallest that tries the program."""
+        if engine == "triton":
+            usual = (Grid(21, 45, 80), 8, 128, torch.bfloat16, ((1, 8, 16), (1, 8, 8)), 0.3)
+            return cls(device, engine, *usual, (9, 21, 41), 40)
+        tiny = (Grid(3, 9, 10), 2, 32, torch.float32, ((1, 4, 8), (1, 4, 4)), 0.9)
+        return cls(device, engine, *tiny, (1, 3, 5), 2)
 
     @property
-    def name(self) -> str:
-        """Of the row."""
-        options = ",".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.model}, {self.method}:{options}".rstrip(":")
+    def dense_flop(self) -> float:
+        """Of a forward call in which every token reads every token."""
+        return 4 * self.heads * self.grid.num_tokens**2 * self.head_dim
+
+    def inputs(self, *, heads: int | None = None, grid: Grid | None = None) -> list[Tensor]:
+        """q, k and v as transformers lay them out: heads beside one another."""
+        shape = (1, (grid or self.grid).num_tokens, heads or self.heads, self.head_dim)
+        made = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(3))
+        return [x.transpose(1, 2) for x in made]
+
+    def plan(self, method: str, *, grid: Grid | None = None, **options) -> Plan:
+        """The plan of a method that reads no content."""
+        return plan_of(method, grid or self.grid, **options).to(self.device)
+
+    def random_blocks(self, tile: Size, *, heads: int = 1, grid: Grid | None = None) -> Plan:
+        """As many random blocks as the density says, others for every head."""
+        grid = grid or self.grid
+        layout = tile_layout(grid, tile).to(self.device)
+        nv = layout.num_video_blocks
+        chosen = torch.rand(1, heads, nv, nv, device=self.device) < self.density
+        return Plan.from_blocks(grid, layout, chosen)
+
+    def timed(self, call: Callable[[], object], flop: float, **more: float) -> dict:
+        """Median ms of a call, and TFLOP/s."""
+        ms = interleaved_ms({"": call}, rounds=self.rounds, device=self.device)[""]
+        return {"ms": round(ms, 3), "tflops": round(flop / ms / 1e9, 1)} | more
+
+    def both(
+        self, name: str, attention: Callable, given: list[Tensor], plan: Plan
+    ) -> Iterator[Row]:
+        """The rows of a plan: forward, and forward and backward."""
+        visited = plan.visited_density
+        flop = 4 * given[0].shape[1] * plan.grid.num_tokens**2 * self.head_dim * visited
+        timed = partial(self.timed, visited=round(visited, 4))
+        yield name, partial(timed, forward(attention, given), flop)
+        yield f"train {name}", partial(timed, train(attention, given), TRAIN * flop)
 
 
-# Wan 2.1 14B and HunyuanVideo at 720p
-WAN = ("wan2.1-14b", Grid(21, 45, 80), 40)
-HUNYUAN = ("hunyuan-video", Grid(33, 45, 80), 24)
-# The windows of generalized neighborhood attention (Hassani et al., 2504.16922) for HunyuanVideo
-# and FLUX.1-dev at 4K, with the strides that make them block-sparse, as docs/profiler.md of NATTEN
-# 0.21.7 gives them; and the local windows of the sparse Cosmos-Predict2 14B at 720p and 16 frames a
-# second, all frames by 12x24 and by 20x40, from cosmos_predict2/configs/base/config_natten.py
-WINDOWS = (
-    ("gna hunyuan-video", Grid(30, 48, 80), 24, (18, 24, 24), (16, 8, 8)),
-    ("gna flux", Grid(1, 256, 256), 24, (1, 80, 80), (1, 16, 16)),
-    ("cosmos-predict2-14b", Grid(24, 44, 80), 40, (24, 12, 24), (1, 4, 8)),
-    ("cosmos-predict2-14b", Grid(24, 44, 80), 40, (24, 20, 40), (1, 4, 8)),
-)
+def forward(attention: Callable, given: list[Tensor]) -> Callable[[], object]:
+    """A call of attention without gradients."""
 
-
-def cases(device: str, *, quick: bool) -> list[Case]:
-    """The rows of the table; on a CPU one tiny row, to try the program."""
-    if device == "cpu":
-        small = {"heads": 2, "head_dim": 32, "dtype": torch.float32}
-        window = {"window": (3, 5, 5), "stride": (1, 1, 1)}
-        return [Case("tiny", Grid(3, 8, 8), method="neighborhood", options=window, **small)]
-    if quick:
-        return [Case("wan2.1 480p", Grid(21, 30, 52), 12, "radial", {"density": 0.2})]
-    rows = [Case(*WAN, "dense")]
-    rows += [Case(*m, "radial", {"density": x}) for m in (WAN, HUNYUAN) for x in DENSITIES]
-    for model, grid, heads, window, stride in WINDOWS:
-        rows.append(Case(model, grid, heads, "neighborhood", {"window": window, "stride": stride}))
-    return rows
-
-
-def measure(case: Case, device: str, rounds: int) -> dict:
-    """One row: densities, times in ms, ratios, and why what is missing does not run."""
-    plan = plan_of(case.method, case.grid, **case.options).to(device)
-    shape = (1, case.heads, case.grid.num_tokens, case.head_dim)
-    given = [torch.randn(shape, device=device).to(case.dtype) for _ in range(4)]
-    calls = _dense_calls(given, device) | _sparse_calls(plan, given, device)
-    if case.method == "neighborhood":
-        calls |= _window_calls(case, given)
-    calls, failures = _working(calls)
-    times = interleaved_ms(calls, rounds=rounds)
-    row = {"density": plan.density, "visited": plan.visited_density, "block": plan.layout.block}
-    return row | {"ms": times, "ratios": _ratios(times, plan.visited_density), "left out": failures}
-
-
-def _dense_calls(given: list[Tensor], device: str) -> dict[str, Callable]:
-    """Attention of PyTorch, forward, and forward and backward."""
-    calls = {}
-    for name, kernel in ({"dense": None} if device == "cpu" else DENSE).items():
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, kernel=kernel) -> Tensor:
-            if kernel is None:
-                return F.scaled_dot_product_attention(q, k, v)
-            with sdpa_kernel(kernel):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        calls[name] = _forward(attention, given)
-        calls[f"train {name}"] = _train(attention, given)
-    return calls
-
-
-def _sparse_calls(plan, given: list[Tensor], device: str) -> dict[str, Callable]:
-    """The engines on one plan."""
-    own = "triton" if device == "cuda" else "torch"
-    engines = [own, "flex"] if device == "cuda" else [own]
-    if flash.obstacle(device) is None:
-        engines.append("flash")
-    calls = {}
-    for engine in engines:
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, engine=engine) -> Tensor:
-            return attend(q, k, v, plan, backend=engine)
-
-        calls[engine] = _forward(attention, given)
-        if device == "cuda":
-            calls[f"train {engine}"] = _train(attention, given)
-    for precision in ("int8_qk", "int8"):
-        rounded = plan.with_precision(precision)
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, rounded=rounded) -> Tensor:
-            return attend(q, k, v, rounded, backend=own)
-
-        calls[precision] = _forward(attention, given)
-    return calls
-
-
-def _window_calls(case: Case, given: list[Tensor]) -> dict[str, Callable]:
-    """The window without a plan of the caller's, and NATTEN's."""
-    kept = [axis for axis, extent in enumerate(case.grid.size) if extent > 1]
-    size = [case.grid.size[axis] for axis in kept]
-    window, stride = (
-        tuple(case.options[name][axis] for axis in kept) for name in ("window", "stride")
-    )
-    places = [x.unflatten(2, size) for x in given]
-    calls = {
-        "neighborhood": _forward(
-            lambda q, k, v: neighborhood_attention(q, k, v, window, stride), places
-        )
-    }
-    if importlib.util.find_spec("natten") is not None:
-        natten = importlib.import_module("natten")
-
-        attention = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[len(size)]
-        # heads stand last there
-        last = [x.movedim(1, -2).contiguous() for x in places]
-        calls["natten"] = _forward(
-            lambda q, k, v: attention(q, k, v, kernel_size=window, stride=stride), last
-        )
-    return calls
-
-
-def _forward(attention: Callable, given: list[Tensor]) -> Callable[[], object]:
     def call() -> object:
         with torch.no_grad():
-            return attention(*given[:3])
+            return attention(*given)
 
     return call
 
 
-def _train(attention: Callable, given: list[Tensor]) -> Callable[[], object]:
+def train(attention: Callable, given: list[Tensor]) -> Callable[[], object]:
+    """A call of attention and of its gradient."""
+    pulled = torch.randn_like(given[0])
+
     def call() -> object:
-        leaves = [x.detach().requires_grad_() for x in given[:3]]
-        return torch.autograd.grad(attention(*leaves), leaves, given[3])
+        leaves = [x.detach().requires_grad_() for x in given]
+        return torch.autograd.grad(attention(*leaves), leaves, pulled)
 
     return call
 
 
-def _working(calls: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
-    """The calls that run, and what the others say."""
-    running, failures = {}, {}
-    for name, call in calls.items():
-        # whatever a peer, a compiler or the memory of this GPU objects to: the rest is timed
+def ceilings(sizes: Sizes) -> Iterator[Row]:
+    """What the machine multiplies and copies at most."""
+    n = 8192 if sizes.device == "cuda" else 64
+    a, b = (torch.randn(n, n, device=sizes.device, dtype=sizes.dtype) for _ in range(2))
+    yield f"product of {n} x {n}", partial(sizes.timed, partial(torch.matmul, a, b), 2 * n**3)
+
+    def copy() -> dict:
+        source = torch.empty(n * n * 32, device=sizes.device, dtype=torch.uint8)
+        ms = interleaved_ms({"": source.clone}, rounds=sizes.rounds, device=sizes.device)[""]
+        return {"ms": round(ms, 3), "tb_s": round(2 * source.nbytes / ms / 1e9, 2)}
+
+    yield "copy", copy
+
+
+def dense(sizes: Sizes) -> Iterator[Row]:
+    """Attention of PyTorch to everything."""
+    given = sizes.inputs()
+    for name, kernel in DENSE.items():
+        if sizes.device == "cpu" and kernel is not None:
+            continue
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, kernel=kernel) -> Tensor:
+            with nullcontext() if kernel is None else sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        flop = sizes.dense_flop
+        yield name, partial(sizes.timed, forward(attention, given), flop)
+        yield f"train {name}", partial(sizes.timed, train(attention, given), TRAIN * flop)
+
+
+def sparse(sizes: Sizes) -> Iterator[Row]:
+    """Our engine on plans of each kind."""
+    large, small = sizes.tiles
+    by_head = partial(sizes.random_blocks, heads=sizes.heads)
+    densities = (0.2, 0.3, 0.5) if sizes.engine == "triton" else (sizes.density,)
+    plans = {f"radial {x}": partial(sizes.plan, "radial", density=x) for x in densities} | {
+        "long blocks by head": partial(by_head, large),
+        "short blocks by head": partial(by_head, small),
+        "short blocks without gaps": partial(by_head, small, grid=_whole(sizes.grid, small)),
+        "window": partial(sizes.plan, "neighborhood", window=sizes.window),
+    }
+    for name, make in plans.items():
         try:
-            call()
-            running[name] = call
+            plan = make()
+        # whatever it is, it costs this plan's row and no other
         except Exception as error:
-            failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return running, failures
+            yield name, partial(_raise, error)
+            continue
+        given = sizes.inputs(grid=plan.grid)
+        attention = partial(on_plan, plan=plan, backend=sizes.engine)
+        yield from sizes.both(name, attention, given, plan)
+        for precision in ("int8_qk", "int8"):
+            rounded = plan.with_precision(precision)
+            attention = partial(on_plan, plan=rounded, backend=sizes.engine)
+            # the other row of the two is training, which integers have none of
+            yield next(sizes.both(f"{precision} {name}", attention, given, rounded))
 
 
-def _ratios(times: dict[str, float], visited: float) -> dict[str, dict[str, float]]:
-    """Of each call to the fastest dense attention: speed-up, and share of what is possible."""
-    ratios = {}
-    for name, ms in times.items():
-        pass_ = "train " if name.startswith("train ") else ""
-        dense = [other for key, other in times.items() if key.startswith(f"{pass_}dense")]
-        if dense and "dense" not in name:
-            speedup = min(dense) / ms
-            ratios[name] = {"speedup": speedup, "share": speedup * visited}
-    return ratios
+def on_plan(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: str) -> Tensor:
+    """Attention of an engine, named and with its plan."""
+    return attend(q, k, v, plan, backend=backend)
+
+
+def _whole(grid: Grid, tile: Size) -> Grid:
+    """The nearest grid of whole tiles."""
+    return Grid(*(max(1, round(extent / edge)) * edge for extent, edge in zip(grid.size, tile)))
+
+
+def _raise(error: Exception) -> dict:
+    raise error

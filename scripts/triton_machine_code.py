@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,11 @@ from vidattn.kernels.triton_configs import (
     tile,
 )
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TOOLS = Path(nvidia.__file__).parent / "bin"
 REGISTERS = 65536
+# two programs of 4 warps, or one of 8: one of 4 leaves a multiprocessor idle at every wait
+LEAST_WARPS = 8
 # the tensor-core instructions of each architecture, for floating point and for 8-bit integers
 FLOAT_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 INTEGER_OPCODE = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
@@ -99,8 +101,9 @@ class Case:
         """What it is launched with."""
         if self.kernel in QUANTISING:
             return quantising_tile(self.head_dim)
-        size, extras = ITEMSIZE[self.dtype], self.rule == "TABLE" or self.has_bias
-        return tile(self.kernel, self.arch, size, self.head_dim, self.block, has_extras=extras)
+        size = (ITEMSIZE[self.dtype], self.head_dim, self.block)
+        extras = {"has_masks": self.rule == "TABLE", "has_bias": self.has_bias}
+        return tile(self.kernel, self.arch, *size, **extras)
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ def complaints(case: Case, found: Resources) -> list[str]:
         wrong.append(f"{found.shared_bytes} bytes of shared memory, {SHARED_BYTES[case.arch]} fit")
     if found.registers * found.tile.warps * 32 > REGISTERS:
         wrong.append(f"{found.registers} registers for {found.tile.warps} warps")
+    elif (warps := warps_at_once(case.arch, found)) < LEAST_WARPS:
+        wrong.append(f"{warps} warps fit a multiprocessor, {LEAST_WARPS} keep it busy")
     if case.kernel in QUANTISING:
         # no products, and so no copies made ahead of them
         return wrong
@@ -166,13 +171,23 @@ def complaints(case: Case, found: Resources) -> list[str]:
     return wrong
 
 
+def warps_at_once(arch: int, found: Resources) -> int:
+    """Warps of a kernel that a multiprocessor holds, in whole programs."""
+    # registers are given out 8 at a time, and every program takes 1 KiB of shared memory more
+    registers = -(-found.registers // 8) * 8 * 32 * found.tile.warps
+    shared = (SHARED_BYTES[arch] + 1024) // (found.shared_bytes + 1024)
+    return min(shared, REGISTERS // registers) * found.tile.warps
+
+
 def _tensor_complaints(case: Case, found: Resources) -> list[str]:
     # the newer units take tiles from 64 queries on
     large = min(found.tile.rows, found.tile.columns) >= 64 and found.tile.warps >= 4
     wrong = []
     for opcodes in OPCODES.get(case.kernel, (FLOAT_OPCODE,)):
         oldest, expected = opcodes[80], opcodes[case.arch]
-        if not large and not found.opcodes.get(expected):
+        # Triton 3.5 and 3.6 multiply integers on sm_100 as on sm_80
+        is_old = opcodes is INTEGER_OPCODE and TRITON < (3, 7)
+        if (is_old or not large) and not found.opcodes.get(expected):
             expected = oldest
         if not found.opcodes.get(expected):
             wrong.append(f"no {expected}")
@@ -184,39 +199,39 @@ def _tensor_complaints(case: Case, found: Resources) -> list[str]:
 def turns_ahead(ttgir: str) -> list[int]:
     """Of every innermost loop with products: how many turns before its wait a tile is copied.
 
-    0 is a loop that waits for its own copies, or that has none: nothing is loaded while it computes.
+    0 is a loop that waits for its own copies or has none: nothing is loaded while it computes.
     """
     lines, found = ttgir.splitlines(), []
     for begin, line in enumerate(lines):
         if " scf.for " not in line:
             continue
         closing = line[: len(line) - len(line.lstrip())] + "}"
-        body = list(takewhile(lambda x: not x.startswith(closing), lines[begin + 1 :]))
+        end = next(i for i in range(begin, len(lines)) if lines[i].startswith(closing))
+        body = lines[begin + 1 : end]
         if any(PRODUCT.search(x) for x in body) and not any(" scf.for " in x for x in body):
             found.append(_turns_ahead(line, body))
     return found
 
 
 def _turns_ahead(head: str, body: list[str]) -> int:
+    """Of one loop: the fewest, over the waits for tiles and for whatever is copied in that turn."""
     carried = re.findall(r"(%\w+) = ", head.partition("iter_args(")[2])
-    passed = re.findall(r"%[\w#]+", body[-1].partition(" : ")[0])
-    tiles, copies, turns = set(), set(), []
+    passed_on = re.findall(r"%[\w#]+", body[-1].partition(" : ")[0])
+    copies, tiles, turns = set(), set(), []
     for line in body:
-        name = line.split(maxsplit=1)[0]
-        tokens = re.findall(r"%\w+", line.partition(" = ")[2].partition("{")[0].partition(" : ")[0])
-        if "async_copy_global_to_local" in line and re.search(r"tensor<\d+x\d+x!", line):
-            tiles.add(name)
-        elif "async_commit_group" in line and tiles & set(tokens):
-            copies.add(name)
+        name, _, operation = line.strip().partition(" = ")
+        tokens = re.findall(r"%\w+", re.split(r"[{:]", operation)[0])
+        if "async_copy_global_to_local" in operation:
+            copies |= {name} if re.search(r"tensor<\d+x\d+x!", operation) else set()
+        elif "async_commit_group" in operation:
+            tiles |= {name} if copies & set(tokens) else set()
     for line in body:
-        if "async_wait" not in line:
-            continue
-        for token in re.findall(r"%\w+", line.partition(" = ")[2].partition("{")[0]):
+        waited = re.findall(r"%\w+", line.partition("async_wait")[2].partition("{")[0])
+        for token in waited:
             count = 0
             while token in carried and count < len(carried):
-                token, count = passed[carried.index(token)], count + 1
-            # the wait for a list that names tiles to come holds nothing up that is worth a count
-            if token in copies or count == 0:
+                token, count = passed_on[carried.index(token)], count + 1
+            if token in tiles or count == 0:
                 turns.append(count)
     return min(turns, default=0)
 
@@ -226,7 +241,9 @@ def _is_serial(ptx: str) -> bool:
         file.write(ptx)
         file.flush()
         target = re.search(r"\.target (\w+)", ptx)[1]
-        return "serialized" in _tool("ptxas", "-v", "--gpu-name", target, file.name, "-o", "/dev/null")
+        return "serialized" in _tool(
+            "ptxas", "-v", "--gpu-name", target, file.name, "-o", "/dev/null"
+        )
 
 
 def _is_noted(opcode: str) -> bool:

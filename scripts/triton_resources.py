@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 from dataclasses import asdict, fields
-from itertools import product
 from pathlib import Path
 
 import triton
@@ -29,10 +28,11 @@ OUTPUT = ROOT / "assets" / "benchmarks" / "triton_resources"
 
 def shipped_cases() -> list[Case]:
     """Every row of the table of tiles and what derives from it; the most used head dim first."""
+    by_use = sorted(HEAD_DIMS, key=lambda n: abs(n - 128))
     half = [
         Case(kernel, arch, head_dim)
-        for head_dim in sorted(HEAD_DIMS, key=lambda n: abs(n - 128))
-        for kernel in KERNELS
+        for head_dim in by_use
+        for kernel in (*KERNELS, *QUANTISING)
         for arch in ARCHITECTURES
     ]
     newest = [(kernel, arch) for kernel in KERNELS for arch in (80, 90, 100)]
@@ -45,10 +45,9 @@ def shipped_cases() -> list[Case]:
     plain = ("forward", "query_gradient", "key_gradient", *INTEGERS)
     bias = [Case(*one, 128, has_bias=True) for one in newest if one[0] in plain]
     floats = [kernel for kernel in KERNELS if kernel not in INTEGERS]
-    single = [Case(kernel, 80, head_dim, "fp32") for head_dim in HEAD_DIMS for kernel in floats]
-    integers = [Case(*one, n) for n in HEAD_DIMS for one in product(QUANTISING, ARCHITECTURES)]
+    single = [Case(kernel, 80, head_dim, "fp32") for head_dim in by_use for kernel in floats]
     first, rest = half[: len(half) // 4], half[len(half) // 4 :]
-    return first + bias + masks + small + rest + single + integers
+    return first + small + bias + masks + rest + single
 
 
 def _markdown(rows: dict[Case, Row]) -> str:
@@ -56,11 +55,12 @@ def _markdown(rows: dict[Case, Row]) -> str:
         "# What the Triton kernels need",
         "",
         "Compiled without a GPU by `scripts/triton_resources.py`. "
-        "Slots are warp instructions x 32 for a score, in tiles without a test and with one.",
+        "Slots are warp instructions x 32 for a score, in tiles without a test and with one; ahead "
+        "are the turns of the loop from the copy of a tile to its use.",
         "",
         "| kernel | sm | dtype | head dim | block | rule | tile | warps | stages | registers "
-        "| spilled | shared KiB | tensor | slots | Triton |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| spilled | shared KiB | tensor | slots | ahead | Triton |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, (version, found) in rows.items():
         shipped = found.tile
@@ -70,7 +70,9 @@ def _markdown(rows: dict[Case, Row]) -> str:
             case.rule.lower() + (" with bias" if case.has_bias else ""),
             *(f"{shipped.rows}x{shipped.columns}", shipped.warps, shipped.stages),
             *(found.registers, found.spilled_bytes, f"{found.shared_bytes / 1024:.0f}"),
-            *(", ".join(tensor) or "none", " / ".join(map(str, found.slots)) or "-", version),
+            ", ".join(tensor) or "none",
+            *(" / ".join(map(str, x)) or "-" for x in (found.slots, found.ahead)),
+            version,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

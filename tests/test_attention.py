@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import vidattn
 from tests.kernels.attention_cases import random_blocks, random_inputs, relative_rms, striped
+from vidattn import attention
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
 from vidattn.kernels.block_lists import Box
@@ -168,3 +169,22 @@ def test_a_sample_without_keys_gives_0_in_dense_attention():
     out = attend(q, k, v, vidattn.plan("dense", GRID), key_mask=key_mask)
     assert not out[1].any() and out[0].isfinite().all()
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_the_engine_is_asked_for_the_device_of_the_tensors(monkeypatch):
+    """Not for the GPU that happens to be the current one."""
+    asked = []
+
+    def is_available(device):
+        asked.append(device)
+        return False
+
+    monkeypatch.setattr(attention.block_sparse_triton, "is_available", is_available)
+    attention._auto_engine.cache_clear()
+    attention._auto_quantised.cache_clear()
+    device = torch.device("cuda", 1)
+    assert attention._auto_engine(device, torch.float16) == "flex"
+    assert attention._auto_quantised(device, torch.float16, "int8") == "torch"
+    assert asked == [device, device]
+    attention._auto_engine.cache_clear()
+    attention._auto_quantised.cache_clear()

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vidattn.head_plan import HeadPlan
@@ -25,6 +24,7 @@ from vidattn.kernels import (
 )
 from vidattn.kernels.compensation import compensate
 from vidattn.kernels.constant import constant_result
+from vidattn.kernels.dense import dense_attention
 from vidattn.kernels.pooled_scores import block_means
 from vidattn.plan import Plan
 from vidattn.registry import unknown
@@ -59,10 +59,10 @@ def attend(
         backend: "triton" (NVIDIA GPUs), "cpp" (CPUs with a C++ compiler), "torch" (any device),
             "flex" (compiled FlexAttention), "flash" (its FlashAttention-4 kernels, on Hopper and
             Blackwell), "reference" (float64, dense memory), or "auto": dense plans run on PyTorch's
-            own attention, others on "cpp" on a CPU where it compiles, else on "torch", on "triton"
-            on a GPU that it knows, or on "flash" where that has measured faster, and on "flex" on
-            other GPUs. Plans with a precision run on "triton", where it has that precision, and on
-            "torch".
+            own attention (on Hopper by cuDNN, unless you chose a kernel), others on "cpp" on a CPU
+            where it compiles, else on "torch", on "triton" on a GPU that it knows, or on "flash"
+            where that has measured faster, and on "flex" on other GPUs. Plans with a precision run
+            on "triton", where it has that precision, and on "torch".
         return_lse: also return the (B, H, S) float32 log-sum-exp of the scaled scores.
 
     Returns:
@@ -111,10 +111,10 @@ def _engine(q, k, v, plan: Plan, key_mask: Tensor | None, backend: str, need_lse
     if backend != "auto":
         return backend
     if plan.precision is not None:
-        return _auto_quantised(q.device.type, q.dtype, plan.precision)
+        return _auto_quantised(q.device, q.dtype, plan.precision)
     if plan.is_dense and not need_lse:
         return "pytorch"
-    engine = _auto_engine(q.device.type, q.dtype)
+    engine = _auto_engine(q.device, q.dtype)
     is_for_flash = engine == "triton" and _is_for_flash(q, k, v, plan, key_mask)
     return "flash" if is_for_flash else engine
 
@@ -176,11 +176,7 @@ def _attend(
         return _quantised(q, k, v, plan, scale, key_mask, engine)
     if engine == "pytorch":
         mask = None if key_mask is None else key_mask[:, None, None]
-        grouped = k.shape[1] != q.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
-        )
-        return out, None
+        return dense_attention(q, k, v, mask=mask, scale=scale), None
     gain, shift = _compensation(v, plan, key_mask, q.shape[1])
     call = (q, k, v, plan, scale, key_mask)
     if engine == "triton":
@@ -211,7 +207,7 @@ def _quantised(q, k, v, plan, scale, key_mask, backend) -> tuple[Tensor, Tensor]
 
 @lru_cache
 @constant_result
-def _auto_quantised(device: str, dtype: torch.dtype, precision: str) -> str:
+def _auto_quantised(device: torch.device, dtype: torch.dtype, precision: str) -> str:
     fits = quantised_triton.runs(precision) and dtype in quantised_triton.DTYPES
     engine = "triton" if fits and block_sparse_triton.is_available(device) else "torch"
     log.info("%s attention in %s on %s runs on the %r engine", precision, dtype, device, engine)
@@ -263,8 +259,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None)
 
 @lru_cache
 @constant_result
-def _auto_engine(device: str, dtype: torch.dtype) -> str:
-    if device == "cpu":
+def _auto_engine(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cpu":
         engine = "cpp" if block_sparse_cpu.is_available(dtype) else "torch"
     else:
         engine = "triton" if block_sparse_triton.is_available(device) else "flex"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -112,8 +112,9 @@ class Layout:
         return inverse
 
     def to(self, device: torch.device | str) -> Layout:
-        """The same layout with its tensor on ``device``."""
-        return Layout(self.order.to(device), self.block, self.num_video_blocks)
+        """The same layout with its tensor on ``device``; itself where it is there."""
+        order = self.order.to(device)
+        return self if order is self.order else replace(self, order=order)
 
 
 def raster_layout(grid: Grid, block: int, axes: Size = (0, 1, 2)) -> Layout:

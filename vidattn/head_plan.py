@@ -137,9 +137,18 @@ class HeadPlan:
         return HeadPlan(plans, self.plan_of_head)
 
     def to(self, device: torch.device | str) -> HeadPlan:
-        """The same plans with their tensors on ``device``."""
-        plans = tuple(plan.to(device) for plan in self.plans)
-        return HeadPlan(plans, self.plan_of_head.to(device))
+        """The same plans with their tensors on ``device``: these, or copies that are made once."""
+        device = torch.empty(0, device=device).device
+        if device == self.device:
+            return self
+        if device not in self._copies:
+            plans = tuple(plan.to(device) for plan in self.plans)
+            self._copies[device] = HeadPlan(plans, self.plan_of_head.to(device))
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, HeadPlan]:
+        return {}
 
     def of_heads(self, heads: Sequence[int]) -> HeadPlan:
         """The plans of some heads, in ascending order, numbered anew."""

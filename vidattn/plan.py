@@ -20,6 +20,8 @@ from vidattn.registry import unknown
 Window = tuple[Tensor, Tensor]
 # rows of block lists, or partial blocks, taken together where all of them would need much memory
 ROWS_AT_ONCE = 512
+# pairs of blocks that are looked at together: on a GPU every piece is a wait
+BLOCKS_AT_ONCE = {"cpu": 2**19, "cuda": 2**28}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +83,15 @@ class Plan:
     @cached_property
     def _visited_pairs(self) -> int:
         """Pairs of video tokens in the listed blocks, some rows at a time."""
-        lists, tokens, total = self.lists, self._video_tokens, 0
-        for rows in torch.arange(lists.num_rows, device=tokens.device).split(ROWS_AT_ONCE):
-            start = lists.row_start[rows[0] : rows[-1] + 2]
-            keys = tokens.index_select(0, lists.key_block[start[0] : start[-1]])
-            before = torch.nn.functional.pad(keys.cumsum(0), (1, 0))
-            sums = before[start - start[0]].diff()
-            total += int((sums * tokens[rows % self.layout.num_blocks]).sum())
+        lists, tokens, nb, total = self.lists, self._video_tokens, self.layout.num_blocks, 0
+        queries = tokens.repeat(lists.batch * lists.heads)
+        step = _rows_at_once(tokens.device, nb)
+        for row in range(0, lists.num_rows, step):
+            starts = lists.row_start[row : row + step + 1]
+            first, last = starts[[0, -1]].tolist()
+            keys = tokens.index_select(0, lists.key_block[first:last])
+            sums = torch.nn.functional.pad(keys.cumsum(0), (1, 0))[starts - first].diff()
+            total += int((sums * queries[row : row + step]).sum())
         return total
 
     def _masked_pairs(self) -> int:
@@ -163,11 +167,22 @@ class Plan:
         }
 
     def to(self, device: torch.device | str) -> Plan:
-        """The same plan with its tensors on ``device``."""
-        gain, rest = (None if x is None else x.to(device) for x in (self.gain, self.rest))
-        lists, memory = self.lists.to(device), tuple(x.to(device) for x in self.memory)
-        changes = {"lists": lists, "gain": gain, "rest": rest, "memory": memory}
-        return replace(self, layout=self.layout.to(device), **changes)
+        """The same plan with its tensors on ``device``: itself, or a copy that is made once."""
+        # "cuda" is the GPU at hand, with its number
+        device = torch.empty(0, device=device).device
+        if device == self.device:
+            return self
+        if device not in self._copies:
+            gain, rest = (None if x is None else x.to(device) for x in (self.gain, self.rest))
+            lists, memory = self.lists.to(device), tuple(x.to(device) for x in self.memory)
+            changes = {"lists": lists, "gain": gain, "rest": rest, "memory": memory}
+            self._copies[device] = replace(self, layout=self.layout.to(device), **changes)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Plan]:
+        """What ``to`` made: what engines learn of a plan once is kept with its tensors."""
+        return {}
 
     def with_precision(self, precision: str | None) -> Plan:
         """The same plan with its products in another precision, which has no gradient but for None.
@@ -208,7 +223,7 @@ class Plan:
             )
         blocks = torch.nn.functional.pad(blocks, (0, nb - nv, 0, nb - nv), value=True)
         # some rows at a time: sum() and nonzero() take 8 and 16 bytes to a block
-        pieces = blocks.flatten(0, 2).split(ROWS_AT_ONCE)
+        pieces = blocks.flatten(0, 2).split(_rows_at_once(blocks.device, nb))
         counts = torch.cat([rows.sum(-1) for rows in pieces])
         lists = BlockLists(
             batch=blocks.shape[0],
@@ -269,6 +284,10 @@ class Plan:
         ids = mask_id[row, key_block.long()]
         lists = BlockLists(1, 1, row_start, num_full, key_block, mask_id=ids, masks=masks)
         return cls(grid, layout, lists)
+
+
+def _rows_at_once(device: torch.device, num_blocks: int) -> int:
+    return max(1, BLOCKS_AT_ONCE.get(device.type, BLOCKS_AT_ONCE["cpu"]) // num_blocks)
 
 
 def _row_start(counts: Tensor) -> Tensor:

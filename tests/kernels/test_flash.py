@@ -18,6 +18,7 @@ PLAN = vidattn.plan("neighborhood", GRID, window=(1, 5, 5), tile=(1, 8, 16))
 def hopper(monkeypatch):
     """A GPU on which FlashAttention-4 is installed, as far as this engine can see."""
     monkeypatch.setattr(flash, "obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     flash._measures_faster.cache_clear()
     monkeypatch.setattr(flash, "TIMED_BLOCKS", 2)
     yield
@@ -38,7 +39,7 @@ def engines(monkeypatch, *, flash_ms=1.0, wrong=0.0):
     monkeypatch.setattr(flash, "block_sparse_attention", run("flash", wrong))
     monkeypatch.setattr(block_sparse_triton, "block_sparse_attention", run("triton"))
     times = {"flash": flash_ms, "triton": 2.0}
-    monkeypatch.setattr(flash, "interleaved_ms", lambda functions: times)
+    monkeypatch.setattr(flash, "interleaved_ms", lambda functions, device: times)
     return calls
 
 
@@ -101,10 +102,16 @@ def test_what_it_cannot_do_is_an_error(change, message):
         attend(*map(change, given()), PLAN, backend="flash")
 
 
-def test_small_blocks_are_an_error():
-    plan = vidattn.plan("neighborhood", GRID, window=(1, 5, 5), tile=(1, 8, 8))
-    with pytest.raises(ValueError, match="takes blocks of a multiple of 128, got 64"):
-        attend(*given(), plan, backend="flash")
+@pytest.mark.parametrize(
+    ("capability", "block", "fits"),
+    [((9, 0), 64, True), ((9, 0), 256, False), ((10, 0), 64, False), ((10, 3), 256, True)],
+)
+def test_blocks_that_it_has_no_tiles_for_are_an_error(capability, block, fits, hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    wrong = flash._unfit_block(given()[0], block)
+    assert (wrong is None) == fits
+    if not fits:
+        assert f"on this GPU, got {block}" in wrong
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted", allow_module_level=True)
 
 import triton_resources as resources  # noqa: E402
-from triton_machine_code import Case, complaints, measure  # noqa: E402
+from triton_machine_code import Case, complaints, measure, turns_ahead  # noqa: E402
 
 FORWARD_90 = Case("forward", 90, 128)
 QUICK = [
@@ -27,6 +27,7 @@ QUICK = [
     Case("query_gradient", 90, 128),
     Case("key_gradient", 80, 128),
     Case("key_gradient", 90, 128),
+    Case("forward", 90, 128, block=64),
     Case("int8", 80, 128),
     Case("int8_qk", 90, 128),
     Case("int8", 100, 128),
@@ -85,7 +86,48 @@ def test_what_another_architecture_has_not_is_noticed():
     assert "no HMMA" in wrong
     slow = replace(measured(FORWARD_90), opcodes={"HGMMA": 1, "HMMA": 1})
     assert any("older architecture" in text for text in complaints(FORWARD_90, slow))
-    assert "no asynchronous copies" in complaints(FORWARD_90, slow)
+
+
+def test_a_loop_that_is_not_pipelined_is_noticed():
+    found = measure(FORWARD_90, Tile(128, 128, 8, 1))
+    assert 0 in found.ahead
+    assert any("wait for their own copies" in wrong for wrong in complaints(FORWARD_90, found))
+    serial = replace(measured(FORWARD_90), is_serial=True)
+    assert complaints(FORWARD_90, serial) == ["products of warp groups that wait for one another"]
+
+
+def test_a_multiprocessor_with_too_few_warps_is_noticed():
+    case = replace(FORWARD_90, block=64)
+    found = replace(measured(FORWARD_90), tile=case.tile, registers=187)
+    # what two programs leave for each other: 8 bytes more are one program
+    assert not complaints(case, replace(found, shared_bytes=115_712))
+    (wrong,) = complaints(case, replace(found, shared_bytes=115_720))
+    assert wrong == "4 warps fit a multiprocessor, 8 keep it busy"
+
+
+LOOP = """
+  %r:2 = scf.for %i = %a to %b step %c iter_args({carried}) -> (i32)  : i32 {{
+    %x = ttg.async_copy_global_to_local %p, %q mask %m : tensor<64x32x!tt.ptr<bf16>, #b> -> <64x32>
+    %x_1 = ttg.async_commit_group tokens %x
+    %w = ttg.async_wait {waited} {{num = 0 : i32}}
+    %d = ttng.warp_group_dot %e, %f, %g {{isAsync = true}} : !ttg.memdesc<64x32xbf16>
+    scf.yield {passed_on} : tensor<64x32xf32>
+  }} loc(#loc)
+"""
+
+
+@pytest.mark.parametrize(
+    ("carried", "waited", "passed_on", "ahead"),
+    [
+        ("%acc = %z", "%x_1", "%d", 0),
+        ("%acc = %z, %k = %t", "%k", "%d, %x_1", 1),
+        ("%acc = %z, %j = %t, %k = %u", "%k", "%d, %x_1, %j", 2),
+    ],
+)
+def test_how_far_ahead_a_loop_copies_is_read_off(carried, waited, passed_on, ahead):
+    loop = LOOP.format(carried=carried, waited=waited, passed_on=passed_on)
+    assert turns_ahead(loop) == [ahead]
+    assert turns_ahead(loop.replace("ttng.warp_group_dot ", "arith.addf ")) == []
 
 
 def recorded_cases() -> list[tuple[Case, Tile]]:

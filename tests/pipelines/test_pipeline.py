@@ -98,6 +98,16 @@ def test_a_method_instance(wan):
     assert "window=3" in handle.report().method
 
 
+def test_a_method_in_the_words_of_the_command_line(wan):
+    with vidattn.patch(wan, "neighborhood:window=3,5,5", stride=1) as handle:
+        (rule,) = handle.schedule.rules
+        assert rule.method == Neighborhood(window=(3, 5, 5), stride=1)
+    with pytest.raises(ValueError, match="has the options .'window'. already: give them once"):
+        vidattn.patch(wan, "neighborhood:window=3", window=5)
+    with pytest.raises(ValueError, match="unknown option of method 'radial' 'densty'"):
+        vidattn.patch(wan, "radial:densty=0.3")
+
+
 def test_report(wan):
     handle = vidattn.patch(wan, "neighborhood", dense_layers=1, dense_steps=0, window=3)
     run_wan(wan, output_type="np")

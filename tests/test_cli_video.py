@@ -77,7 +77,8 @@ def test_compare_shows_methods_beside_dense(original, capfd, tmp_path):
     table = (folder / "report.md").read_text()
     assert table.count("|\n") == 5 and "`neighborhood:window=99`" in table and "Grid(" not in table
     words = " ".join(out.split())
-    assert "speed-up" in words and "of a dense step" in words
+    assert "speed-up" in words and "of a dense step; the sparse ones ran on the engine" in words
+    assert dense["engines"] == {} and sum(radial["engines"].values()) > 0
     assert "144 video tokens (3x6x8)" in words
 
 

@@ -33,8 +33,11 @@ def test_the_whole_run_comes_first_and_noise_is_warned_of(capfd):
 
 def test_the_table_of_every_method_fits_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    rows = [row("dense", [25000.0] * 8), row("radial:density=0.3,window=raster", [9e3, 12e3] * 4)]
+    rows = [
+        row("dense", [25000.0] * 8, 628e3),
+        row("radial:density=0.3,window=raster", [9e3, 12e3] * 4),
+    ]
     rows = [replace(x, figures={"psnr_db": 28.9, "ssim": 0.9, "ms_ssim": 0.9}) for x in rows]
     text = to_text(rows, [MEASURES[name] for name in ("psnr", "ssim", "ms-ssim")])
     assert max(map(len, text.splitlines())) <= 80 and "\n\n" not in text
-    assert "radial:density=0.3,window=raster\n" in text and "±14%" in text
+    assert "radial:density=0.3,window=raster\n" in text and "±14%" in text and " 628 s" in text

@@ -4,12 +4,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
 from tests.cli_cases import SMALL, run
 from vidattn.commands.choice import AllMethods
 from vidattn.commands.clip import Guards
 from vidattn.commands.request import Request
-from vidattn.commands.serve import foresee
+from vidattn.commands.serve import Outlook, foresee
+from vidattn.grid import Grid
 from vidattn.methods.paro import Paro
 from vidattn.methods.radial import Radial
 
@@ -99,6 +102,17 @@ def test_without_a_method_the_default_is_taken_and_said(original, capfd, tmp_pat
     assert code == 0, err
     assert "no method given, and no preset for this model: taking radial:density=0.3" in out
     assert json.loads(path.with_suffix(".json").read_text())["method"] == "radial:density=0.3"
+
+
+def test_the_preset_of_a_published_model_is_taken_and_said(capfd):
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(num_attention_heads=12, num_layers=30)
+        pipe = WanPipeline(None, None, AutoencoderKLWan(), None, transformer)
+    outlook = Outlook(pipe, [], Grid(21, 30, 52))
+    preset = outlook.default()
+    assert preset.label == "schedule 'wan2.1-1.3b'" and preset.arguments == {}
+    assert "taking the preset of this model, schedule 'wan2.1-1.3b'" in capfd.readouterr().out
+    outlook.check(preset, Guards())
 
 
 def test_words_and_sizes_that_the_model_does_not_know_are_warned_of(model, capfd, tmp_path):

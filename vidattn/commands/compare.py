@@ -198,6 +198,7 @@ def _write_report(folder: Path, header: dict, requests, clips, rows: Sequence[Ro
         row.label: row.to_dict()
         | {"speedup": rows[0].total_ms / row.total_ms}
         | {"step_speedup": rows[0].step_ms / row.step_ms}
+        | {"engines": clips[row.label][0].report.engines}
         | {"clips": [_describe(clip) for clip in clips[row.label]]}
         for row in rows
     }
@@ -215,12 +216,18 @@ def _setting(request: Request, clips: Sequence[Clip], dense: Row) -> str:
     grids = dict.fromkeys(_grid_words(grid) for clip in clips for grid in clip.report.grids)
     return (
         f"{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
-        f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step.\n"
+        f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step"
+        f"{_engines(clips)}.\n"
         "The speed-up of a whole run includes text encoder and VAE. step: median of the denoising\n"
         "steps, ± for the middle half of them. density: of the plans, then in all, with the dense\n"
         "layers and steps. Likeness is to the dense clips, on the frames before they are encoded.\n"
         f"{hardware_line()}."
     )
+
+
+def _engines(clips: Sequence[Clip]) -> str:
+    names = dict.fromkeys(name for clip in clips for name in clip.report.engines)
+    return f"; the sparse ones ran on the engine {' and '.join(names)}" if names else ""
 
 
 def _grid_words(grid: str) -> str:

@@ -89,4 +89,6 @@ def _cells(row: Row, dense: Row, measures: Sequence[Measure]) -> list[str]:
 
 def seconds(ms: float) -> str:
     """A time in words."""
+    if ms >= 1e5:
+        return f"{ms / 1e3:.0f} s"
     return f"{ms / 1e3:.2f} s" if ms >= 1000 else f"{ms:.0f} ms"

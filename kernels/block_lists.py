@@ -130,6 +130,34 @@ class BlockLists:
             masks=self.masks,
         )
 
+    @classmethod
+    def stack(cls, parts: Sequence[BlockLists]) -> BlockLists:
+        """The lists of several batches of equally many heads as those of one.
+
+        They share their box, if they have one; masks are numbered anew.
+        """
+        first, mask_id, masks = parts[0], None, None
+        if any(x.masks is not None for x in parts):
+            held = [x for x in parts if x.masks is not None]
+            masks = torch.cat([x.masks for x in held])
+            begin, ids = 0, []
+            for x in parts:
+                number = torch.full_like(x.key_block, -1) if x.mask_id is None else x.mask_id
+                ids.append(torch.where(number < 0, number, number + begin))
+                begin += 0 if x.masks is None else len(x.masks)
+            mask_id = torch.cat(ids)
+        counts = torch.cat([x.counts for x in parts])
+        return cls(
+            batch=sum(x.batch for x in parts),
+            heads=first.heads,
+            row_start=F.pad(counts.cumsum(0), (1, 0)),
+            num_full=torch.cat([x.num_full for x in parts]),
+            key_block=torch.cat([x.key_block for x in parts]),
+            box=first.box,
+            mask_id=mask_id,
+            masks=masks,
+        )
+
     @property
     def counts(self) -> Tensor:
         """(R,) int64, listed blocks of each row."""

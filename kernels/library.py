@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vidattn.kernels.block_lists import BlockLists, Box
+from vidattn.kernels.derivatives import FORWARD, once, refuse_transforms
 
 # the arguments of an operator that describe the block lists, in the order of `flatten`, and others
 LISTS = (
@@ -81,6 +81,7 @@ class Operator:
         inputs = (q, k, v, *flatten(lists), *rest)
         if torch.compiler.is_compiling():
             return self._forward(*inputs)
+        refuse_transforms()
         return _Eager.apply(self, *inputs)
 
     def _pull(self, ctx, d_out, d_lse):
@@ -104,9 +105,14 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out, d_lse):
-        return None, *ctx.operator._pull(ctx, d_out, d_lse)
+        with torch.no_grad():
+            grads = ctx.operator._pull(ctx, d_out, d_lse)
+        return None, *once(grads, (*ctx.saved_tensors[:3], ctx.rest[-1], d_out, d_lse))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(FORWARD)
 
 
 def _laid_out(outputs: tuple[Tensor, ...], like: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """Attention between block means, and which blocks it selects; nothing waits for the device.
 
+Of entries with the same score, those that stand first are the best.
+
 Letters: B batch, H heads, S tokens, D head dim, N slots, n slots to a block, nb blocks.
 """
 
@@ -130,7 +132,7 @@ def select_count(scores: Tensor, count: int) -> Tensor:
     """
     if not 1 <= count <= scores.shape[-1]:
         raise ValueError(f"count is {count}; it must be from 1 to {scores.shape[-1]}")
-    best = scores.topk(count, dim=-1).indices
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
 
 
@@ -148,11 +150,11 @@ def select_mass(scores: Tensor, mass: float) -> Tensor:
     """
     if not 0 < mass <= 1:
         raise ValueError(f"mass is {mass}; it must be above 0 and at most 1")
-    ranked, index = scores.sort(dim=-1, descending=True)
+    ranked, index = scores.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked
     # rounding must not drop an entry from a full share
     enough = mass * ranked.sum(-1, keepdim=True) if mass < 1 else torch.inf
-    keep = (before < enough) & (ranked > 0)
+    keep = (before < enough) & ((ranked > 0) | (mass == 1))
     return torch.zeros_like(keep).scatter_(-1, index, keep)
 
 
@@ -190,7 +192,8 @@ def select_until(scores: Tensor, worth: Tensor, need: Tensor, always: Tensor) ->
         need: (..., 1) what is to be reached beside the entries of ``always``.
         always: (..., nb) bool, broadcast to ``scores``.
     """
-    ranked, index = scores.masked_fill(always, -torch.inf).sort(dim=-1, descending=True)
+    scores = scores.masked_fill(always, -torch.inf)
+    ranked, index = scores.sort(dim=-1, descending=True, stable=True)
     ranked_worth = worth.double().expand_as(scores).gather(-1, index)
     before = ranked_worth.cumsum(-1) - ranked_worth
     keep = (before < need) & (ranked > -torch.inf)

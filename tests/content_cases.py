@@ -96,9 +96,9 @@ def peer_scores(content: Content) -> Tensor:
     return content.scale * means[0] @ means[1].mT
 
 
-def by_tokens(scores: list[float], tokens: list[int], share: float) -> set[int]:
-    """The best entries whose tokens come nearest to a share of all, slowly."""
-    ranked = sorted(range(len(scores)), key=lambda j: -scores[j])
+def by_tokens(scores: list[float], tokens: list[int], share: float, own: int) -> set[int]:
+    """An entry, and the best others, whose tokens come nearest to a share of all, slowly."""
+    ranked = sorted(range(len(scores)), key=lambda j: (j != own, -scores[j]))
     best, chosen, total = None, [], 0
     for j in ranked:
         chosen.append(j)

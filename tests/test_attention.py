@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import vidattn
 from tests.kernels.attention_cases import random_blocks, random_inputs, relative_rms, striped
 from vidattn import attention
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
+from vidattn.head_plan import HeadPlan, join
 from vidattn.kernels.block_lists import Box
+from vidattn.methods import create_method
 from vidattn.plan import Plan
 
 GRID = Grid(2, 7, 5, text=6)
@@ -54,7 +57,7 @@ WRONG = {
     "values of another size": (lambda x: other(x, v=x["v"][..., :3]), "got q"),
     "another length": (
         lambda x: other(x, **{name: x[name][:, :, :9] for name in "qkv"}),
-        "q has 9 tokens but the plan is for 76",
+        "has 9 tokens but the plan is for 76",
     ),
     "integers": (
         lambda x: other(x, **{name: x[name].long() for name in "qkv"}),
@@ -74,6 +77,24 @@ WRONG = {
         lambda x: other(x, key_mask=torch.ones(76, dtype=torch.bool)),
         r"key_mask must be bool of shape \(batch, tokens\)",
     ),
+    "no samples": (
+        lambda x: other(x, **{name: x[name][:0] for name in "qkv"}),
+        r"must hold at least one sample and one head, got q \(0, 4, 76, 32\)",
+    ),
+    "no heads": (lambda x: other(x, q=x["q"][:, :0]), "at least one sample and one head"),
+    "no key heads": (
+        lambda x: other(x, k=x["k"][:, :0], v=x["v"][:, :0]),
+        "at least one sample and one head",
+    ),
+    "no channels": (
+        lambda x: other(x, **{name: x[name][..., :0] for name in "qkv"}),
+        "must hold at least",
+    ),
+    "a mask in a list": (lambda x: other(x, key_mask=[[True] * 76] * 2), "got list"),
+    "a scale in words": (lambda x: other(x, scale="0.3"), "scale must be a number, got '0.3'"),
+    "nothing for q": (lambda x: other(x, q=None), "must be tensors, got NoneType, Tensor, Tensor"),
+    "nothing for v": (lambda x: other(x, v=None), "must be tensors, got Tensor, Tensor, NoneType"),
+    "no plan": (lambda x: other(x, plan="radial"), "plan must be one, .* got str"),
     "an unknown backend": (lambda x: other(x, backend="torhc"), "did you mean 'torch'"),
 }
 
@@ -82,9 +103,102 @@ WRONG = {
 def test_bad_input_is_named(case):
     change, message = WRONG[case]
     q, k, v = random_inputs(GRID)[:3]
-    arguments = change({"q": q, "k": k, "v": v, "plan": random_blocks(GRID)})
-    with pytest.raises(ValueError, match=message):
-        attend(**arguments)
+    inputs = {"q": q, "k": k, "v": v}
+    for plan in (random_blocks(GRID), join([random_blocks(GRID, heads=2)] * 2, [(0, 2), (1, 3)])):
+        if "a plan" in case and isinstance(plan, HeadPlan):
+            continue
+        with pytest.raises(ValueError, match=message):
+            attend(**change(inputs | {"plan": plan}))
+
+
+@pytest.mark.parametrize("name", ["topk", "paro", "radial", "cluster", "adaspa", "vertical_slash"])
+@pytest.mark.parametrize("case", WRONG)
+def test_planning_names_bad_input_as_attention_does(case, name):
+    change, message = WRONG[case]
+    q, k = random_inputs(GRID)[:2]
+    given = change({"q": q, "k": k, "v": k, "plan": None, "scale": None, "key_mask": None})
+    if any(x in case for x in ("plan", "backend", " v", "values", "mixed")):
+        pytest.skip("is no matter of planning")
+    method = create_method(name, **({"rectify": True} if name == "radial" else {}))
+    given = {key: given[key] for key in ("q", "k", "scale", "key_mask")}
+    if given["q"] is None:
+        message = "give q and k"
+    with pytest.raises(ValueError, match=message.replace(", Tensor", "", 1)):
+        method.plan(GRID, **given)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpp", "reference"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_gradient_has_no_wrong_gradient(backend, linear):
+    """A gradient penalty, also of a critic that is linear in what attention gives."""
+    plan = vidattn.plan("neighborhood", GRID, window=(1, 3, 3))
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    x = torch.randn(1, 1, GRID.num_tokens, 8, dtype=dtype)
+    w, u = torch.randn(2, 8, 8, dtype=dtype)
+
+    def penalty(attention):
+        z, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = z + attention(z @ weight) @ u
+        (slope,) = torch.autograd.grad((y if linear else y.tanh()).sum(), z, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), weight)[0]
+
+    def ours(z):
+        return attend(z, z, z, plan, backend=backend)
+
+    def plain(z):
+        scores = (z @ z.mT * 8**-0.5).masked_fill(~plan.mask(), -torch.inf)
+        return scores.softmax(-1) @ z
+
+    if backend == "reference":
+        torch.testing.assert_close(penalty(ours), penalty(plain))
+    else:
+        with pytest.raises(RuntimeError, match="has no gradient of its own .* backend=.reference"):
+            penalty(ours)
+
+
+TRANSFORMS = {
+    "vmap": lambda f, q: torch.vmap(f)(q[None]),
+    "grad": lambda f, q: torch.func.grad(lambda x: f(x).sum())(q),
+    "jvp": lambda f, q: torch.func.jvp(f, (q,), (q,)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_refused_in_words(name):
+    plan = vidattn.plan("neighborhood", GRID, window=(1, 3, 3))
+    q, k, v = random_inputs(GRID)[:3]
+    with pytest.raises(ValueError, match="knows none of torch.func's transforms"):
+        TRANSFORMS[name](lambda x: attend(x, k, v, plan), q)
+
+
+def test_a_forward_derivative_is_refused_in_words():
+    plan = vidattn.plan("neighborhood", GRID, window=(1, 3, 3))
+    q, k, v = random_inputs(GRID)[:3]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward derivative"):
+        attend(forward_ad.make_dual(q, q), k, v, plan)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", ["topk", "cluster", "strided"])
+def test_attention_with_a_plan_from_content_is_one_graph(name, backend):
+    q, k, v = random_inputs(GRID)[:3]
+    plan = vidattn.plan(name, GRID, q, k)
+
+    def run(q, k, v):
+        return attend(q, k, v, plan, backend=backend)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(q, k, v)
+    torch.testing.assert_close(compiled, run(q, k, v))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_change_in_place_before_the_gradient_is_noticed(backend):
+    q, k, v = (x.requires_grad_() for x in random_inputs(GRID)[:3])
+    values = v * 1
+    out = attend(q, k, values, random_blocks(GRID), backend=backend)
+    values.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def changed(plan, **lists):

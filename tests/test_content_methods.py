@@ -1,6 +1,7 @@
 """Every ContentMethod by the same rules; a new file is tested as it is."""
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -43,6 +44,78 @@ def test_samples_and_heads_are_planned_on_their_own(name, grid):
         alone = this.plan(grid, *one[:2])
         assert torch.equal(alone.mask()[0], mask[b, heads])
         torch.testing.assert_close(attend(*one, alone)[0], out[b, heads], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "paro"])
+@pytest.mark.parametrize("value", [0.0, 0.3, None])
+def test_ties_are_broken_alike_alone_and_in_a_batch(name, value):
+    """Constant queries and keys: every score is the same, up to what rounding makes of it."""
+    grid = Grid(5, 6, 7, text=3)
+    q, k = (torch.full((3, 4, grid.num_tokens, 16), value or 0.0) for _ in range(2))
+    if value is None:
+        # one sample of them beside others
+        q[1:], k[1:] = torch.randn(2, 2, 4, grid.num_tokens, 16)
+        q[:1], k[:1] = 0.7, 0.1
+    together = create_method(name).plan(grid, q, k).mask().expand(3, 4, -1, -1)
+    for b in range(3):
+        alone = create_method(name).plan(grid, q[b : b + 1], k[b : b + 1]).mask()
+        assert torch.equal(alone[0].expand(4, -1, -1), together[b])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "paro"])
+def test_every_query_reads_its_block(name):
+    """However little is asked for, and however far another block is ahead."""
+    grid = Grid(1, 12, 16, text=9)
+    q, k = (1e3 * torch.randn(2, 2, grid.num_tokens, 8) for _ in range(2))
+    small = ({"density": 0.02}, {"mass": 0.01, "least": 0.01}, {"density": 0.02, "sink": True})
+    for options in small:
+        # by the content alone, wherever there is a choice
+        mask = method(name, **options, near=None if name == "rectified" else 0).plan(grid, q, k)
+        assert mask.mask().diagonal(dim1=-2, dim2=-1).all()
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("name", [*NAMES, "paro"])
+def test_a_sample_without_keys_gives_0_and_leaves_the_others(name, rectify):
+    grid = GRIDS[0]
+    q, k, v = coherent(grid)
+    key_mask = torch.ones(2, grid.num_tokens, dtype=torch.bool)
+    key_mask[1] = False
+    this = method(name, rectify=rectify)
+    plan = this.plan(grid, q, k, key_mask=key_mask)
+    out = attend(q, k, v, plan, key_mask=key_mask)
+    assert not out[1].any()
+    alone = this.plan(grid, q[:1], k[:1])
+    torch.testing.assert_close(out[:1], attend(q[:1], k[:1], v[:1], alone))
+
+
+# what is a full budget by other names; each is given to the methods that have the option
+FULL = ({"density": 1.0}, {"mass": 1.0}, {"tau": 1.0}, {"theta": 1e9}, {"least": 1.0})
+WAYS = {
+    "select": ("global", "query"),
+    "granularity": ("block", "query"),
+    "partition": ("time", "cube"),
+    "theta": (0.0, 12.0),
+    "sink": (None, True),
+    "vertical": (0.0, 0.5),
+    "rectify": (False, True),
+}
+
+
+@pytest.mark.parametrize("full", FULL, ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "paro"])
+def test_a_full_budget_is_dense_whatever_else_is_chosen(name, full):
+    known = options_of(name)
+    if not known.issuperset(full):
+        pytest.skip("has no such option")
+    ways = {key: values for key, values in WAYS.items() if key in known and key not in full}
+    for grid in (Grid(37, 3, 2), Grid(1, 5, 7, text=3)):
+        q, k, _ = coherent(grid, batch=1, heads=2, dim=8)
+        for chosen in product(*ways.values()):
+            # the larger ones hide what rounding makes of small ones
+            for size in (1.0, 1e-6, 0.0):
+                this = create_method(name, **full, **dict(zip(ways, chosen)))
+                assert this.plan(grid, size * q, size * k).mask().all()
 
 
 @pytest.mark.parametrize("name", NAMES)

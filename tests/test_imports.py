@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A unit may import the units of earlier layers. A module or folder of vidattn/ is a unit, as are
 # the three folders beside it and scripts/.
 LAYERS = (
-    {"grid", "registry", "resources", "table", "kernels"},
-    {"plan", "tiles", "gpus", "video_models", "config"},
+    {"grid", "registry", "resources", "table", "kernels", "steady"},
+    {"plan", "tiles", "gpus", "video_models", "config", "inputs"},
     {"head_plan", "visible", "catalog"},
-    {"method", "reorder", "rectification"},
+    {"method", "reorder", "rectification", "batch"},
     {"content", "calibration"},
     {"pattern"},
     {"methods", "cache", "attention"},

@@ -43,7 +43,7 @@ def test_a_pattern_reads_content_for_an_estimate_alone(name):
     with pytest.raises(ValueError, match="give q and k"):
         rectified.plan(GRIDS[0])
     q, k, _ = coherent(Grid(3, 5, 7))
-    with pytest.raises(ValueError, match="must have the 110 tokens"):
+    with pytest.raises(ValueError, match="has 105 tokens but the plan is for 110"):
         rectified.plan(GRIDS[0], q, k)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vidattn.head_plan import HeadPlan
+from vidattn.inputs import check_inputs
 from vidattn.kernels import (
     block_sparse_cpu,
     block_sparse_torch,
@@ -47,14 +48,19 @@ def attend(
     """Softmax attention over the pairs that a plan keeps.
 
     Gradients reach q, k and v, also through the log-sum-exp, unless the plan has a precision of its
-    own. A query without keys gives 0.
+    own; they have no gradients themselves, and asking for one is an error. A query without keys
+    gives 0. Inputs that were changed in place before the gradient was asked for are noticed as
+    PyTorch notices it: on every engine of ours, in a dense plan where PyTorch's attention does.
+
+    Under ``torch.autocast`` the inputs, float64 ones aside, are cast to its dtype first, as by
+    PyTorch's own attention.
 
     Args:
         q: (B, H, S, D) queries in sequence order.
         k: (B, Hk, S, D) keys; H must be a multiple of Hk (grouped-query attention).
         v: (B, Hk, S, D) values.
         plan: for the grid of these S tokens, with 1 or B samples and 1 or H heads.
-        scale: factor of the scores; D ** -0.5 by default. A plan may sharpen it.
+        scale: factor of the scores, a number; D ** -0.5 by default. A plan may sharpen it.
         key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
         backend: "triton" (NVIDIA GPUs), "cpp" (CPUs with a C++ compiler), "torch" (any device),
             "flex" (compiled FlexAttention), "flash" (its FlashAttention-4 kernels, on Hopper and
@@ -66,7 +72,7 @@ def attend(
         return_lse: also return the (B, H, S) float32 log-sum-exp of the scaled scores.
 
     Returns:
-        (B, H, S, D) in the dtype of ``q``, and the log-sum-exp if asked for.
+        (B, H, S, D) in the dtype of ``q``, or of autocast, and the log-sum-exp if asked for.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an unknown backend, or one
@@ -79,6 +85,11 @@ def attend(
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
+    if not isinstance(plan, Plan | HeadPlan):
+        raise ValueError(f"plan must be one, as vidattn.plan makes it, got {type(plan).__name__}")
+    check_inputs(plan.grid, (q, k, v), scale, key_mask)
+    if _is_in_other_state(q.device.type):
+        return _in_plain_state(q, k, v, plan, scale, key_mask, backend, return_lse)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if plan.device != q.device:
         plan = plan.to(q.device)
@@ -88,6 +99,27 @@ def attend(
     else:
         out, lse = _attend(q, k, v, plan, **options)
     return (out, lse) if return_lse else out
+
+
+def _is_in_other_state(device: str) -> bool:
+    if torch.is_autocast_enabled(device):
+        return True
+    # not to be asked while a compiler traces
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def _in_plain_state(q, k, v, plan, scale, key_mask, backend, return_lse):
+    """``attend`` in the dtype of autocast, and outside of inference mode."""
+    device, options = q.device.type, {"scale": scale, "key_mask": key_mask}
+    options |= {"backend": backend, "return_lse": return_lse}
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+            return attend(q, k, v, plan, **options)
+    # what a plan finds out about itself in here must serve in training too
+    with torch.inference_mode(False), torch.no_grad():
+        return attend(q, k, v, plan, **options)
 
 
 def engines_of(
@@ -127,7 +159,7 @@ def _attend_by_heads(
         raise ValueError(f"the plan is for {plan.num_heads} heads, q has {q.shape[1]}")
     if plan.by_sample and len(plan.plan_of_head) != q.shape[0]:
         raise ValueError(f"the plan is for {len(plan.plan_of_head)} samples, q has {q.shape[0]}")
-    groups = q.shape[1] // max(k.shape[1], 1)
+    groups = q.shape[1] // k.shape[1]
     if plan.by_sample:
         return _attend_by_samples(q, k, v, plan, options)
     parts = [
@@ -169,7 +201,7 @@ def _attend(
     backend: str,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    _check(q, k, v, plan, key_mask)
+    _check_lists(q, plan)
     scale *= plan.sharpness
     engine = _engine(q, k, v, plan, key_mask, backend, need_lse)
     if plan.precision is not None:
@@ -223,37 +255,12 @@ def _compensation(v: Tensor, plan: Plan, key_mask: Tensor | None, num_heads: int
     return plan.gain, rest @ means.repeat_interleave(num_heads // v.shape[1], dim=1)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, key_mask: Tensor | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(f"q, k and v must be (batch, heads, tokens, head dim), got {shapes}")
-    if not q.is_floating_point():
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}: convert them")
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            "q, k and v must agree in batch, tokens and head dim, and the heads of q must be a "
-            f"multiple of the heads of k, got {shapes}"
-        )
-    if q.shape[2] != plan.grid.num_tokens:
-        raise ValueError(
-            f"q has {q.shape[2]} tokens but the plan is for {plan.grid.num_tokens} ({plan.grid}): "
-            "make the plan for the grid of this sequence; tokens are the third axis"
-        )
-    if len({q.dtype, k.dtype, v.dtype}) > 1 or len({q.device, k.device, v.device}) > 1:
-        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"q, k and v must share one dtype and one device, got {kinds}")
+def _check_lists(q: Tensor, plan: Plan) -> None:
     lists = plan.lists
     if lists.batch not in (1, q.shape[0]) or lists.heads not in (1, q.shape[1]):
         raise ValueError(
             f"the plan is for {lists.batch} samples and {lists.heads} heads, q has {q.shape[0]} "
             f"and {q.shape[1]}: each must be equal, or 1 in the plan"
-        )
-    if key_mask is not None and (
-        key_mask.dtype != torch.bool or key_mask.shape != (q.shape[0], q.shape[2])
-    ):
-        raise ValueError(
-            f"key_mask must be bool of shape (batch, tokens) = {(q.shape[0], q.shape[2])}, "
-            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vidattn.grid import Grid, Size
 from vidattn.reorder import order_mass, order_scores, select_blocks
+from vidattn.steady import steadily
 
 KEY = "vidattn.calibration"
 
@@ -104,6 +105,7 @@ class Calibrator:
         self._orders: dict[int, Tensor] = {}
         self._mass: dict[tuple[int, int], Tensor] = {}
 
+    @steadily
     def add(
         self,
         layer: int,

@@ -6,7 +6,6 @@ blocks, nb all blocks.
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidattn.batch import stack
 from vidattn.grid import Grid, Layout, Size, tile_layout, usual_tile
 from vidattn.head_plan import HeadPlan
+from vidattn.inputs import check_inputs
 from vidattn.kernels import block_mass, block_mass_triton, block_sparse_triton
 from vidattn.kernels.pooled_scores import block_means
 from vidattn.method import Method, as_size
@@ -41,9 +42,7 @@ class Content:
         key_mask: (B, S) bool, False for keys that nobody may read.
         last: what the same method planned for the same place at an earlier step.
         rectify: whether ``plan`` adds an estimate of what is not read.
-
-    Raises:
-        ValueError: from ``of``, q and k missing, or of another length than the grid.
+        first: number of the first sample in the batch that ``last`` was planned for.
     """
 
     grid: Grid
@@ -54,6 +53,7 @@ class Content:
     key_mask: Tensor | None = None
     last: Plan | HeadPlan | None = None
     rectify: bool = False
+    first: int = 0
 
     @classmethod
     def of(
@@ -63,18 +63,45 @@ class Content:
         q: Tensor | None,
         k: Tensor | None,
         scale: float | None,
+        key_mask: Tensor | None,
         *beside: object,
     ) -> Content:
-        """The content of a call, without its gradients; without a scale, it is that of D."""
+        """The content of a call, without its gradients; without a scale, it is that of D.
+
+        A sample none of whose keys may be read is looked at as if all might: its output is 0.
+
+        Raises:
+            ValueError: q and k missing, or anything that does not fit together or the grid.
+        """
         if q is None or k is None:
             raise ValueError("this method reads content: give q and k, (B, H, S, D)")
-        if not q.shape[2] == k.shape[2] == grid.num_tokens:
-            raise ValueError(
-                f"q {tuple(q.shape)} and k {tuple(k.shape)} must have the {grid.num_tokens} tokens "
-                f"of {grid} on their third axis"
-            )
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return cls(grid, layout_on(q.device), q.detach(), k.detach(), scale, *beside)
+        check_inputs(grid, (q, k), scale, key_mask)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        if key_mask is not None:
+            key_mask = key_mask | ~key_mask.any(-1, keepdim=True)
+        dtype = torch.promote_types(q.dtype, k.dtype)
+        given = (q.detach().to(dtype), k.detach().to(dtype), scale, key_mask)
+        return cls(grid, layout_on(q.device), *given, *beside)
+
+    @property
+    def memory(self) -> Tensor | None:
+        """What ``last`` remembers of this sample."""
+        held = () if self.last is None else self.last.memory
+        return held[self.first] if len(held) > self.first else None
+
+    def by_sample(self, search: Callable[[Content], Plan | HeadPlan]) -> Plan | HeadPlan:
+        """The plan of all samples by a search in each of them alone.
+
+        So what a sample reads never depends on its company, not even by a rounding error.
+        """
+        return stack([search(sample) for sample in self.samples()], self.q.shape[1])
+
+    def samples(self) -> Iterator[Content]:
+        """The content of one sample after the other."""
+        for b in range(len(self.q)):
+            one = slice(b, b + 1)
+            mask = None if self.key_mask is None else self.key_mask[one]
+            yield replace(self, q=self.q[one], k=self.k[one], key_mask=mask, first=self.first + b)
 
     def on(self, layout: Layout) -> Content:
         """The same content in the blocks of another layout."""
@@ -87,16 +114,19 @@ class Content:
 
     def rows(self) -> Iterator[Content]:
         """The content of one head of one sample after the other, samples first."""
-        group = self.q.shape[1] // self.k.shape[1]
-        for b, h in itertools.product(*map(range, self.q.shape[:2])):
-            q, k = self.q[b : b + 1, h : h + 1], self.k[b : b + 1, h // group : h // group + 1]
-            mask = None if self.key_mask is None else self.key_mask[b : b + 1]
-            yield replace(self, q=q, k=k, key_mask=mask)
+        for sample in self.samples():
+            for head in range(self.q.shape[1]):
+                yield sample.of_heads(torch.tensor([head], device=self.q.device))
 
     @property
     def num_blocks(self) -> int:
         """nv."""
         return self.layout.num_video_blocks
+
+    @cached_property
+    def own(self) -> Tensor:
+        """(nv, nv) bool, a block and itself."""
+        return torch.eye(self.num_blocks, dtype=torch.bool, device=self.q.device)
 
     @property
     def tokens(self) -> Tensor:
@@ -195,15 +225,16 @@ class Content:
     ) -> Plan:
         """The plan that reads some blocks of the video, rectified where the method is.
 
+        Every block reads itself, whatever the search chose.
+
         Args:
             blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block.
             shares: (B, H, nv, nv) of attention from block to block, where the method knows better
                 than ``shares`` of this.
             memory: what the next plan for this place starts from (see ``Plan``).
         """
-        return self.rectified(
-            Plan.from_blocks(self.grid, self.layout, blocks, memory=memory), shares
-        )
+        plan = Plan.from_blocks(self.grid, self.layout, blocks | self.own, memory=memory)
+        return self.rectified(plan, shares)
 
     def rectified(self, plan: Plan, shares: Tensor | None = None) -> Plan:
         """A plan in these blocks with an estimate of what it does not read, where one is wanted.
@@ -236,6 +267,9 @@ class Content:
 class ContentMethod(Method):
     """A method that reads queries and keys; a subclass says in ``search`` who reads whom.
 
+    Every sample is planned on its own, every block of queries reads at least itself, and ties are
+    broken by the number of a block or head.
+
     Args:
         tile: tokens of one block along (t, h, w); chosen for the grid when not given.
         every: denoising steps that one plan serves, as a count or a fraction of them all; a
@@ -253,6 +287,7 @@ class ContentMethod(Method):
     rectify: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.tile is not None:
             as_size("tile", self.tile)
         share = isinstance(self.every, float) and 0 < self.every <= 1
@@ -264,7 +299,7 @@ class ContentMethod(Method):
 
     @abstractmethod
     def search(self, content: Content) -> Plan | HeadPlan:
-        """The plan of one call; ``content.plan`` makes it from the blocks to read."""
+        """The plan of one sample; ``content.plan`` makes it from the blocks to read."""
 
     def tile_of(self, grid: Grid) -> Size:
         """Tokens of one block along (t, h, w)."""
@@ -294,11 +329,12 @@ class ContentMethod(Method):
             last: the plan for the same place (layer and pass) at an earlier step, if there is one.
 
         Raises:
-            ValueError: q and k missing, or of another length than the grid.
+            ValueError: q and k missing, anything that does not fit together or the grid, or a grid
+                that the method cannot serve.
         """
         self.check(grid)
         given = (partial(self.layout, grid), q, k, scale, key_mask, last, self.rectify)
-        return self.search(Content.of(grid, *given))
+        return Content.of(grid, *given).by_sample(self.search)
 
     def keeps(self, made: int, now: int, num_steps: int | None) -> bool:
         """Whether fewer than ``every`` steps have gone by."""

@@ -6,7 +6,7 @@ Letters: B batch, H heads, S tokens, R rows, the heads of one sample or of all s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,11 +21,13 @@ class HeadPlan:
     """Plans of one grid, and which of them each head follows.
 
     A plan with lists per head holds one for each of the heads that follow it, in their order. Where
-    samples differ too, ``plan_of_head`` has a row for each, and no plan has more than one list.
+    samples differ too, ``plan_of_head`` has a row for each, and to a plan every head of a sample
+    that follows it is a sample of one head.
 
     Args:
         plans: for one grid.
         plan_of_head: (H,) or (B, H) int64, index into ``plans``; every plan has a head.
+        memory: as in ``Plan``.
 
     Raises:
         ValueError: no plans, plans of several grids, or heads that do not match them.
@@ -33,6 +35,9 @@ class HeadPlan:
 
     plans: tuple[Plan, ...]
     plan_of_head: Tensor
+    memory: tuple[Tensor, ...] = ()
+    # for each plan the (h,) int64 heads that follow it, as rows b * H + h by sample
+    heads: tuple[Tensor, ...] = field(init=False)
 
     def __post_init__(self):
         if len({plan.grid for plan in self.plans}) != 1:
@@ -40,11 +45,13 @@ class HeadPlan:
             raise ValueError(f"the plans of the heads must be for one grid, got {grids}")
         counts = torch.bincount(self.plan_of_head.flatten(), minlength=len(self.plans)).tolist()
         wanted = [plan.lists.heads for plan in self.plans]
-        if self.by_sample and any(plan.lists.batch * plan.lists.heads > 1 for plan in self.plans):
-            raise ValueError(
-                "where samples have plans of their own, a plan must have one list for all samples "
-                "and heads that follow it"
-            )
+        if self.by_sample:
+            if any(heads > 1 for heads in wanted):
+                raise ValueError(
+                    "where samples have plans of their own, a plan must have one list for all "
+                    "heads that follow it, or one for each as a sample of one head"
+                )
+            wanted = [plan.lists.batch for plan in self.plans]
         if len(counts) != len(wanted) or not all(
             count and want in (1, count) for count, want in zip(counts, wanted)
         ):
@@ -52,6 +59,8 @@ class HeadPlan:
                 f"{len(wanted)} plans for {wanted} heads (1 fits any number) do not match the "
                 f"heads that follow each: {counts}"
             )
+        heads = self.plan_of_head.flatten().argsort(stable=True).split(counts)
+        object.__setattr__(self, "heads", tuple(heads))
 
     @property
     def grid(self) -> Grid:
@@ -72,17 +81,6 @@ class HeadPlan:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.plans[0].device
-
-    @cached_property
-    def heads(self) -> tuple[Tensor, ...]:
-        """For each plan the (h,) int64 heads that follow it, as rows b * H + h by sample."""
-        of_row = self.plan_of_head.flatten()
-        return tuple((of_row == i).nonzero().flatten() for i in range(len(self.plans)))
-
-    @property
-    def memory(self) -> tuple[Tensor, ...]:
-        """What the method's next plan starts from, of one plan after the other."""
-        return tuple(x for plan in self.plans for x in plan.memory)
 
     @property
     def is_dense(self) -> bool:
@@ -106,6 +104,8 @@ class HeadPlan:
     def mask(self) -> Tensor:
         """(B|1, H, S, S) bool in sequence order, query by key; for tests and pictures."""
         masks = [plan.mask() for plan in self.plans]
+        if self.by_sample:
+            masks = [mask.transpose(0, 1) for mask in masks]
         batch = max(mask.shape[0] for mask in masks)
         whole = masks[0].new_empty(batch, self.plan_of_head.numel(), *masks[0].shape[2:])
         for mask, heads in zip(masks, self.heads):
@@ -134,7 +134,7 @@ class HeadPlan:
     def with_precision(self, precision: str | None) -> HeadPlan:
         """The same plans, executed in another precision (see ``Plan.with_precision``)."""
         plans = tuple(plan.with_precision(precision) for plan in self.plans)
-        return HeadPlan(plans, self.plan_of_head)
+        return replace(self, plans=plans)
 
     def to(self, device: torch.device | str) -> HeadPlan:
         """The same plans with their tensors on ``device``: these, or copies that are made once."""
@@ -143,7 +143,8 @@ class HeadPlan:
             return self
         if device not in self._copies:
             plans = tuple(plan.to(device) for plan in self.plans)
-            self._copies[device] = HeadPlan(plans, self.plan_of_head.to(device))
+            memory = tuple(x.to(device) for x in self.memory)
+            self._copies[device] = HeadPlan(plans, self.plan_of_head.to(device), memory)
         return self._copies[device]
 
     @cached_property
@@ -153,9 +154,10 @@ class HeadPlan:
     def of_heads(self, heads: Sequence[int]) -> HeadPlan:
         """The plans of some heads, in ascending order, numbered anew."""
         if self.by_sample:
-            table = self.plan_of_head[:, list(heads)]
-            used, number = torch.unique(table, return_inverse=True)
-            return HeadPlan(tuple(self.plans[i] for i in used.tolist()), number)
+            samples = range(len(self.plan_of_head))
+            rows = tuple(_of_one(self, sample, head) for sample in samples for head in heads)
+            table = torch.arange(len(rows), device=self.device).view(len(samples), -1)
+            return HeadPlan(rows, table)
         parts, numbers = [], []
         for plan, mine in zip(self.plans, self.heads):
             rank = {head: i for i, head in enumerate(mine.tolist())}
@@ -227,9 +229,12 @@ def _join_by_sample(
 
 def _of_one(plan: Plan | HeadPlan, sample: int, head: int) -> Plan:
     """The plan that one head of one sample follows, with one list."""
-    if isinstance(plan, HeadPlan):
-        if plan.by_sample:
-            return plan.plans[int(plan.plan_of_head[sample, head])]
+    if isinstance(plan, HeadPlan) and plan.by_sample:
+        index, row = int(plan.plan_of_head[sample, head]), sample * plan.num_heads + head
+        # each head is a sample of this plan
+        sample, plan = int((plan.heads[index] < row).sum()), plan.plans[index]
+        head = 0
+    elif isinstance(plan, HeadPlan):
         plan, head = plan.of_head(head)
     plan = select_heads(plan, [head])
     lists = plan.lists

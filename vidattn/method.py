@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from functools import lru_cache
+from typing import ClassVar, get_type_hints
 
 from torch import Tensor
 
+from vidattn.config import convert
 from vidattn.grid import Grid, Size
 from vidattn.head_plan import HeadPlan
 from vidattn.plan import Plan
+from vidattn.steady import steadily
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +21,26 @@ class Method(ABC):
     """A frozen dataclass of options, given by keyword, whose defaults are valid on any grid.
 
     The name of the file it stands in is the name it is registered under.
+
+    Raises:
+        ValueError: an option of another type than its hint.
     """
 
     # whether plan() needs q and k; see vidattn/content.py and vidattn/pattern.py
     reads_content: ClassVar[bool] = False
     # whether what a head reads hangs on its number, so that plan() must see all heads of a layer
     numbers_heads: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: object):
+        super().__init_subclass__(**options)
+        if "plan" in cls.__dict__:
+            # what is read must not depend on autocast, inference mode or the default dtype
+            cls.plan = steadily(cls.plan)
+
+    def __post_init__(self):
+        hints = _hints(type(self))
+        for field in fields(self):
+            convert(getattr(self, field.name), hints[field.name], field.name)
 
     @abstractmethod
     def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan | HeadPlan:
@@ -80,14 +97,19 @@ class Method(ABC):
         return False
 
 
+@lru_cache(maxsize=64)
+def _hints(cls: type) -> dict[str, object]:
+    return get_type_hints(cls)
+
+
 def as_size(name: str, value: int | Size, least: int = 1) -> Size:
     """A (t, h, w) tuple from a tuple, or from one value meant for every axis.
 
     Raises:
         ValueError: not one or three integers, or one of them below ``least``.
     """
-    size = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(size) != 3 or not all(isinstance(x, int) and x >= least for x in size):
+    size = tuple(value) if isinstance(value, tuple | list) else (value,) * 3
+    if len(size) != 3 or not all(type(x) is int and x >= least for x in size):
         raise ValueError(
             f"{name} must be one integer or a (t, h, w) tuple of integers of at least {least}, "
             f"got {value!r}"

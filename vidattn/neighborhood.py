@@ -20,6 +20,7 @@ from torch import Tensor
 from vidattn.attention import BACKENDS, attend
 from vidattn.grid import Grid, Size, dilation_order
 from vidattn.kernels import neighborhood_torch
+from vidattn.kernels.derivatives import refuse_transforms
 from vidattn.kernels.halo import EDGES, Axis, Halo, choose_edges, every_pair, window_axis
 from vidattn.methods.neighborhood import Neighborhood, axis_window
 from vidattn.mixture import merge
@@ -108,6 +109,7 @@ def _on_halo(q, k, v, size, options, scale, bias, extra_k, extra_v) -> Tensor:
         x = x if copies == 1 else x.repeat_interleave(copies, dim=1)
         return x.reshape(*x.shape[:2], *size, x.shape[-1])
 
+    refuse_transforms()
     tokens = split(q, size)
     out, lse = _halo_op(tokens, split(k, size), split(v, size), bias, *options, scale)
     out, lse = out.flatten(2, 4), lse.flatten(2)
@@ -222,7 +224,12 @@ _halo_op.register_autograd(_pull, setup_context=_keep)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None) -> None:
+    if not all(isinstance(x, Tensor) for x in (q, k, v)):
+        kinds = ", ".join(type(x).__name__ for x in (q, k, v))
+        raise ValueError(f"q, k and v must be tensors, got {kinds}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (heads first)"
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q, k and v must hold at least one sample, head and token, got {shapes}")
     if q.dim() not in (4, 5, 6) or k.shape != v.shape:
         raise ValueError(f"q, k and v must be (B, H, *size, D) with 1 to 3 axes, got {shapes}")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:

@@ -36,6 +36,7 @@ class PatternMethod(Method):
     rectify: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.tile is not None:
             as_size("tile", self.tile)
 
@@ -80,7 +81,8 @@ class PatternMethod(Method):
         given = (lambda device: made(device).layout, q, k, scale, key_mask, None, True)
         content = Content.of(grid, *given)
         plan = made(content.q.device)
-        return replace(content, scale=content.scale * plan.sharpness).rectified(plan)
+        content = replace(content, scale=content.scale * plan.sharpness)
+        return content.by_sample(lambda sample: sample.rectified(plan))
 
 
 @lru_cache(maxsize=32)

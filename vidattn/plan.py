@@ -6,7 +6,7 @@ Letters: B batch, H heads, S tokens, N slots, n slots to a block, nv video block
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -42,17 +42,19 @@ class Plan:
     # what the method's next plan for the same place starts from, of no concern to any engine
     memory: tuple[Tensor, ...] = ()
     precision: str | None = None  # of the products (see ``with_precision``)
+    # whether this is attention of every token to every token, and nothing else
+    is_dense: bool = field(init=False)
 
     def __post_init__(self):
         if self.precision is not None and self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
-
-    @cached_property
-    def is_dense(self) -> bool:
-        """Whether this is attention of every token to every token, and nothing else."""
+        # found out now: a compiler that traces attention could not
         entries = self.lists.num_rows * self.layout.num_blocks
-        whole = self.lists.key_block.numel() == entries and self._num_partial == 0
-        return whole and all(x is None for x in (self.gain, self.rest, self.precision))
+        is_plain = all(x is None for x in (self.gain, self.rest, self.precision))
+        is_whole = is_plain and self.lists.key_block.numel() == entries
+        if is_whole and not self.device.type == "meta":
+            is_whole = self._num_partial == 0
+        object.__setattr__(self, "is_dense", is_whole)
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ Letters: B batch, H query heads, K key heads, S tokens, D head dim, nv video blo
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -86,22 +87,23 @@ def order_mass(
 def select_blocks(grid: Grid, mass: Tensor, block: int, density: float) -> Tensor:
     """The blocks above one threshold for each head, which sets the density, as bool like ``mass``.
 
-    The best block of a row is kept whatever it holds. The order does not matter here: in each of
-    them the last block alone may be short.
+    A block reads itself whatever that holds. The order does not matter here: in each of them the
+    last block alone may be short.
 
     Args:
         mass: (..., nv, nv).
     """
     tokens = raster_layout(grid, block).tokens_per_block[: mass.shape[-1]].to(mass.device)
     pairs = (tokens[:, None] * tokens).flatten()
-    kept = select_share(mass.flatten(-2), pairs, density).view(mass.shape)
-    return kept.scatter(-1, mass.argmax(-1, keepdim=True), True)
+    own = torch.eye(mass.shape[-1], dtype=torch.bool, device=mass.device)
+    scores = mass.masked_fill(own, torch.inf).flatten(-2)
+    return select_share(scores, pairs, density).view(mass.shape) | own
 
 
 def ordered_plan(
     grid: Grid, blocks: Tensor, block: int, orders: Tensor, memory: tuple[Tensor, ...] = ()
 ) -> Plan | HeadPlan:
-    """The plan in which each head reads its blocks in its order.
+    """The plan in which each head reads its blocks, and every block itself, in its order.
 
     Args:
         blocks: (B|1, H, nv, nv) bool.
@@ -109,11 +111,11 @@ def ordered_plan(
         memory: what the next plan for this place starts from.
     """
     plans, groups = [], []
+    blocks = blocks | torch.eye(blocks.shape[-1], dtype=torch.bool, device=blocks.device)
     for index in orders.unique().tolist():
         heads = (orders == index).nonzero().flatten()
         layout = raster_layout(grid, block, ORDERS[index]).to(blocks.device)
-        plans.append(Plan.from_blocks(grid, layout, blocks[:, heads], memory=memory))
+        plans.append(Plan.from_blocks(grid, layout, blocks[:, heads]))
         groups.append(heads.tolist())
-        # one copy will do
-        memory = ()
-    return plans[0] if len(plans) == 1 else join(plans, groups)
+    plan = plans[0] if len(plans) == 1 else join(plans, groups)
+    return replace(plan, memory=memory)

@@ -33,9 +33,11 @@ def test_rows_hold_the_blocks_with_most_attention(grid):
             for i in range(len(sizes)):
                 masses = masses_of_row(weights[b, h], plan.layout, i)
                 found = set(rows[b, h, i].nonzero().flatten().tolist())
-                assert found == by_tokens(masses, sizes, 0.3)
+                assert found == by_tokens(masses, sizes, 0.3, i)
     lse = (0.25 * q.double() @ k.double().mT).masked_fill(~key_mask[:, None, None], -torch.inf)
-    torch.testing.assert_close(plan.memory[0].double(), lse.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat(plan.memory).double(), lse.logsumexp(-1), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_later_search_takes_over_the_sums_of_the_one_before():
@@ -45,13 +47,15 @@ def test_a_later_search_takes_over_the_sums_of_the_one_before():
     first = method.plan(grid, q, k)
     moved = q + 0.3 * torch.randn_like(q)
     second = method.plan(grid, moved, k, last=first)
-    assert torch.equal(second.memory[0], first.memory[0])
-    weights = (0.25 * moved.double() @ k.double().mT - first.memory[0].double()[..., None]).exp()
+    assert torch.equal(torch.cat(second.memory), torch.cat(first.memory))
+    weights = (
+        0.25 * moved.double() @ k.double().mT - torch.cat(first.memory).double()[..., None]
+    ).exp()
     sizes = [len(tokens_of(first.layout, j)) for j in range(first.layout.num_video_blocks)]
     for i in range(len(sizes)):
         masses = masses_of_row(weights[1, 2], first.layout, i)
         found = set(rows_of(second)[1, 2, i].nonzero().flatten().tolist())
-        assert found == by_tokens(masses, sizes, 0.3)
+        assert found == by_tokens(masses, sizes, 0.3, i)
     # of another batch there is nothing to take over
     other = method.plan(grid, moved[:1], k[:1], last=first)
     assert other.memory[0].shape[0] == 1

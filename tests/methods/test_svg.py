@@ -34,7 +34,7 @@ def nearest_first(grid, layout, way, density, sink):
     places = [(j // (nh * nw), j // nw % nh, j % nw) for j in range(layout.num_video_blocks)]
     sizes = [len(tokens_of(layout, j)) for j in range(len(places))]
     rows = []
-    for t, y, x in places:
+    for own, (t, y, x) in enumerate(places):
         keys = []
         for frame, row, column in places:
             dt, dy, dx = abs(frame - t), abs(row - y), abs(column - x)
@@ -47,7 +47,7 @@ def nearest_first(grid, layout, way, density, sink):
             keys.append((-1,) if sink and frame == 0 else key)
         rank = sorted(range(len(places)), key=lambda j: keys[j])
         scores = [-float(rank.index(j)) for j in range(len(places))]
-        rows.append(by_tokens(scores, sizes, density))
+        rows.append(by_tokens(scores, sizes, density, own))
     return rows
 
 

@@ -20,6 +20,7 @@ from vidattn.fidelity import recall
 from vidattn.grid import Grid
 from vidattn.kernels.pooled_scores import select_count, select_share
 from vidattn.methods.topk import TopK
+from vidattn.plan import Plan
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
 TILE = (2, 4, 4)
@@ -45,7 +46,7 @@ def test_rows_hold_the_best_blocks(grid, options):
             for i in range(nv):
                 weights, sizes = shares_of_row(q, k, plan.layout, nv, b, h, i)
                 if "density" in options:
-                    expected = by_tokens(weights, sizes, 0.3)
+                    expected = by_tokens(weights, sizes, 0.3, i)
                 else:
                     expected, total = set(), 0.0
                     for j in sorted(range(nv), key=lambda j: -weights[j]):
@@ -53,6 +54,7 @@ def test_rows_hold_the_best_blocks(grid, options):
                             break
                         expected.add(j)
                         total += weights[j]
+                    expected.add(i)
                 assert set(rows[b, h, i].nonzero().flatten().tolist()) == expected
 
 
@@ -65,7 +67,8 @@ def test_recall_is_that_of_others_or_more(density):
     weights = dense_weights(q, k, 0.25)
     layout = tiles(grid, (2, 4, 4), q.device)
     content = Content(grid, layout, q, k, 0.25)
-    theirs = content.plan(select_share(peer_scores(content), content.tokens, density))
+    blocks = select_share(peer_scores(content), content.tokens, density)
+    theirs = Plan.from_blocks(grid, layout, blocks)
     ours = TopK(density=density, tile=(2, 4, 4)).plan(grid, q, k)
     assert abs(ours.density - theirs.density) < 0.02
     assert recall_of(ours, weights) > recall_of(theirs, weights) + 0.1

@@ -128,7 +128,8 @@ def test_a_method_that_reads_content(key):
         for _ in range(2):
             Nearest.calls.clear()
             case.call(model)
-            assert len(Nearest.calls) == len(handle.report().layers)
+            # sample by sample
+            assert len(Nearest.calls) == 2 * len(handle.report().layers)
         report = handle.report()
     assert 0.4 < report.density < 0.7 and report.num_dense == 0
     assert torch.equal(case.call(model), dense)
@@ -162,8 +163,8 @@ def test_plans_are_kept_as_long_as_the_method_says():
     Rarely.searches.clear()
     with vidattn.patch(model, Rarely(), dense_layers=0) as handle:
         call_at(handle, WAN, model, (900.0, 600.0, 300.0), passes=2)
-    # two passes at the first step and two at the third, each with plans of its own
-    assert Rarely.searches == [(0, 2), (1, 2)] * 4
+    # two passes at the first step and two at the third, each with plans of its own, by sample
+    assert Rarely.searches == [(0, 1), (0, 1), (1, 1), (1, 1)] * 4
 
 
 @torch.no_grad()
@@ -221,7 +222,7 @@ class Told(Nearest):
 
     def search(self, content):
         self.told.append(content)
-        number = 1 + (int(content.last.memory[0]) if content.last else 0)
+        number = 1 + (0 if content.memory is None else int(content.memory))
         blocks = torch.ones(1, 1, content.num_blocks, content.num_blocks, dtype=torch.bool)
         return content.plan(blocks, memory=(torch.tensor(number),))
 
@@ -235,13 +236,15 @@ def test_a_method_is_told_the_padding_and_what_it_planned_before(name, first):
     Told.told.clear()
     with vidattn.patch(model, Told(), dense_layers=0) as handle:
         call_at(handle, key, model, (900.0, 600.0, 300.0))
-    numbers = [int(x.last.memory[0]) if x.last else 0 for x in Told.told]
-    layers = len(numbers) // 3
-    assert numbers == [0] * layers + [1] * layers + [2] * layers
-    for content in Told.told:
+    numbers = [0 if x.memory is None else int(x.memory) for x in Told.told]
+    # both samples of every layer
+    calls = len(numbers) // 3
+    assert numbers == [0] * calls + [1] * calls + [2] * calls
+    assert all(content.key_mask.all() for content in Told.told[::2])
+    for content in Told.told[1::2]:
         # behind the video, also where the model has more frames behind its text
         padded = content.key_mask[:, content.grid.num_video_tokens :].logical_not().nonzero()
-        assert padded.tolist() == [[1, first + i] for i in range(3)]
+        assert padded.tolist() == [[0, first + i] for i in range(3)]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from vidattn.content import Content, ContentMethod, check_share
@@ -53,18 +54,20 @@ class AdaSpa(ContentMethod):
 
     def search(self, content: Content) -> Plan:
         """The best blocks of every row by their mass, with the densities of the heads."""
-        lse = content.last.memory[0] if content.last is not None else None
+        lse = content.memory
         if lse is not None and lse.shape != content.q.shape[:3]:
             lse = None
         mass, lse = content.mass(lse)
         mass = mass / mass.sum(-1, keepdim=True)
         shares, tokens = mass[..., : content.num_blocks], content.tokens
-        blocks = select_share(shares, tokens, self.density)
+        # every block reads itself
+        scores = shares.masked_fill(content.own, torch.inf)
+        blocks = select_share(scores, tokens, self.density)
         if self.recall is not None:
             lost = shares.masked_fill(blocks, 0).sum(-1) @ tokens.to(mass.dtype)
             recall = 1 - lost / content.grid.num_video_tokens
             density = spread_density(recall, self.density, self.recall)
-            blocks = select_share(shares, tokens, density[..., None, None])
+            blocks = select_share(scores, tokens, density[..., None, None])
         return content.plan(blocks, shares=shares, memory=(lse,))
 
 

@@ -82,6 +82,8 @@ class Anchor(ContentMethod):
         always = anchors | select_share(first, content.tokens, FLOOR * self.density)
         always = always.flatten(-2)
         need = self.density * pairs.sum() - (always * pairs).sum(-1, keepdim=True)
+        if self.density == 1:
+            need = torch.full_like(need, torch.inf)
         blocks = select_until(rank, pairs, need, always)
         return content.plan(blocks.view(best.shape))
 

@@ -4,11 +4,11 @@ Source: Yang et al., "Sparse VideoGen2: Accelerate Video Generation with Sparse 
 Semantic-Aware Permutation", arXiv:2505.18875; the routing by k-means goes back to Roy et al.,
 "Routing Transformer", arXiv:2003.05997. In every head the tokens of the video are clustered by
 k-means; with S the scores of cluster means and n_j the tokens of cluster j, a cluster gives the
-share softmax(S + log n) to each other, and reads the largest until they hold ``mass``, the one that
-crosses it included, at least ``least`` of all. The paper clusters queries and keys apart; here a
-token's query and key, each brought to mean 0 and variance 1, are clustered together, since a plan
-has one order of tokens. Each cluster begins as a tile of the video, or where the cluster of the
-step before ended, and fills blocks of its own.
+share softmax(S + log n) to each other, and reads itself and the largest until they hold ``mass``,
+the one that crosses it included, at least ``least`` of all. The paper clusters queries and keys
+apart; here a token's query and key, each brought to mean 0 and variance 1, are clustered together,
+since a plan has one order of tokens. Each cluster begins as a tile of the video, or where the
+cluster of the step before ended, and fills blocks of its own.
 """
 
 from __future__ import annotations
@@ -77,23 +77,25 @@ class Cluster(ContentMethod):
         return usual_tile(grid.size, 2 * block_tokens(grid.size))
 
     def search(self, content: Content) -> HeadPlan:
-        """A plan for every head of every sample."""
+        """A plan for every head."""
         tile_of_token = content.layout.slot_of_token[_video(content.grid)] // content.layout.block
         shape = (content.num_blocks, 2 * content.q.shape[-1])
         rows = list(content.rows())
-        memory = () if content.last is None else content.last.memory
-        warm = len(memory) == len(rows) and all(x.shape == shape for x in memory)
-        plans = []
+        memory = content.memory
+        warm = memory is not None and memory.shape == (len(rows), *shape)
+        plans, ends = [], []
         for i, row in enumerate(rows):
             features = _features(row)
             centers = memory[i] if warm else means_of(features, tile_of_token, shape[0])[0]
             steps = self.warm_iterations if warm else self.iterations
-            plans.append(self._plan(row, *k_means(features, centers, steps)))
+            label, centers = k_means(features, centers, steps)
+            plans.append(self._plan(row, label))
+            ends.append(centers)
         number = torch.arange(len(rows), device=content.q.device)
-        return HeadPlan(tuple(plans), number.view(content.q.shape[:2]))
+        return HeadPlan(tuple(plans), number, (torch.stack(ends),))
 
-    def _plan(self, row: Content, label: Tensor, centers: Tensor) -> Plan:
-        """The plan of one head from the cluster of each token, and what it remembers."""
+    def _plan(self, row: Content, label: Tensor) -> Plan:
+        """The plan of one head from the cluster of each token."""
         block = self.block or max(1, math.prod(self.tile_of(row.grid)) // 4)
         label = torch.unique(label, return_inverse=True)[1]
         tokens = torch.bincount(label)
@@ -108,7 +110,7 @@ class Cluster(ContentMethod):
         cluster = torch.arange(len(tokens), device=label.device).repeat_interleave(per_cluster)
         kept = self._select(row, cluster, tokens)
         blocks = kept[:, :, cluster][..., cluster]
-        return row.plan(blocks, memory=(centers,))
+        return row.plan(blocks)
 
     def _select(self, row: Content, cluster: Tensor, tokens: Tensor) -> Tensor:
         """(1, 1, C, C) bool, which cluster reads which.
@@ -121,10 +123,11 @@ class Cluster(ContentMethod):
         queries, _ = means_of(row.queries[0, 0], cluster, len(tokens), row.tokens)
         keys, counts = means_of(row.keys[0, 0], cluster, len(tokens), readable)
         scores = (row.scale * queries @ keys.mT + counts.log())[None, None]
+        own = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
         if self.density is not None:
-            return select_share(scores, tokens, self.density)
+            return select_share(scores.masked_fill(own, torch.inf), tokens, self.density)
         least = select_count(scores, max(1, math.ceil(self.least * len(tokens))))
-        return least | select_mass(scores.softmax(-1), self.mass)
+        return own | least | select_mass(scores.softmax(-1), self.mass)
 
 
 def _video(grid: Grid) -> slice:

@@ -42,10 +42,7 @@ class FreeSwim(PatternMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        window = self.window
-        if not isinstance(window, tuple | list) or [type(x) for x in window] != [int, int]:
-            window = (0, 0)
-        if min(window) < 1:
+        if min(self.window) < 1:
             raise ValueError(
                 f"window must be the (rows, columns) of the training resolution, got {self.window}"
             )

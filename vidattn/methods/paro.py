@@ -5,8 +5,8 @@ Attention in Visual Generation Models", arXiv:2506.16054. Orders and masks come 
 file (``vidattn calibrate``): they do not depend on the content, there is a mask for each of the
 first steps and one for the others. Without a file every generation is calibrated as it runs: the
 first sparse step settles the orders, at the price of six times dense attention, and each of the
-first steps its mask, the last of which serves the rest. The samples of a batch then share the
-orders, but not the masks. Blocks are kept by a threshold on their attention that meets the density.
+first steps its mask, the last of which serves the rest. Every sample has orders and masks of its
+own. A block reads itself, and others by a threshold on their attention that meets the density.
 In low precision, products are rounded block by block (see ``Plan.with_precision``).
 """
 
@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from vidattn.calibration import Calibration, load_calibration
-from vidattn.grid import Grid
+from vidattn.content import Content
+from vidattn.grid import Grid, raster_layout
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels.quantise import PRECISIONS
 from vidattn.method import Method
@@ -55,6 +56,7 @@ class Paro(Method):
     step: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
         for name, least in (("early", 1), ("block", 1), ("layer", 0), ("step", 0)):
@@ -118,20 +120,23 @@ class Paro(Method):
             key_mask: (B, S) bool, False for keys that nobody may read.
             last: the plan for the same place at an earlier step, whose orders are kept.
         """
+        self.check(grid)
         if self.calibration is not None:
             return self._from_file(grid).with_precision(self.precision)
-        if q is None or k is None:
-            raise ValueError("paro without a calibration file reads content: give q and k")
-        q, k = q.detach(), k.detach()
-        given = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "key_mask": key_mask}
-        if last is None:
+        layout_on = raster_layout(grid, self.block).to
+        content = Content.of(grid, layout_on, q, k, scale, key_mask, last)
+        return content.by_sample(self._search).with_precision(self.precision)
+
+    def _search(self, content: Content) -> Plan | HeadPlan:
+        """The blocks of one sample in the orders of its heads."""
+        grid, q, k = content.grid, content.q, content.k
+        given = {"scale": content.scale, "key_mask": content.key_mask}
+        orders = content.memory
+        if orders is None or len(orders) != q.shape[1]:
             orders = order_scores(grid, q, k, self.block, **given).argmax(0)
-        else:
-            (orders,) = last.memory
         mass = order_mass(grid, q, k, self.block, orders, **given)
         blocks = select_blocks(grid, mass, self.block, self.density)
-        plan = ordered_plan(grid, blocks, self.block, orders, memory=(orders,))
-        return plan.with_precision(self.precision)
+        return ordered_plan(grid, blocks, self.block, orders, memory=(orders,))
 
     def check(self, grid: Grid) -> None:
         """Refuse another grid, or more layers, than the file is for."""

@@ -59,7 +59,7 @@ class Rectified(ContentMethod):
         """The blocks that are always read first, then the best."""
         counts = tile_counts(content.grid.size, self.tile_of(content.grid))
         always = _always(counts, self.near, self.first_frame, content.q.device)
-        scores = content.scores.masked_fill(always, torch.inf)
+        scores = content.scores.masked_fill(always | content.own, torch.inf)
         blocks = always | select_share(scores, content.tokens, self.density)
         return content.plan(blocks | select_mass(content.shares, self.mass))
 

@@ -104,6 +104,7 @@ def nearest(grid: Grid, tile: Size, keys: tuple[Tensor, ...], density: float, si
     far = by_tile(counts, far).clone()
     if sink:
         far[:, : counts[1] * counts[2]] = -1
+    far.fill_diagonal_(-2)
     return select_share(-far, tiles(grid, tile, far.device).tokens_per_block[: len(far)], density)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from vidattn.content import Content, ContentMethod, check_share
 from vidattn.kernels.pooled_scores import select_mass, select_share
 from vidattn.plan import Plan
@@ -44,4 +46,5 @@ class TopK(ContentMethod):
         """The first blocks of every row by their scores."""
         if self.mass is not None:
             return content.plan(select_mass(content.shares, self.mass))
-        return content.plan(select_share(content.scores, content.tokens, self.density))
+        scores = content.scores.masked_fill(content.own, torch.inf)
+        return content.plan(select_share(scores, content.tokens, self.density))

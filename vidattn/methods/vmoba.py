@@ -154,7 +154,8 @@ class VMoBA(ContentMethod):
         share = self.tau
         if self.density is not None:
             worth, share = (weights[:, None] * tokens).double().expand_as(gates), self.density
-        need = share * worth.sum(together, keepdim=True)
+        # what is worth nothing is part of a full share
+        need = share * worth.sum(together, keepdim=True) if share < 1 else torch.inf
         need = need - (worth * own).sum(together, keepdim=True)
         rank = gates.masked_fill(empty, -torch.inf)
         if self.select == "query":

@@ -1,0 +1,46 @@
+"""Work that comes out the same whatever the state of the process it is done in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def steadily(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function without gradients, deaf to autocast, inference mode and default dtype or device.
+
+    What it makes are ordinary tensors, of use to a caller in any other state.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **given: Arguments.kwargs) -> Result:
+        tensors = (x for x in (*args, *given.values()) if isinstance(x, Tensor))
+        with _steady({"cpu", *(x.device.type for x in tensors)}):
+            return function(*args, **given)
+
+    return run
+
+
+@contextmanager
+def _steady(devices: set[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in devices:
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield

@@ -308,6 +308,46 @@ def test_the_first_loss_is_that_of_the_formula(world, tmp_path):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [*cases.PIPELINES, "picture"])
+def test_every_kind_of_model_is_trained(tmp_path, name):
+    size = cases.PIPELINES.get(name, (None, (9, 32, 48)))[1]
+    frames, height, width = size
+    clips = cases.write_set(tmp_path / "clips", 2, frames=frames, height=height, width=width)
+    model = {"name": str(cases.write_pipeline(tmp_path / "model", name))}
+    # the length of text that the model was built for
+    model["call"] = {"max_sequence_length": 6}
+    run = cases.make_settings(
+        clips,
+        tmp_path / "out",
+        model=model,
+        data={"buckets": [list(size)], "batch_size": 2, "drop_caption": 0.5},
+        attention={"dense_layers": 0},
+        run={"steps": 2, "log_every": 2},
+    )
+    seen = []
+    forward = trainees.predict
+
+    def looking(model, batch, *rest):
+        seen.append(batch)
+        return forward(model, batch, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainees, "predict", looking)
+        train(run)
+    (line,) = lines_of(tmp_path / "out")
+    # random models answer nothing like the target, whose variance is between 1 and some
+    assert 0.3 < float(line["loss"]) < 30 and float(line["norm"]) > 0
+    state = load_file(tmp_path / "out" / "lora.safetensors")
+    assert any(value.any() for key, value in state.items() if "lora_B" in key)
+    for batch in seen:
+        assert len(batch.latents) == len(batch.arguments["encoder_hidden_states"]) == 2
+        if name == "picture":
+            # the mask says that the first frame is known, the picture is that of each clip
+            assert batch.condition.shape[:3] == (2, 8, 3)
+            assert batch.condition[:, :4, 0].min() == 1 and not batch.condition[:, :4, 1:].any()
+            assert batch.condition[:, 4:, 0].any()
+
+
 def test_a_model_as_it_was_is_its_own_dense_model(world, tmp_path):
     """Before the first step low-rank updates are zero: dense attention differs by nothing."""
     for method, options, is_zero in (("dense", {}, True), ("neighborhood", {"window": 1}, False)):

@@ -108,6 +108,15 @@ def _wan(two_experts: bool) -> tuple[type, dict]:
     }
 
 
+def wan_from_a_picture() -> tuple[type, dict]:
+    """As of Wan 2.2: behind the latents a mask of four channels and a picture."""
+    _, parts = _wan(False)
+    channels = {"in_channels": 12, "out_channels": 4, "text_dim": 16}
+    parts["transformer"] = diffusers.WanTransformer3DModel(**WAN | channels)
+    none = dict.fromkeys(("image_encoder", "image_processor"))
+    return diffusers.WanImageToVideoPipeline, parts | none
+
+
 def _cogvideox() -> tuple[type, dict]:
     vae = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -181,10 +190,14 @@ PIPELINES = {
 
 
 def write_pipeline(folder: Path, name: str) -> Path:
-    """A whole pipeline with random weights, the same at every call, as a folder."""
+    """A whole pipeline with random weights, the same at every call, as a folder.
+
+    Args:
+        name: of PIPELINES, or "picture" for one that starts from a picture.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        cls, parts = PIPELINES[name][0]()
+        cls, parts = (*PIPELINES.get(name, ()), wan_from_a_picture)[0]()
         tokenizer = build_tokenizer(dict.fromkeys(CAPTION.split()), {})
         pipe = cls(tokenizer=tokenizer, text_encoder=_text_encoder(len(tokenizer)), **parts)
     pipe.save_pretrained(folder)

@@ -15,19 +15,22 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from backbone_training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from backbone_training.checkpoint import load_checkpoint, save_checkpoint
 from backbone_training.data import (
     Images,
     ShuffledBatches,
     make_loader,
     ordered_batches,
 )
-from backbone_training.log import Log, draw_log
+from backbone_training.log import COLUMNS, draw_log
 from backbone_training.model import Description, merge, save_weights, set_training
 from backbone_training.scores import Scores, score
-from backbone_training.settings import Settings, read_settings
+from backbone_training.settings import Settings
 from backbone_training.sources import Source, open_source, require_same_classes
 from backbone_training.trainee import Trainee, make_trainee, take_step
+from runs.checkpoints import find_checkpoint
+from runs.log import Log
+from runs.settings_file import read_settings
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -121,7 +124,7 @@ def fit(trainee: Trainee, source: Source, tests: Source) -> None:
     """Take the steps that are left, with their log, tests and checkpoints."""
     run, progress, accelerator = trainee.settings.run, trainee.progress, trainee.accelerator
     folder, is_main = Path(run.output), trainee.accelerator.is_main_process
-    log = Log(folder, progress.step, run.tensorboard) if is_main else None
+    log = Log(folder, COLUMNS, progress.step, run.tensorboard) if is_main else None
     bar = tqdm(total=trainee.steps, initial=progress.step, disable=not is_main, ncols=100)
     batches, unreadable = iter(load_training(trainee, source)), set(progress.unreadable)
     losses, before = [], time.perf_counter()
@@ -204,7 +207,7 @@ def main() -> None:
         changes.append(f"run.output={arguments.output}")
     settings = None
     try:
-        settings = read_settings(arguments.config, changes)
+        settings = read_settings(Settings, arguments.config, changes)
         writable_folder(Path(settings.run.output), "run.output")
         train(settings)
     except (ValueError, FloatingPointError) as error:

@@ -191,7 +191,8 @@ def train(settings: Settings, signals: Signals) -> None:
     """
     run = settings.run
     accelerator = Accelerator(
-        mixed_precision=run.precision, gradient_accumulation_steps=run.accumulate
+        mixed_precision="bf16" if run.precision == "bf16" else "no",
+        gradient_accumulation_steps=run.accumulate,
     )
     prepared = Preparation(settings, accelerator, accelerator.print).run()
     trainee = make_trainee(settings, accelerator)

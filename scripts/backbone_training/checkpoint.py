@@ -1,7 +1,5 @@
 """Checkpoints that appear whole or not at all, averaged weights, and how far a run has come."""
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +7,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from backbone_training.settings import Settings
+from runs.checkpoints import new_checkpoint, require_same
+from runs.settings_file import flat
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-SETTINGS = "settings.json"
 # a run that is resumed may differ in these, for they change no number that is computed
 FREE = ("data.workers", "run.output", "run.save_every", "run.log_every", "run.tensorboard")
 
@@ -92,27 +91,10 @@ class Progress:
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, settings: Settings, step: int) -> None:
     """Write a checkpoint, then delete the ones before it; killed at any point, one stays whole."""
-    final = folder / f"step-{step:08d}"
-    partial = folder / f"{final.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        record = settings.flat() | {"processes": accelerator.num_processes}
-        (partial / SETTINGS).write_text(json.dumps(record, indent=1))
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        partial.replace(final)
-        for other in folder.glob("step-*"):
-            if other != final:
-                shutil.rmtree(other)
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder."""
-    found = [path for path in folder.glob("step-*") if path.suffix != ".partial"]
-    return max(found, default=None)
+    is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
+    record = _record(accelerator, settings)
+    with new_checkpoint(folder, step, record, is_main=is_main, wait=wait) as partial:
+        accelerator.save_state(str(partial))
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path, settings: Settings) -> None:
@@ -121,16 +103,9 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: Settings) ->
     Raises:
         ValueError: it was written with other settings; they are listed.
     """
-    before = json.loads((path / SETTINGS).read_text())
-    now = json.loads(json.dumps(settings.flat() | {"processes": accelerator.num_processes}))
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in {**before, **now}
-        if key not in FREE and before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"'{path}' was written with other settings: {'; '.join(changed)}. "
-            "Set them back, or choose another run.output"
-        )
+    require_same(path, _record(accelerator, settings), FREE)
     accelerator.load_state(str(path))
+
+
+def _record(accelerator: Accelerator, settings: Settings) -> dict[str, object]:
+    return flat(settings) | {"processes": accelerator.num_processes}

@@ -1,13 +1,7 @@
 """What a run of scripts/train_backbone.py is made of; a YAML file in configs/backbones holds it."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
-
-import yaml
-
-from vidattn.config import build, read_yaml
 
 Number = int | float
 
@@ -226,32 +220,3 @@ class Settings:
             raise ValueError("model.pretrained and model.weights are both given; choose one")
         if self.tune.method == "lora" and self.optimizer.layer_decay:
             raise ValueError("optimizer.layer_decay is for tune.method 'full', not 'lora'")
-
-    def flat(self) -> dict[str, object]:
-        """Every setting as 'section.key'."""
-        return {
-            f"{section}.{key}": value
-            for section, values in dataclasses.asdict(self).items()
-            for key, value in values.items()
-        }
-
-
-def read_settings(path: Path, changes: list[str]) -> Settings:
-    """The settings in a YAML file, some of them changed.
-
-    Args:
-        changes: 'section.key=value' each, the value as in YAML.
-
-    Raises:
-        ValueError: no such file, an unknown key, a value that does not fit.
-    """
-    given = read_yaml(path)
-    for change in changes:
-        name, equals, value = change.partition("=")
-        section, dot, key = name.partition(".")
-        if not (equals and dot and key):
-            raise ValueError(f"--set takes section.key=value, got '{change}'")
-        if not isinstance(given.setdefault(section, {}), dict):
-            raise ValueError(f"'{section}' of '{path}' must hold keys and values")
-        given[section][key] = yaml.safe_load(value)
-    return build(Settings, given, f"'{path}'")

@@ -196,7 +196,7 @@ class Run:
     Args:
         output: folder of checkpoints, log and weights.
         steps: of the optimizer.
-        precision: of the computation; "no" for the dtype of the weights.
+        precision: of the computation; "fp32" for that of the weights.
         accumulate: backward passes per step.
         checkpointing: whether activations are computed again instead of kept.
         ema: decay of averaged weights, which are then the ones written.
@@ -207,7 +207,7 @@ class Run:
     output: str
     steps: int
     seed: int = 0
-    precision: Literal["no", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
     accumulate: int = 1
     checkpointing: bool = True
     ema: float | None = None

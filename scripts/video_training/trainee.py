@@ -350,5 +350,5 @@ def _require_finite(trainee: Trainee, value: Tensor, what: str, names: list[str]
     if not math.isfinite(value):
         raise FloatingPointError(
             f"the {what} is {value} at step {trainee.step + 1} on {', '.join(names)}; no weight "
-            "was moved. Lower optimizer.lr, set optimizer.clip, or train with run.precision 'no'"
+            "was moved. Lower optimizer.lr, set optimizer.clip, or train with run.precision fp32"
         )

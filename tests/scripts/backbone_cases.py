@@ -10,6 +10,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from vidattn.config import build
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 arrays = importlib.import_module("backbone_training.image_arrays")
 settings = importlib.import_module("backbone_training.settings")
@@ -76,7 +78,7 @@ def make_settings(source: Path, output: Path, **sections: dict) -> settings.Sett
     }
     for name, changes in sections.items():
         given[name] = given.get(name, {}) | changes
-    return settings.build(settings.Settings, given, "the test")
+    return build(settings.Settings, given, "the test")
 
 
 @pytest.fixture(autouse=True)

@@ -23,13 +23,16 @@ cases = importlib.import_module("backbone_cases")
 program = importlib.import_module("train_backbone")
 validation = importlib.import_module("validate_backbone")
 checkpoints = importlib.import_module("backbone_training.checkpoint")
-logs = importlib.import_module("backbone_training.log")
 models = importlib.import_module("backbone_training.model")
+folders = importlib.import_module("runs.checkpoints")
+files = importlib.import_module("runs.settings_file")
+logs = importlib.import_module("runs.log")
 scores = importlib.import_module("backbone_training.scores")
 trainees = importlib.import_module("backbone_training.trainee")
 settings = cases.settings
 fresh_accelerator = cases.fresh_accelerator
 
+COLUMNS = importlib.import_module("backbone_training.log").COLUMNS
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "backbones").glob("*.yaml"))
 
 
@@ -75,7 +78,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, model):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             die_at(patch, owner, name, call, after)
             program.train(parts)
-        assert checkpoints.find_checkpoint(folder).name == left
+        assert folders.find_checkpoint(folder).name == left
     program.train(parts)
     for name in ("best", "last"):
         expected = load_file(tmp_path / "whole" / f"{name}.safetensors")
@@ -221,7 +224,7 @@ def test_corrupt_images_are_counted_or_end_the_run(tmp_path, monkeypatch, capsys
 def as_yaml(given) -> str:
     """YAML of every setting."""
     sections = {}
-    for name, value in given.flat().items():
+    for name, value in files.flat(given).items():
         section, key = name.split(".")
         value = list(value) if isinstance(value, tuple) else value
         sections.setdefault(section, {})[key] = value
@@ -260,26 +263,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(tmp_path):
     run = cases.make_settings(source, tmp_path / "out", optimizer={"lr": 1e30, "clip": None})
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d.*optimizer.lr"):
         program.train(run)
-    kept = checkpoints.find_checkpoint(tmp_path / "out" / "checkpoints")
+    kept = folders.find_checkpoint(tmp_path / "out" / "checkpoints")
     state = load_file(kept / "model.safetensors")
     assert all(value.isfinite().all() for value in state.values())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_settings_are_whole(config):
-    found = settings.read_settings(config, [])
+    found = files.read_settings(settings.Settings, config, [])
     assert Path(found.run.output).name == config.stem
     assert models.timm.is_model(found.model.name)
 
 
 def test_the_log_drops_what_comes_again(tmp_path):
-    log = logs.Log(tmp_path, 0, tensorboard=False)
+    log = logs.Log(tmp_path, COLUMNS, 0, tensorboard=False)
     for step in range(1, 6):
         log.add(step, epoch=step / 2, loss=1 / step)
     # a run that was killed while it wrote
     with log.path.open("a") as file:
         file.write("6,3.0")
-    logs.Log(tmp_path, 3, tensorboard=False)
+    logs.Log(tmp_path, COLUMNS, 3, tensorboard=False)
     assert [line["step"] for line in lines_of(tmp_path)] == ["1", "2", "3"]
 
 
@@ -298,13 +301,13 @@ def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
 
     module = types.SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = logs.Log(tmp_path, 4, tensorboard=True)
+    log = logs.Log(tmp_path, COLUMNS, 4, tensorboard=True)
     log.add(5, epoch=1.0, loss=0.5)
     log.close()
     assert written == [5, ("epoch", 1.0, 5), ("loss", 0.5, 5), "closed"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
-        logs.Log(tmp_path, 0, tensorboard=True)
+        logs.Log(tmp_path, COLUMNS, 0, tensorboard=True)
 
 
 def test_the_learning_rate_follows_the_schedule():

@@ -69,7 +69,13 @@ def write_config(source: Path, work: Path, **sections) -> Path:
         "attention": {"method": "neighborhood", "options": {"window": 3}, "dense_steps": 0.0},
         "tune": {"r": 2, "lora_alpha": 4.0},
         "optimizer": {"lr": 1e-3, "warmup_steps": 0},
-        "run": {"output": str(work), "steps": 4, "precision": "no", "save_every": 2, "log_every": 1}
+        "run": {
+            "output": str(work),
+            "steps": 4,
+            "precision": "fp32",
+            "save_every": 2,
+            "log_every": 1,
+        }
         | {"checkpointing": False},
     }
     for section, values in sections.items():

@@ -8,7 +8,9 @@ Letters: R rows, E listed blocks, N slots, n slots to a block, M distinct masks.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,9 @@ from vidattn.kernels.block_lists import BlockLists
 
 # rows of a tile of the kernels, largest first
 TILES = (128, 64, 32, 16)
+# tiles up to this many rows keep the tensor cores waiting
+SLOW_TILE = 32
+log = logging.getLogger("vidattn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,7 @@ def segments(
     if kept_order is order:
         return kept
     even = even_block(block, smallest_tile)
+    _warn_of_small_tiles(block, even)
     slots = pad_blocks(order, block, even, -1)
     has_gap = (slots.view(-1, even) < 0).any(-1)
     rows = _clear_first(lists.transposed() if transposed else lists, has_gap)
@@ -76,6 +82,19 @@ def segments(
     made = Segments(even, slots, *rows, masks, _box(lists, slots, block, even))
     lists.cache[key] = order, made
     return made
+
+
+@lru_cache
+def _warn_of_small_tiles(block: int, even: int) -> None:
+    """Say, once for a length, that blocks of it run in tiles smaller than a shorter block's."""
+    tile = even & -even
+    if block > SLOW_TILE >= tile:
+        log.warning(
+            "blocks of %d tokens run in tiles of %d on a GPU, several times slower than blocks of "
+            "64 or 128: choose a tile of so many tokens",
+            block,
+            tile,
+        )
 
 
 def pad_blocks(x: Tensor, block: int, even: int, value: int) -> Tensor:

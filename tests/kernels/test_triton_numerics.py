@@ -243,6 +243,15 @@ def test_blocks_are_padded_to_whole_tiles(block):
     assert even <= max(16, 1.25 * block, 16 * -(-block // 16))
 
 
+@pytest.mark.parametrize(("block", "slow"), [(80, True), (64, False), (100, False), (24, False)])
+def test_blocks_that_run_in_small_tiles_are_told_once(block, slow, caplog):
+    block_segments._warn_of_small_tiles.cache_clear()
+    plan = vidattn.plan("neighborhood", Grid(1, 1, 3 * block), window=(1, 1, 9), tile=(1, 1, block))
+    for transposed in (False, True):
+        block_segments.segments(plan.layout.order, block, plan.lists, transposed=transposed)
+    assert caplog.text.count(f"blocks of {block} tokens run in tiles of 32") == slow
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("parts", ["both", "gain", "shift"])
 def test_gain_and_shift_of_query_blocks(parts, heads):

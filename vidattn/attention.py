@@ -102,7 +102,7 @@ def attend(
 
 
 def _is_in_other_state(device: str) -> bool:
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return True
     # not to be asked while a compiler traces
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
@@ -112,7 +112,7 @@ def _in_plain_state(q, k, v, plan, scale, key_mask, backend, return_lse):
     """``attend`` in the dtype of autocast, and outside of inference mode."""
     device, options = q.device.type, {"scale": scale, "key_mask": key_mask}
     options |= {"backend": backend, "return_lse": return_lse}
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))

@@ -19,7 +19,7 @@ from PIL import Image
 from t2v.worlds import WORLDS, load_witness, load_world
 from tqdm import tqdm
 
-SETTINGS = ("world", "frames", "height", "width", "steps", "guidance", "seed", "dtype")
+SETTINGS = ("world", "tuning", "frames", "height", "width", "steps", "guidance", "seed", "dtype")
 
 
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -146,12 +146,22 @@ def score(scenes: list, arguments: argparse.Namespace) -> tuple[dict, list[np.nd
     return scores, [video / 255 for video in videos]
 
 
+def prompts_of(arguments: argparse.Namespace) -> list:
+    """The scenes to score."""
+    world = load_world(arguments.world)
+    judged = world.held_out_prompts(arguments.prompts)
+    return world.tuning_prompts(arguments.prompts) if arguments.tuning else judged
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="assets/tiny-t2v", help="a WanPipeline folder")
     parser.add_argument("--world", default="clothes", choices=WORLDS, help="what it shows")
     parser.add_argument("--prompts", type=int, default=40, help="how many, at most 40")
+    parser.add_argument(
+        "--tuning", action="store_true", help="other held-out prompts, to settle the guidance on"
+    )
     parser.add_argument("--out", default="scores.json", help="where the scores go")
     parser.add_argument("--sheet", help="also save a PNG of frames of every clip")
     parser.add_argument("--data", default="runs/t2v/data", help="folder for the image package")
@@ -171,7 +181,7 @@ def parse() -> argparse.Namespace:
     if not (Path(arguments.model) / "model_index.json").is_file():
         parser.error(f"{arguments.model} has no model_index.json; give a diffusers folder")
     try:
-        load_world(arguments.world).held_out_prompts(arguments.prompts)
+        prompts_of(arguments)
     except ValueError as error:
         parser.error(str(error))
     return arguments
@@ -181,7 +191,7 @@ def main() -> None:
     """Judge real clips, then the model, and write the scores."""
     arguments = parse()
     world, witness = load_world(arguments.world), load_witness(arguments.world)
-    scenes = world.held_out_prompts(arguments.prompts)
+    scenes = prompts_of(arguments)
     path = Path(arguments.classifier or Path(arguments.model) / "judge.safetensors")
     arguments.classifier = str(path)
     if not path.exists():

@@ -261,11 +261,11 @@ def main() -> None:
         load_world(config["world"]).fetch_items(config["data"])
         if arguments.export:
             export_newest(config)
+        else:
+            clock = Clock(seconds or None)
+            run_team(config["processes"], train, config, clock, arguments.finish)
     except ValueError as error:
         parser.error(str(error))
-    if not arguments.export:
-        clock = Clock(seconds or None)
-        run_team(config["processes"], train, config, clock, arguments.finish)
 
 
 if __name__ == "__main__":

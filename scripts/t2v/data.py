@@ -104,6 +104,12 @@ def held_out_prompts(count: int = NUM_PROMPTS) -> list[Scene]:
     return chosen[:count]
 
 
+def tuning_prompts(count: int = NUM_PROMPTS) -> list[Scene]:
+    """Held-out scenes that are not judged, to settle guidance and the like on."""
+    judged = set(held_out_prompts())
+    return [scene for scene in held_out_scenes() if scene not in judged][:count]
+
+
 def fetch_items(folder: str | Path) -> Path:
     """Download and unpack the Debian package with the images, checked by SHA-256."""
     folder = Path(folder)

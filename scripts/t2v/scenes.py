@@ -177,6 +177,12 @@ def held_out_prompts(count: int = NUM_PROMPTS) -> list[Scene]:
     return chosen[:count]
 
 
+def tuning_prompts(count: int = NUM_PROMPTS) -> list[Scene]:
+    """Held-out scenes that are not judged, to settle guidance and the like on."""
+    judged = set(held_out_prompts())
+    return [scene for scene in held_out_scenes() if scene not in judged][:count]
+
+
 def vary_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A training caption: mostly the full one, at times shorter or in other words."""
     draw, place = rng.random(), PLACES[scene.background]

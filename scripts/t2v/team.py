@@ -75,7 +75,11 @@ def _work(rank: int, size: int, port: int, function: Callable, arguments: tuple)
 
 
 def run_team(size: int, function: Callable, *arguments) -> None:
-    """Call `function(team, *arguments)` in `size` processes, or here when it is one."""
+    """Call `function(team, *arguments)` in `size` processes, or here when it is one.
+
+    Raises:
+        ValueError: a process raised one; it is said again.
+    """
     os.environ |= HEAP
     if size == 1:
         _work(0, 1, 0, function, arguments)
@@ -83,4 +87,10 @@ def run_team(size: int, function: Callable, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_work, (size, port, function, arguments), nprocs=size)
+    try:
+        torch.multiprocessing.spawn(_work, (size, port, function, arguments), nprocs=size)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        last = str(error).rstrip().splitlines()[-1]
+        if not last.startswith("ValueError: "):
+            raise
+        raise ValueError(last.removeprefix("ValueError: ")) from error

@@ -26,6 +26,7 @@ from t2v.scenes import (
     all_scenes,
     held_out_prompts,
     held_out_scenes,
+    tuning_prompts,
     vary_caption,
 )
 from torch import Tensor
@@ -37,6 +38,7 @@ __all__ = [
     "Clips",
     "fetch_items",
     "held_out_prompts",
+    "tuning_prompts",
     "unseen_clips",
     "vary_caption",
 ]

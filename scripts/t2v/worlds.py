@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-# The first module has Clips, fetch_items, held_out_prompts, NUM_PROMPTS, unseen_clips,
+# The first module has Clips, fetch_items, held_out_prompts, tuning_prompts, unseen_clips,
 # vary_caption, WORDS and SPELLINGS; the second ASPECTS, look, right, load_classifier and
 # train_classifier.
 WORLDS = {"clothes": ("t2v.data", "t2v.measure"), "emoji": ("t2v.world", "t2v.witness")}

@@ -10,7 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 checkpoint = importlib.import_module("t2v.checkpoint")
 stages = importlib.import_module("t2v.stage")
-Team = importlib.import_module("t2v.team").Team
+teams = importlib.import_module("t2v.team")
+Team, run_team = teams.Team, teams.run_team
 
 OPTIONS = {
     "phases": [{"until": 3}, {"until": 10}],
@@ -117,3 +118,12 @@ def test_last_phase_goes_on():
 def test_clock():
     assert not stages.Clock().over(Team()) and not stages.Clock(60).over(Team())
     assert stages.Clock(0).over(Team())
+
+
+def refuse(team, what: str) -> None:
+    raise ValueError(f"no room for {what}")
+
+
+def test_error_of_a_worker_is_said_plainly():
+    with pytest.raises(ValueError, match="^no room for latents$"):
+        run_team(2, refuse, "latents")

@@ -162,6 +162,9 @@ def test_prompts_are_held_out_in_even_shares():
     assert min(Counter(s.background for s in prompts).values()) >= 4
     with pytest.raises(ValueError, match="give 1 to 40"):
         scenes.held_out_prompts(41)
+    tuning = scenes.tuning_prompts()
+    assert len(set(tuning) | set(prompts)) == 80
+    assert set(tuning) <= set(scenes.held_out_scenes())
 
 
 def test_captions_vary_but_stay_true(clips):

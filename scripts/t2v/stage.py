@@ -14,6 +14,9 @@ from t2v.checkpoint import learning_rate, load_checkpoint, load_step, read_fact,
 from t2v.team import Team
 from torch import Tensor
 
+# Some processors' bfloat16 products give the gradient of a kernel as NaN at some sizes.
+MAX_SKIPPED = 20
+
 
 class Clock:
     """The time a run may take; None for as long as it takes."""
@@ -47,6 +50,8 @@ class Stage:
     loss_at: Callable[[int], dict[str, Tensor]]
     options: dict
     average: torch.nn.Module | None = None
+    # steps in a row without an update
+    skipped: int = 0
 
     @property
     def parts(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer]:
@@ -55,12 +60,27 @@ class Stage:
         return {"module": self.module} | average | self.optimizers
 
     def step(self, step: int, end: float, team: Team) -> dict[str, Tensor]:
-        """One update of the weights; rates have fallen at step `end`."""
+        """One update of the weights; rates have fallen at step `end`.
+
+        A gradient that is not finite is left out.
+
+        Raises:
+            ValueError: it was not finite MAX_SKIPPED times in a row.
+        """
         values = self.loss_at(step)
         self.module.zero_grad(set_to_none=True)
         next(iter(values.values())).backward()
         team.average_gradients(self.module)
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        if not norm.isfinite():
+            self.skipped += 1
+            if self.skipped == MAX_SKIPPED:
+                raise ValueError(
+                    f"{self.name}: the gradient was not finite in {MAX_SKIPPED} steps in a row, "
+                    f"up to step {step + 1}; lower `peak`, or change the sizes of the phase"
+                )
+            return values | {"norm": torch.zeros(()), "skipped": torch.ones(())}
+        self.skipped = 0
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(
@@ -73,7 +93,7 @@ class Stage:
             with torch.no_grad():
                 for slow, fast in pairs:
                     slow.lerp_(fast, 1 - keep)
-        return values | {"norm": norm}
+        return values | {"norm": norm, "skipped": torch.zeros(())}
 
 
 def phase_of(options: dict, step: int) -> dict:

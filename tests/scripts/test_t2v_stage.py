@@ -120,6 +120,30 @@ def test_clock():
     assert stages.Clock(0).over(Team())
 
 
+def test_a_gradient_that_is_not_finite_is_left_out(tmp_path):
+    line = Line()
+    weight = line.stage.module.weight
+    fit = line.stage.loss_at
+
+    def spoil(step: int) -> dict[str, torch.Tensor]:
+        loss = fit(step)["loss"]
+        return {"loss": loss + (weight.sum() * torch.inf if step == 4 else 0)}
+
+    line.stage.loss_at = spoil
+    assert line.train(tmp_path)
+    assert len(line.rates) == 9 and weight.isfinite().all()
+    assert all(p.isfinite().all() for p in contents(line))
+
+
+def test_gradients_that_stay_so_end_the_run(tmp_path):
+    line = Line()
+    line.stage.options = OPTIONS | {"phases": [{"until": 99}]}
+    line.stage.loss_at = lambda step: {"loss": line.stage.module.weight.sum() * torch.nan}
+    with pytest.raises(ValueError, match="not finite in 20 steps in a row, up to step 20"):
+        line.train(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def refuse(team, what: str) -> None:
     raise ValueError(f"no room for {what}")
 

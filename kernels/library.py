@@ -85,8 +85,10 @@ class Operator:
         return _Eager.apply(self, *inputs)
 
     def _pull(self, ctx, d_out, d_lse):
-        q, k, v, out, lse = ctx.saved_tensors
-        rest = ctx.rest
+        return self._gradients(ctx.saved_tensors, ctx.rest, d_out, d_lse)
+
+    def _gradients(self, saved, rest, d_out, d_lse):
+        q, k, v, out, lse = saved
         # what the softmax of a row loses when its output, or its log-sum-exp, is pulled
         delta = (out.to(lse.dtype) * d_out).sum(-1) - d_lse
         d_q, d_k, d_v, d_bias = self._backward(d_out, delta, q, k, v, lse, *rest)
@@ -106,9 +108,11 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
+        # looked up once: gradient checkpointing computes them anew for that
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            grads = ctx.operator._pull(ctx, d_out, d_lse)
-        return None, *once(grads, (*ctx.saved_tensors[:3], ctx.rest[-1], d_out, d_lse))
+            grads = ctx.operator._gradients(saved, ctx.rest, d_out, d_lse)
+        return None, *once(grads, (*saved[:3], ctx.rest[-1], d_out, d_lse))
 
     @staticmethod
     def jvp(ctx, *tangents):

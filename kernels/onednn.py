@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from vidattn.kernels.constant import constant_result
+
 # The setting is global to the process, so threads inside the scope are counted: the first one in
 # switches, the last one out restores. Nothing else can tell one thread's scope from another's.
 _lock = threading.Lock()
@@ -35,6 +37,7 @@ def fast_float32_products(device: torch.device) -> Iterator[None]:
         _leave()
 
 
+@constant_result
 def has_bfloat16_products() -> bool:
     """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,5 +1,6 @@
 """attend(): engines agree, and bad input is named."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -178,10 +179,15 @@ def test_a_forward_derivative_is_refused_in_words():
         attend(forward_ad.make_dual(q, q), k, v, plan)
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("name", ["topk", "cluster", "strided"])
-def test_attention_with_a_plan_from_content_is_one_graph(name, backend):
-    q, k, v = random_inputs(GRID)[:3]
+@pytest.mark.parametrize(
+    ("name", "backend", "dtype"),
+    [
+        *itertools.product(("topk", "cluster", "strided"), ("auto", "torch"), (torch.float32,)),
+        ("topk", "torch", torch.bfloat16),
+    ],
+)
+def test_attention_with_a_plan_from_content_is_one_graph(name, backend, dtype):
+    q, k, v = random_inputs(GRID, dtype=dtype)[:3]
     plan = vidattn.plan(name, GRID, q, k)
 
     def run(q, k, v):

@@ -132,6 +132,18 @@ def test_padded_keys_change_nothing(name):
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_is_planned_and_rectified(name):
+    q, k, v = coherent(GRIDS[0])
+    this = method(name, density=0.4, rectify=True)
+    outs = [
+        attend(q.to(dtype), k.to(dtype), v.to(dtype), this.plan(GRIDS[0], q.to(dtype), k.to(dtype)))
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert outs[1].dtype == torch.float64
+    torch.testing.assert_close(outs[0].double(), outs[1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("rectify", [False, True])
 @pytest.mark.parametrize("name", [n for n in NAMES if "density" in options_of(n)])
 def test_a_full_budget_is_dense_attention(name, rectify):

@@ -215,6 +215,18 @@ def test_large_queries():
     assert all(x.isfinite().all() for x in grads)
 
 
+@pytest.mark.parametrize("backend", ["auto", "halo", "torch"])
+def test_autocast_casts_as_pytorchs_attention_does(backend):
+    tensors = inputs((5, 6), num_extra=2)
+    expected = neighborhood_attention(
+        **{name: x.bfloat16() for name, x in tensors.items()}, window=3, backend=backend
+    )
+    tensors["k"] = tensors["k"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = neighborhood_attention(**tensors, window=3, backend=backend)
+    assert torch.equal(out, expected) and out.dtype == torch.bfloat16
+
+
 def test_half_precision_trains_the_bias_in_its_own():
     tensors = inputs((5, 6), window=3)
     bias = tensors.pop("rel_bias").requires_grad_()
@@ -265,6 +277,8 @@ def test_it_is_public():
 
 
 WRONG = {
+    "a list": (lambda x: {"v": x["v"].tolist(), "layout": "heads_last"}, "Tensor, Tensor, list"),
+    "a number of extra keys": (lambda x: {"extra_k": 2}, "extra_k must be a tensor, got int"),
     "two axes missing": (lambda x: {"q": x["q"][0, 0]}, "with 1 to 3 axes"),
     "another size": (lambda x: {"k": x["k"][:, :, :3], "v": x["v"][:, :, :3]}, "must agree in"),
     "a window for three axes": (lambda x: {"window": (3, 3, 3)}, "window must be one int, or one"),

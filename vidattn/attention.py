@@ -29,6 +29,7 @@ from vidattn.kernels.dense import dense_attention
 from vidattn.kernels.pooled_scores import block_means
 from vidattn.plan import Plan
 from vidattn.registry import unknown
+from vidattn.steady import cast_by_autocast
 
 BACKENDS = ("auto", "triton", "cpp", "torch", "flex", "flash", "reference")
 log = logging.getLogger("vidattn")
@@ -113,9 +114,8 @@ def _in_plain_state(q, k, v, plan, scale, key_mask, backend, return_lse):
     device, options = q.device.type, {"scale": scale, "key_mask": key_mask}
     options |= {"backend": backend, "return_lse": return_lse}
     if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        q, k, v = cast_by_autocast(q, k, v)
         with torch.autocast(device, enabled=False):
-            q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
             return attend(q, k, v, plan, **options)
     # what a plan finds out about itself in here must serve in training too
     with torch.inference_mode(False), torch.no_grad():

@@ -249,9 +249,10 @@ class Content:
         """
         if not self.rectify:
             return plan
-        shares = self.shares if shares is None else shares
+        means = self._key_means[0]
+        shares = (self.shares if shares is None else shares).to(means.dtype)
         rest = (shares * (1 - plan.read_share)).masked_fill(~self.is_coherent, 0)
-        given = (self.q, self.k, plan, rest, self._key_means[0])
+        given = (self.q, self.k, plan, rest, means)
         factor = trust(*given, scale=self.scale, key_mask=self.key_mask)
         rest = rest * factor[..., None, None]
         beside = self.layout.num_blocks - self.num_blocks

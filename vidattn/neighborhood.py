@@ -26,6 +26,7 @@ from vidattn.methods.neighborhood import Neighborhood, axis_window
 from vidattn.mixture import merge
 from vidattn.plan import Plan
 from vidattn.registry import unknown
+from vidattn.steady import cast_by_autocast
 
 LAYOUTS = ("heads_first", "heads_last")
 Flags = tuple[bool, bool, bool]
@@ -49,7 +50,8 @@ def neighborhood_attention(
 ) -> Tensor:
     """Every token attends to the window around it, which slides inward at the borders.
 
-    Gradients reach every tensor.
+    Gradients reach every tensor. Under ``torch.autocast`` all but a bias and float64 is cast to its
+    dtype first, as in ``attend``.
 
     Args:
         q: (B, H, *size, D) with one to three axes in ``size``: (S,), (h, w) or (t, h, w);
@@ -71,7 +73,7 @@ def neighborhood_attention(
             while torch.compile traces for a CPU, where it is one operator; else that of ``attend``.
 
     Returns:
-        The output, of the shape and dtype of ``q``.
+        The output, of the shape and dtype of ``q``, or of the dtype of autocast.
 
     Raises:
         ValueError: shapes or options that do not fit together, an unknown layout or backend, or a
@@ -83,6 +85,8 @@ def neighborhood_attention(
     """
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
+    _check_tensors(q, k, v, extra_k, extra_v)
+    q, k, v, extra_k, extra_v = cast_by_autocast(q, k, v, extra_k, extra_v)
     if layout == "heads_last":
         q, k, v = (x.movedim(-2, 1) for x in (q, k, v))
         extra_k, extra_v = (None if x is None else x.transpose(1, 2) for x in (extra_k, extra_v))
@@ -223,10 +227,16 @@ def _pull(ctx, d_out, d_lse):
 _halo_op.register_autograd(_pull, setup_context=_keep)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None) -> None:
+def _check_tensors(q, k, v, extra_k, extra_v) -> None:
     if not all(isinstance(x, Tensor) for x in (q, k, v)):
         kinds = ", ".join(type(x).__name__ for x in (q, k, v))
         raise ValueError(f"q, k and v must be tensors, got {kinds}")
+    for name, x in (("extra_k", extra_k), ("extra_v", extra_v)):
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (heads first)"
     if 0 in (*q.shape, *k.shape):
         raise ValueError(f"q, k and v must hold at least one sample, head and token, got {shapes}")

@@ -29,6 +29,18 @@ def steadily(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return run
 
 
+def cast_by_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast, where it is on, casts those of PyTorch's own attention.
+
+    float64 stays what it is.
+    """
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 @contextmanager
 def _steady(devices: set[str]) -> Iterator[None]:
     with ExitStack() as stack:

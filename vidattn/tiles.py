@@ -87,12 +87,14 @@ def fit_reach(wanted: float, counts: Size, density: Callable[[Size], float], adv
     """
     boxes, density = reaches(counts), cache(density)
 
-    def miss(box: Size) -> float:
-        return abs(density(box) - wanted)
+    def rank(box: Size) -> tuple[float, int]:
+        miss = density(box) - wanted
+        # what changes nothing leads on to what does
+        return round(abs(miss), 12), -sum(box) if miss < 0 else sum(box)
 
     best = boxes[bisect_left(boxes, wanted, hi=len(boxes) - 1, key=density)]
     # boxes of the list grow in coarse steps: from one to a nearer one beside it, till none is
-    while best != (near := min([best, *_beside(best, counts)], key=miss)):
+    while best != (near := min([best, *_beside(best, counts)], key=rank)):
         best = near
     least = density(boxes[0])
     if best == boxes[0] and least > max(wanted + 0.005, wanted * 1.05):

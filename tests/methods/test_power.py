@@ -102,3 +102,10 @@ def test_bad_options_are_named(options, message):
 def test_unreachable_density_says_what_would_do():
     with pytest.raises(ValueError, match="out of reach: the least is .* set fewer axes"):
         create_method("power", density=0.1, axes=3, tile=(1, 4, 4)).plan(Grid(5, 9, 7))
+
+
+def test_windows_that_change_nothing_are_passed_over():
+    """From three to four tiles nothing changes here, the fifth brings the density nearest."""
+    assert create_method("power", density=0.6).plan(Grid(11, 1, 7)).density == pytest.approx(
+        0.5952, abs=1e-4
+    )

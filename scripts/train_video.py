@@ -27,7 +27,8 @@ from video_training.checkpoint import FOLDER, load_newest, save_checkpoint, whol
 from video_training.pipeline import load_transformer, model_folder
 from video_training.prepare import Preparation, Prepared
 from video_training.settings import Settings
-from video_training.trainee import ADAPTER, Trainee, check_sizes, make_trainee, take_step
+from video_training.step import take_step
+from video_training.trainee import ADAPTER, Trainee, check_sizes, make_trainee
 
 from vidattn.commands.output import writable_folder
 

@@ -28,6 +28,7 @@ batches = importlib.import_module("video_training.batches")
 checkpoints = importlib.import_module("video_training.checkpoint")
 folders = importlib.import_module("runs.checkpoints")
 prepare = importlib.import_module("video_training.prepare")
+steps = importlib.import_module("video_training.step")
 trainees = importlib.import_module("video_training.trainee")
 Signals = program.Signals
 SIZE = [9, 32, 48]
@@ -276,7 +277,7 @@ def test_steps_are_taken_with_sparse_attention(world, tmp_path, checkpointing):
         if name == "dense":
             # the same by patching it by hand
             vidattn.patch(expert.plain, "neighborhood", window=1, dense_layers=0)
-        loss, _ = trainees._loss(trainee, "transformer", batch, 3.0, (0.0, 1.0), 0)
+        loss, _ = steps._loss(trainee, "transformer", batch, 3.0, (0.0, 1.0), 0)
         loss.backward()
         assert find_handle(expert.plain) is not None
         found[name] = [loss.detach(), *(p.grad for p in expert.trained.values())]
@@ -298,7 +299,7 @@ def test_the_first_loss_is_that_of_the_formula(world, tmp_path):
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
     model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
-    loss, align = trainees._loss(trainee, "transformer", batch, 3.0, (0.0, 1.0), 0)
+    loss, align = steps._loss(trainee, "transformer", batch, 3.0, (0.0, 1.0), 0)
     given, answer = seen
     sigma = given["timestep"] / 1000
     level = sigma.view(-1, 1, 1, 1, 1)
@@ -325,14 +326,14 @@ def test_every_kind_of_model_is_trained(tmp_path, name):
         run={"steps": 2, "log_every": 2},
     )
     seen = []
-    forward = trainees.predict
+    forward = steps.predict
 
     def looking(model, batch, *rest):
         seen.append(batch)
         return forward(model, batch, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainees, "predict", looking)
+        patch.setattr(steps, "predict", looking)
         train(run)
     (line,) = lines_of(tmp_path / "out")
     # random models answer nothing like the target, whose variance is between 1 and some
@@ -527,11 +528,11 @@ def test_captions_are_dropped_as_often_as_asked(world, tmp_path):
 def test_the_learning_rate_warms_up_and_falls():
     options = cases.settings.Optimizer(lr=1.0, schedule="linear", warmup_steps=4)
     run = cases.settings.Run("out", steps=12)
-    found = [trainees.learning_rate(step, options, run) for step in range(12)]
+    found = [steps.learning_rate(step, options, run) for step in range(12)]
     expected = [0.25, 0.5, 0.75, 1.0, *np.arange(7, -1, -1) / 8]
     np.testing.assert_allclose(found, expected)
     flat = cases.settings.Optimizer(lr=0.5, schedule="constant", warmup_steps=4)
-    assert trainees.learning_rate(0, flat, run) == 0.5
+    assert steps.learning_rate(0, flat, run) == 0.5
 
 
 def test_experts_share_the_noise_out():
@@ -548,7 +549,7 @@ def test_experts_share_the_noise_out():
 def test_each_expert_sees_the_levels_that_the_pipeline_gives_it(world, tmp_path, monkeypatch):
     run = settings_of(world, tmp_path / "out", "experts", **EVERYTHING)
     seen = {"transformer": [], "transformer_2": []}
-    forward = trainees.predict
+    forward = steps.predict
 
     def looking(model, batch, target, dtype):
         name = next(k for k, x in looking.trainee.experts.items() if x.model is model)
@@ -559,7 +560,7 @@ def test_each_expert_sees_the_levels_that_the_pipeline_gives_it(world, tmp_path,
         looking.trainee = trainees.make_trainee(*args)
         return looking.trainee
 
-    monkeypatch.setattr(trainees, "predict", looking)
+    monkeypatch.setattr(steps, "predict", looking)
     monkeypatch.setattr(program, "make_trainee", start)
     train(run)
     assert seen["transformer"] and min(seen["transformer"]) >= 875

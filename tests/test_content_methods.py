@@ -67,7 +67,7 @@ def test_every_query_reads_its_block(name):
     """However little is asked for, and however far another block is ahead."""
     grid = Grid(1, 12, 16, text=9)
     q, k = (1e3 * torch.randn(2, 2, grid.num_tokens, 8) for _ in range(2))
-    small = ({"density": 0.02}, {"mass": 0.01, "least": 0.01}, {"density": 0.02, "sink": True})
+    small = ({"density": 0.08}, {"mass": 0.01, "least": 0.01}, {"density": 0.08, "sink": True})
     for options in small:
         # by the content alone, wherever there is a choice
         mask = method(name, **options, near=None if name == "rectified" else 0).plan(grid, q, k)

@@ -132,7 +132,8 @@ def describe_type(hint: object) -> str:
         if typing.get_origin(kind) is tuple:
             args = typing.get_args(kind)
             if args[-1] is Ellipsis or len(args) != 3:
-                said.append("a list")
+                of = f" of {len(args)} integers" if set(args) == {int} else ""
+                said.append("a list" + of)
                 continue
             inner = "true or false each" if args[0] is bool else ""
             said.append("t,h,w" + (f" ({inner})" if inner else ""))

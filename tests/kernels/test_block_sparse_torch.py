@@ -232,14 +232,6 @@ def test_a_plan_made_in_inference_mode_can_be_trained_with():
     assert_right(inputs, plan)
 
 
-def test_autocast_changes_nothing():
-    inputs, plan = random_inputs(RAGGED), random_blocks(RAGGED)
-    plain = results(inputs, plan, "torch")
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = results(inputs, plan, "torch")
-    assert all(map(torch.equal, plain, cast))
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_nothing(reentrant):
     plan = random_blocks(RAGGED)

@@ -80,7 +80,14 @@ def test_sharpness():
     assert sharpness(1) == 1
 
 
-@pytest.mark.parametrize("window", [(0, 3), (3,), (2.5, 3)])
-def test_bad_windows_are_named(window):
-    with pytest.raises(ValueError, match="window must be the"):
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ((0, 3), "window must be the"),
+        ((3,), r"window must be a list of 2 integers, got \(3,\)"),
+        ((2.5, 3), "window must be a list of 2 integers"),
+    ],
+)
+def test_bad_windows_are_named(window, message):
+    with pytest.raises(ValueError, match=message):
         create_method("freeswim", window=window)

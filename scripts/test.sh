@@ -7,4 +7,6 @@ ensure_env test
 cd "$ROOT"
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
+# the whole suite on all cores, a file of tests at a time
+[ $# -gt 0 ] || set -- -n auto --dist loadfile
 exec .venv/bin/python -m pytest "$@"

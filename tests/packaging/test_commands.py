@@ -69,7 +69,7 @@ def test_second_run_installs_nothing(project):
     assert run(project, "test.sh")[2] == [
         "-m ruff check .",
         "-m ruff format --check .",
-        "-m pytest",
+        "-m pytest -n auto --dist loadfile",
     ]
 
 

@@ -64,8 +64,8 @@ def test_content_is_read_of_the_heads_that_follow():
     schedule = Schedule((Rule(Rarely(), heads=(1,)), Rule(NEAR)), NO_GUARD)
     Rarely.searches.clear()
     seen, _ = run(schedule, times=(900.0, 600.0))
-    # two layers search at the first step, and keep their plan at the second
-    assert Rarely.searches == [(0, 2), (1, 2)]
+    # two layers search in each of two samples at the first step, and keep their plan at the second
+    assert Rarely.searches == [(0, 1), (0, 1), (1, 1), (1, 1)]
     q, k, plan = seen[0]
     grid = plan.grid
     assert torch.equal(plan.mask()[:, 1:], Nearest().plan(grid, q[:, 1:], k[:, 1:]).mask())

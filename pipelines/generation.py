@@ -34,10 +34,11 @@ class Generation:
     def walk(self, loop: Loop) -> Walk:
         """The run of a loop, a new one where the loop begins anew, gone to where the loop is."""
         walks, thread = self._walks.setdefault(loop.times, {}), threading.get_ident()
-        if thread not in walks or not walks[thread].has(loop):
-            walks[thread] = Walk(loop)
-        walks[thread].follow(loop)
-        return walks[thread]
+        walk = walks.get(thread)
+        if walk is None or not walk.has(loop):
+            walk = walks[thread] = Walk(loop, walk is None or walk.index != loop.index)
+        walk.follow(loop)
+        return walk
 
     def count(self, run: Run) -> None:
         """Count the step that a run is at, once."""

@@ -81,7 +81,8 @@ class Plans:
         if last is not None and method.keeps(made, step, run.num_steps):
             return last
         plan = self._search(part, place[0], current, call, q, k, last)
-        if run.keeps_plans and (plan.memory or method.keeps(step, step + 1, run.num_steps)):
+        serves_later = plan.memory or method.keeps(step, step + 1, run.num_steps)
+        if run.keeps(current.has_backward) and serves_later:
             run.kept[key] = step, plan
         return plan
 

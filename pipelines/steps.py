@@ -40,6 +40,10 @@ class Run:
             self.step, self._phase = step, phase
             self._passes.clear()
 
+    def keeps(self, has_backward: bool) -> bool:
+        """Whether a forward pass may leave plans to later ones; one that is trained may not."""
+        return self.keeps_plans and not has_backward
+
     def take_turn(self, transformer: str, name: str | None) -> Turn:
         """What tells a forward pass from the others of its step: evaluation, name and number."""
         turn = self._phase, name, self._passes[transformer, name]
@@ -65,25 +69,34 @@ class Told(Run):
             )
         self.enter(step)
 
+    def keeps(self, has_backward: bool) -> bool:
+        """Always: the user says which steps are those of one video, in training too."""
+        return True
+
 
 class Walk(Run):
-    """The steps of a loop that was found running."""
+    """The steps of a loop that was found running.
 
-    def __init__(self, loop: Loop):
+    Args:
+        keeps_plans: False where the loop is at the index at which the last walk was, with its time
+            read anew: in the same step, or in another video of one step, which nobody can tell.
+    """
+
+    def __init__(self, loop: Loop, keeps_plans: bool = True):
         # a part of a scheduler's times may be walked through; it begins where it is first seen
         self._first = 0 if loop.is_whole else loop.index
-        super().__init__(-(-(loop.total - self._first) // loop.order))
-        self._index, self._time = loop.index, _remember(loop.time)
+        super().__init__(-(-(loop.total - self._first) // loop.order), keeps_plans)
+        self.index, self._time = loop.index, _remember(loop.time)
 
     def has(self, loop: Loop) -> bool:
         """Whether a loop is this walk, and not another through the same times."""
-        if loop.index == self._index:
+        if loop.index == self.index:
             return loop.time is self._time()
-        return loop.index > self._index
+        return loop.index > self.index
 
     def follow(self, loop: Loop) -> None:
         """Go where the loop is."""
-        self._index, self._time = loop.index, _remember(loop.time)
+        self.index, self._time = loop.index, _remember(loop.time)
         self.enter(*divmod(loop.index - self._first, loop.order))
 
 

@@ -355,3 +355,39 @@ def test_a_copy_has_a_cache_context_of_its_own():
         twin = copy.deepcopy(model)
     with twin.cache_context("cond"), torch.no_grad():
         TINY[WAN].call(twin)
+
+
+@torch.no_grad()
+def test_a_time_that_is_read_anew_for_every_pass():
+    """Whether that is the same step is not known, so no plan of one pass may serve the other."""
+    model = build(WAN)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    times = scheduler.timesteps
+
+    def predict(step):
+        time = times[step]
+        TINY[WAN].call(model, timestep=time.expand(2))
+
+    Rarely.searches.clear()
+    with vidattn.patch(model, Rarely(), dense_layers=0):
+        for step in range(3):
+            predict(step)
+            predict(step)
+    # two samples in two layers, in each of six passes
+    assert len(Rarely.searches) == 24
+
+
+def test_training_leaves_no_plan_to_the_next_clip():
+    model = build(WAN).train()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+
+    def step(index):
+        time = scheduler.timesteps[index]
+        TINY[WAN].call(model, timestep=time.expand(2))
+
+    Rarely.searches.clear()
+    with vidattn.patch(model, Rarely(), dense_layers=0):
+        for index in (300, 301):
+            step(index)
+    assert len(Rarely.searches) == 8

@@ -363,11 +363,11 @@ def test_a_time_that_is_read_anew_for_every_pass():
     model = build(WAN)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(3)
-    times = scheduler.timesteps
+    timesteps = scheduler.timesteps
 
     def predict(step):
-        time = times[step]
-        TINY[WAN].call(model, timestep=time.expand(2))
+        t = timesteps[step]
+        TINY[WAN].call(model, timestep=t.expand(2))
 
     Rarely.searches.clear()
     with vidattn.patch(model, Rarely(), dense_layers=0):
@@ -379,15 +379,16 @@ def test_a_time_that_is_read_anew_for_every_pass():
 
 
 def test_training_leaves_no_plan_to_the_next_clip():
-    model = build(WAN).train()
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    class Trainer:
+        model, scheduler = build(WAN).train(), diffusers.FlowMatchEulerDiscreteScheduler()
 
-    def step(index):
-        time = scheduler.timesteps[index]
-        TINY[WAN].call(model, timestep=time.expand(2))
+        def step(self, index):
+            t = self.scheduler.timesteps[index]
+            TINY[WAN].call(self.model, timestep=t.expand(2))
 
+    trainer = Trainer()
     Rarely.searches.clear()
-    with vidattn.patch(model, Rarely(), dense_layers=0):
+    with vidattn.patch(trainer.model, Rarely(), dense_layers=0):
         for index in (300, 301):
-            step(index)
+            trainer.step(index)
     assert len(Rarely.searches) == 8

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import signal
 import socket
 from collections.abc import Callable
 
@@ -66,6 +67,8 @@ class Team:
 def _work(rank: int, size: int, port: int, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
     if size > 1:
+        # sent by the system when the first process dies; a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         timeout = datetime.timedelta(hours=3)
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)

@@ -1,7 +1,10 @@
 """The loop of a stage: its rates, its two checkpoints, and running for a given time."""
 
 import importlib
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,3 +154,43 @@ def refuse(team, what: str) -> None:
 def test_error_of_a_worker_is_said_plainly():
     with pytest.raises(ValueError, match="^no room for latents$"):
         run_team(2, refuse, "latents")
+
+
+ORPHANS = """
+import os, signal, sys, time
+from t2v.team import run_team
+
+def work(team):
+    print(os.getpid(), flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for its background jobs
+    run_team(2, work)
+"""
+
+
+def runs(pid: int) -> bool:
+    """Whether a process does anything still."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_workers_end_with_the_first_process(tmp_path):
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    scripts = Path(teams.__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(scripts)}
+    command = [sys.executable, str(tmp_path / "orphans.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
+        workers = [int(first.stdout.readline()) for _ in range(2)]
+        first.kill()
+    for pid in workers:
+        for _ in range(300):
+            if not runs(pid):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"worker {pid} went on without the first process")

@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.pipelines.tiny_inputs import (
     COGVIDEOX,
+    HEADS,
     HUNYUAN,
     LTX,
     WAN,
@@ -28,6 +29,7 @@ from tests.pipelines.tiny_inputs import (
     latents,
     ltx,
     ltx2,
+    packed,
     padding,
     plain,
     text,
@@ -198,6 +200,24 @@ TINY: dict[str, Tiny] = {
             "rope_double_precision": False,
         },
         ltx2,
+    ),
+    "MiniMaxH3Transformer3DModel": Tiny(
+        {
+            **HEADS,
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "ffn_dim": 24,
+            "in_channels": 4,
+            "audio_in_channels": 3,
+            "text_dim": 16,
+            "freq_dim": 32,
+            "time_embed_hidden_dim": 16,
+            "time_embed_dim": 8,
+            "rope_freq_dim": 2,
+        },
+        packed,
+        before=lambda length: length - 105,
     ),
     "MochiTransformer3DModel": Tiny(
         {

@@ -133,6 +133,28 @@ def coordinates(*stretches: tuple[int, int, int, float]) -> Tensor:
     return torch.cat(parts, 1).expand(B, -1, -1)
 
 
+def packed() -> dict[str, object]:
+    """Text, a picture of the video's size, two frames of another video, sound, and the video."""
+    video = coordinates((1, 5, 7, 6.0), (2, 3, 4, 7.0), (3, 5, 7, 30.0))[0].T
+    tags = torch.tensor([1] * 6 + [0] * (35 + 24) + [2] * 4 + [0] * 105)
+    positions = torch.zeros(len(tags), 3)
+    positions[:6, 0] = torch.arange(6)
+    positions[tags == 0] = video
+    positions[tags == 2, 0] = torch.arange(4) + 30.0
+    return {
+        "hidden_states": torch.randn(B, 35 + 24 + 105, 16),
+        "audio_hidden_states": torch.randn(B, 4, 3),
+        "encoder_hidden_states": text(),
+        "timestep": torch.tensor([0.3, 0.9]),
+        "timestep_indices": ((tags == 0) & (torch.arange(len(tags)) < 65)).long(),
+        "token_tags": tags,
+        "position_ids": positions,
+        "video_indices": (tags == 0).nonzero()[:, 0],
+        "audio_indices": (tags == 2).nonzero()[:, 0],
+        "text_indices": (tags == 1).nonzero()[:, 0],
+    }
+
+
 LTX = {
     "in_channels": 4,
     "out_channels": 4,

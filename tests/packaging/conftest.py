@@ -71,9 +71,21 @@ def checkout(tmp_path_factory):
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in SHIPPED:
         if (ROOT / folder).is_dir():
-            shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+            shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignore)
     for file in SHIPPED_FILES:
         shutil.copy(ROOT / file, copy / file)
+    return copy
+
+
+@pytest.fixture
+def checkout_without_links(checkout, tmp_path):
+    """A copy in which links are what git makes of them where there are none: text files."""
+    copy = shutil.copytree(checkout, tmp_path / "without links", symlinks=True)
+    for path in (copy / "vidattn").iterdir():
+        if path.is_symlink():
+            target = path.readlink()
+            path.unlink()
+            path.write_text(target.as_posix())
     return copy
 
 

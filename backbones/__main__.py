@@ -23,3 +23,7 @@ def main() -> str | None:
     sys.path.insert(0, str(Path(given[0]).resolve().parent))
     runpy.run_path(given[0], run_name="__main__")
     return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
-    # A wheel nests kernels/, pipelines/ and backbones/ in vidattn; a checkout has them beside it and
-    # links to them, which a file system without links turns into text files.
+    # A wheel nests kernels/, pipelines/ and backbones/ in vidattn; a checkout has them beside it,
+    # with links that git writes as text files where there are none.
     __path__.append(str(_HERE.parent))
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Every way to get the package imports it whole, once, and leaves the name `kernels` to its owner."""
+"""Every way to get the package imports it whole and once, and leaves `kernels` to its owner."""
 
 import json
 import subprocess

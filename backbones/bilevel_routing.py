@@ -129,9 +129,10 @@ def attend_by_plan(qkv: Tensor, num_heads: int, side: int, topk: int, scale: flo
     routes = route(means.flatten(1, 2), topk, scale).flatten().int()
     row_start = torch.arange(0, routes.numel() + 1, topk, device=qkv.device)
     num_full = torch.full([B * side * side], topk, dtype=torch.int32, device=qkv.device)
-    lists = BlockLists(B, 1, row_start, num_full, routes)
     order = cells_of_regions(H // side, W // side, side, qkv.device).flatten().int()
-    plan = Plan(Grid(1, H, W), Layout(order, order.numel() // side**2, side**2), lists)
+    block = order.numel() // side**2
+    lists = BlockLists(order, block, B, 1, row_start, num_full, routes)
+    plan = Plan(Grid(1, H, W), Layout(order, block, side**2), lists)
     # (B, n, S, D) each
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4).unbind()
     return attend(q, k, v, plan, scale=scale).transpose(1, 2).reshape(B, H, W, -1)

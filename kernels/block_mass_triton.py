@@ -81,6 +81,8 @@ def dense_mass(
     blocks = torch.arange(order.numel() // block, device=order.device)
     nb = blocks.numel()
     lists = BlockLists(
+        order=order,
+        block=block,
         batch=1,
         heads=1,
         row_start=torch.arange(nb + 1, device=order.device) * nb,
@@ -89,7 +91,7 @@ def dense_mass(
     )
     # only the log-sum-exp is wanted: the keys stand in for the values
     options = {"scale": scale, "key_mask": key_mask}
-    _, lse = block_sparse_attention(q, k, k, order, block, lists, **options)
+    _, lse = block_sparse_attention(q, k, k, lists, **options)
     return block_mass(q, k, lse, order, block, **options), lse
 
 

@@ -52,36 +52,28 @@ def even_block(block: int, smallest: int = TILES[-1]) -> int:
 
 
 def segments(
-    order: Tensor,
-    block: int,
-    lists: BlockLists,
-    *,
-    transposed: bool = False,
-    smallest_tile: int = TILES[-1],
+    lists: BlockLists, *, transposed: bool = False, smallest_tile: int = TILES[-1]
 ) -> Segments:
-    """The segments of a layout and its lists, or of the transposed lists; made once.
+    """The segments of block lists, or of the transposed lists; made once.
 
     Args:
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block.
         lists: which key blocks each query block reads.
         smallest_tile: see ``even_block``.
     """
     key = ("segments", transposed, smallest_tile)
-    kept_order, kept = lists.cache.get(key, (None, None))
-    if kept_order is order:
-        return kept
+    if key in lists.cache:
+        return lists.cache[key]
+    block = lists.block
     even = even_block(block, smallest_tile)
     _warn_of_small_tiles(block, even)
-    slots = pad_blocks(order, block, even, -1)
+    slots = pad_blocks(lists.order, block, even, -1)
     has_gap = (slots.view(-1, even) < 0).any(-1)
     rows = _clear_first(lists.transposed() if transposed else lists, has_gap)
     masks = None
     if lists.masks is not None and len(lists.masks):
         masks = F.pad(lists.masks.to(torch.uint8), (0, even - block, 0, even - block))
-    made = Segments(even, slots, *rows, masks, _box(lists, slots, block, even))
-    lists.cache[key] = order, made
-    return made
+    lists.cache[key] = Segments(even, slots, *rows, masks, _box(lists, slots, even))
+    return lists.cache[key]
 
 
 @lru_cache
@@ -102,11 +94,11 @@ def pad_blocks(x: Tensor, block: int, even: int, value: int) -> Tensor:
     return F.pad(x.view(-1, block), (0, even - block), value=value).flatten()
 
 
-def _box(lists: BlockLists, slots: Tensor, block: int, even: int) -> tuple[Tensor, ...] | None:
+def _box(lists: BlockLists, slots: Tensor, even: int) -> tuple[Tensor, ...] | None:
     box = lists.box
     if box is None:
         return None
-    key, low, high = (pad_blocks(x, block, even, 0) for x in (box.key, box.low, box.high))
+    key, low, high = (pad_blocks(x, lists.block, even, 0) for x in (box.key, box.low, box.high))
     # no box holds the guard bits themselves
     return torch.where(slots < 0, box.guard, key), low, high
 

@@ -34,6 +34,7 @@ SETS = {
     "portable": ("-DVIDATTN_WIDTH=4", "-DVIDATTN_PAIRS=0"),
 }
 BAD_LISTS, NO_MEMORY = 1, 2
+LISTED = ("order", "row_start", "num_full", "key_block", "mask_id", "masks")
 BOX = ("key", "low", "high")
 log = logging.getLogger("vidattn")
 
@@ -42,8 +43,6 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
-    block: int,
     lists: BlockLists,
     *,
     scale: float,
@@ -59,8 +58,6 @@ def block_sparse_attention(
     Args:
         q: (B, H, S, D) float32, bfloat16 or float16 on the CPU.
         k, v: (B, K, S, D), H a multiple of K.
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block.
         lists: which key blocks each query block reads.
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
@@ -73,12 +70,10 @@ def block_sparse_attention(
         ValueError: another device or dtype, or lists that do not fit the tensors.
         CompileError: there is no compiler, or it failed.
     """
-    _check(q, order, block, lists, key_bias)
+    _check(q, lists, key_bias)
     if key_bias is not None:
         key_bias = key_bias.float()
-    return _operator(
-        q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask, key_bias=key_bias
-    )
+    return _operator(q, k, v, lists, scale=scale, key_mask=key_mask, key_bias=key_bias)
 
 
 @constant_result
@@ -137,16 +132,15 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return load(SOURCE, SETS[instruction_set(dtype)])
 
 
-def _check(
-    q: Tensor, order: Tensor, block: int, lists: BlockLists, key_bias: Tensor | None
-) -> None:
+def _check(q: Tensor, lists: BlockLists, key_bias: Tensor | None) -> None:
     if q.device.type not in ("cpu", "meta") or q.dtype not in DTYPES:
         raise ValueError(
             f"the C++ engine takes float32, bfloat16 and float16 on the CPU, got {q.dtype} on "
             f'{q.device}: use backend="torch"'
         )
     B, H, S, _ = q.shape
-    rows, entries = lists.batch * lists.heads * (order.numel() // block), lists.key_block.numel()
+    order, block = lists.order, lists.block
+    rows, entries = lists.batch * lists.heads * lists.num_blocks, lists.key_block.numel()
     sizes = {
         "order": (order.numel() % block, 0),
         "row_start": (lists.row_start.numel(), rows + 1),
@@ -219,14 +213,12 @@ def _run(
     rows: dict[str, Tensor],
     arrays: dict[str, Tensor | None],
     lists: BlockLists,
-    block: int,
     scale: float,
 ) -> None:
     """Call the library; ``rows`` and ``arrays`` are fields of ``Call`` by name."""
     q, bias = rows["q"], arrays["key_bias"]
     B, H, S, D = q.shape
-    arrays = arrays | {name: getattr(lists, name) for name in ("row_start", "num_full")}
-    arrays |= {name: getattr(lists, name) for name in ("key_block", "mask_id", "masks")}
+    arrays = arrays | {name: getattr(lists, name) for name in LISTED}
     if lists.box is not None:
         arrays |= {f"box_{name}": getattr(lists.box, name) for name in BOX}
     # kept until the call returns
@@ -243,8 +235,8 @@ def _run(
         bias_head=0 if bias is None or bias.shape[1] == 1 else S,
         **dict(zip("BHSD", q.shape)),
         K=rows["k"].shape[1],
-        N=arrays["order"].numel(),
-        n=block,
+        N=lists.order.numel(),
+        n=lists.block,
         plan_batch=lists.batch,
         plan_heads=lists.heads,
         num_entries=lists.key_block.numel(),
@@ -263,22 +255,22 @@ def _run(
         raise MemoryError("no memory for the packed blocks of attention")
 
 
-def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias):
+def _forward(q, k, v, lists, scale, key_mask, key_bias):
     q, k, v = (_rows(x) for x in (q, k, v))
     out = _rows(torch.empty_like(q))
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    arrays = {"lse": lse, "order": order, "key_mask": key_mask, "key_bias": key_bias}
-    _run("forward", {"q": q, "k": k, "v": v, "out": out}, arrays, lists, block, scale)
+    arrays = {"lse": lse, "key_mask": key_mask, "key_bias": key_bias}
+    _run("forward", {"q": q, "k": k, "v": v, "out": out}, arrays, lists, scale)
     return out, lse
 
 
-def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
+def _backward(d_out, delta, q, k, v, lse, lists, scale, key_mask, key_bias):
     rows = {"d_out": _rows(d_out), "q": _rows(q), "k": _rows(k), "v": _rows(v)}
     rows |= {f"d_{name}": _rows(torch.empty_like(rows[name])) for name in "qkv"}
     d_bias = None if key_bias is None else torch.empty(q.shape[:3], dtype=torch.float32)
-    arrays = {"lse": lse, "delta": delta, "d_bias": d_bias, "order": order}
+    arrays = {"lse": lse, "delta": delta, "d_bias": d_bias}
     arrays |= {"key_mask": key_mask, "key_bias": key_bias}
-    _run("backward", rows, arrays, lists, block, scale)
+    _run("backward", rows, arrays, lists, scale)
     d_bias = q.new_empty(0) if d_bias is None else d_bias.sum_to_size(key_bias.shape)
     return *(rows[f"d_{name}"] for name in "qkv"), d_bias
 

@@ -36,8 +36,6 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
-    block: int,
     lists: BlockLists,
     *,
     scale: float,
@@ -53,8 +51,6 @@ def block_sparse_attention(
     Args:
         q: (B, H, S, D).
         k, v: (B, K, S, D), H a multiple of K.
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block.
         lists: which key blocks each query block reads.
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
@@ -68,7 +64,7 @@ def block_sparse_attention(
         q, k, v = q.float(), k.float(), v.float()
     if key_bias is not None:
         q, k, v = _with_bias(q, k, v, key_bias / scale)
-    out, lse = _attention(q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask)
+    out, lse = _attention(q, k, v, lists, scale=scale, key_mask=key_mask)
     out = out if key_bias is None else out[..., :-1]
     return out.to(dtype), lse.float()
 
@@ -79,14 +75,14 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
-def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias):
+def _forward(q, k, v, lists, scale, key_mask, key_bias):
     with torch.autocast(q.device.type, enabled=False):
-        return Call(q, k, v, Slots(order, block, key_mask), lists, scale).forward()
+        return Call(q, k, v, lists, scale, key_mask).forward()
 
 
-def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
+def _backward(d_out, delta, q, k, v, lse, lists, scale, key_mask, key_bias):
     with torch.autocast(q.device.type, enabled=False):
-        call = Call(q, k, v, Slots(order, block, key_mask), lists, scale)
+        call = Call(q, k, v, lists, scale, key_mask)
         return *call.backward(d_out, lse, delta), q.new_empty(0)
 
 
@@ -109,7 +105,8 @@ class Call:
         k, v: (B, K, S, D).
     """
 
-    def __init__(self, q, k, v, slots: Slots, lists: BlockLists, scale: float):
+    def __init__(self, q, k, v, lists: BlockLists, scale: float, key_mask: Tensor | None):
+        slots = Slots(lists.order, lists.block, key_mask)
         self.tokens, self.slots, self.lists, self.scale = (q, k, v), slots, lists, scale
         self.q, self.k, self.v = Rows(q), slots.fill(k), slots.fill(v)
         self.dtype = q.dtype

@@ -40,8 +40,6 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
-    block: int,
     lists: BlockLists,
     *,
     scale: float,
@@ -59,8 +57,6 @@ def block_sparse_attention(
     Args:
         q: (B, H, S, D).
         k, v: (B, K, S, D), H a multiple of K.
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block.
         lists: which key blocks each query block reads.
         scale: factor of the scores, above 0.
         key_mask: (B, S) bool, False for keys that nobody may read.
@@ -78,12 +74,10 @@ def block_sparse_attention(
     inputs = (q, k, v, key_bias, gain, shift)
     pulled = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if not pulled and (gain is not None or shift is not None):
-        rest = (order, block, float(scale), key_mask, key_bias)
+        rest = (float(scale), key_mask, key_bias)
         return _compensated(q, k, v, gain, shift, *flatten(lists), *rest)
-    out, lse = _attention(
-        q, k, v, lists, order=order, block=block, scale=scale, key_mask=key_mask, key_bias=key_bias
-    )
-    return compensate(out, order, block, gain, shift), lse
+    out, lse = _attention(q, k, v, lists, scale=scale, key_mask=key_mask, key_bias=key_bias)
+    return compensate(out, lists, gain, shift), lse
 
 
 def check(q: Tensor, scale: float) -> None:
@@ -109,10 +103,10 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _forward(q, k, v, lists, order, block, scale, key_mask, key_bias, gain=None, shift=None):
+def _forward(q, k, v, lists, scale, key_mask, key_bias, gain=None, shift=None):
     from vidattn.kernels import triton_forward
 
-    rows = segments(order, block, lists)
+    rows = segments(lists)
     out, lse = new_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(rows_of, (q, k, v))
     bias = bias_arguments(q, key_mask, key_bias)
@@ -149,10 +143,10 @@ def _per_head(x: Tensor | None, q: Tensor) -> Tensor | None:
     return None if x is None else x.float().expand(*q.shape[:2], *x.shape[2:]).contiguous()
 
 
-def _backward(d_out, delta, q, k, v, lse, lists, order, block, scale, key_mask, key_bias):
+def _backward(d_out, delta, q, k, v, lse, lists, scale, key_mask, key_bias):
     from vidattn.kernels import triton_key_gradient, triton_query_gradient
 
-    rows, columns = (segments(order, block, lists, transposed=turned) for turned in (False, True))
+    rows, columns = (segments(lists, transposed=turned) for turned in (False, True))
     d_q, d_k, d_v = map(new_like, (q, k, v))
     d_out, q, k, v = map(rows_of, (d_out, q, k, v))
     lse, delta = by_slot(lse, rows.order), delta.index_select(2, rows.order.long().clamp_min(0))

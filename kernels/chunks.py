@@ -56,7 +56,7 @@ def make_chunks(
 def _make_chunks(
     lists: BlockLists, block_bytes: int, num_copies: int, heads: tuple[int, int]
 ) -> list[Chunk]:
-    nb = lists.num_rows // (lists.batch * lists.heads)
+    nb = lists.num_blocks
     begin, end = heads[0] * nb, heads[1] * nb
     counts, num_full = lists.counts[begin:end], lists.num_full[begin:end].long()
     # equal counts together, and among them equal numbers of whole blocks

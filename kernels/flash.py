@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidattn.kernels import block_sparse_triton
-from vidattn.kernels.block_lists import BlockLists, Box
+from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.box import Box
 from vidattn.kernels.timing import interleaved_ms
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -51,8 +52,6 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
-    block: int,
     lists: BlockLists,
     *,
     scale: float,
@@ -64,9 +63,8 @@ def block_sparse_attention(
     Args:
         q: (B, H, S, D), D 64 or 128.
         k, v: (B, K, S, D), H a multiple of K.
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block: 64 or 128 on Hopper, 128 or 256 on Blackwell.
-        lists: which key blocks each query block reads.
+        lists: which key blocks each query block reads; a block has 64 or 128 slots on Hopper, 128
+            or 256 on Blackwell.
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
         need_lse: whether to return the log-sum-exp.
@@ -77,7 +75,7 @@ def block_sparse_attention(
     Raises:
         ValueError: something FlashAttention-4 cannot do, with the engine that can.
     """
-    wrong = _unfit(q) or obstacle(q.device) or _unfit_block(q, block)
+    wrong = _unfit(q) or obstacle(q.device) or _unfit_block(q, lists.block)
     if wrong is not None:
         raise ValueError(f'FlashAttention-4 {wrong}: use backend="triton" or backend="torch"')
     # brings in the compiler of PyTorch: seconds that only this engine's users should wait
@@ -87,8 +85,6 @@ def block_sparse_attention(
         q,
         k,
         v,
-        order,
-        block,
         lists,
         scale=scale,
         key_mask=key_mask,
@@ -112,15 +108,15 @@ def _unfit_block(q: Tensor, block: int) -> str | None:
     return f"takes blocks of {blocks[0]} and {blocks[1]} on this GPU, got {block}"
 
 
-def is_faster(q: Tensor, block: int, lists: BlockLists) -> bool:
+def is_faster(q: Tensor, lists: BlockLists) -> bool:
     """Whether it runs such a call and has measured faster than Triton on this device.
 
     The first call for a device, dtype, head dim, block and kind of plan measures, which takes the
     seconds of a compilation; later ones remember.
     """
-    if _unfit(q) or obstacle(q.device) or _unfit_block(q, block):
+    if _unfit(q) or obstacle(q.device) or _unfit_block(q, lists.block):
         return False
-    return _measures_faster(q.device, q.dtype, q.shape[-1], block, lists.box is not None)
+    return _measures_faster(q.device, q.dtype, q.shape[-1], lists.block, lists.box is not None)
 
 
 @lru_cache
@@ -130,8 +126,7 @@ def _measures_faster(
     """Times both engines on random inputs and block lists, once in a process."""
     shape = (1, TIMED_HEADS, TIMED_BLOCKS * block, head_dim)
     q, k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
-    order = torch.arange(shape[2], dtype=torch.int32, device=device)
-    given = (q, k, v, order, block, _random_lists(block, has_box).to(device))
+    given = (q, k, v, _random_lists(block, has_box).to(device))
     scale = head_dim**-0.5
     calls = {
         "flash": lambda: block_sparse_attention(*given, scale=scale, need_lse=False),
@@ -154,12 +149,20 @@ def _random_lists(block: int, has_box: bool) -> BlockLists:
     """A quarter of all blocks; where there is a box, half of them are partial."""
     listed = torch.rand(TIMED_BLOCKS, TIMED_BLOCKS) < TIMED_SHARE
     counts = listed.sum(-1)
-    box, num_full = None, counts
+    box, num_full, num_slots = None, counts, TIMED_BLOCKS * block
+    place = torch.arange(num_slots)
     if has_box:
-        num_slots = TIMED_BLOCKS * block
-        place = torch.arange(num_slots)
         reach = num_slots // 2
         first, last = (place - reach).clamp_min(0), (place + reach).clamp_max(num_slots - 1)
         box, num_full = Box.pack([(num_slots, place, first, last)]), counts // 2
     row_start = F.pad(counts.cumsum(0), (1, 0))
-    return BlockLists(1, 1, row_start, num_full.int(), listed.nonzero()[:, 1].int(), box)
+    return BlockLists(
+        order=place.int(),
+        block=block,
+        batch=1,
+        heads=1,
+        row_start=row_start,
+        num_full=num_full.int(),
+        key_block=listed.nonzero()[:, 1].int(),
+        box=box,
+    )

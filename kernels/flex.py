@@ -27,8 +27,6 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
-    block: int,
     lists: BlockLists,
     *,
     scale: float,
@@ -41,9 +39,7 @@ def block_sparse_attention(
     Args:
         q: (B, H, S, D).
         k, v: (B, K, S, D), H a multiple of K.
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block; a multiple of 16 on a GPU.
-        lists: which key blocks each query block reads.
+        lists: which key blocks each query block reads; on a GPU a block has a multiple of 16 slots.
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
         need_lse: whether to return the log-sum-exp, which FlexAttention lacks on a CPU.
@@ -56,12 +52,12 @@ def block_sparse_attention(
     Raises:
         ValueError: something FlexAttention cannot do on this device.
     """
-    _check(q, k, v, block, need_lse)
-    lists.check(order, block, q.shape[2])
-    slots = Slots(order, block, key_mask)
+    _check(q, k, v, lists.block, need_lse)
+    lists.check(q.shape[2])
+    slots = Slots(lists.order, lists.block, key_mask)
     block_mask = _block_mask(lists, slots, shared=key_mask is None)
     options = {"scale": scale, "block_mask": block_mask, "enable_gqa": q.shape[1] != k.shape[1]}
-    if q.device.type != "cpu" and (chosen := kernel_options or _tiles(block)):
+    if q.device.type != "cpu" and (chosen := kernel_options or _tiles(lists.block)):
         options["kernel_options"] = chosen
     blocks = (slots.fill(x).view(*x.shape[:2], -1, x.shape[-1]) for x in (q, k, v))
     if not need_lse:
@@ -114,10 +110,8 @@ def _tiles(block: int) -> dict[str, int]:
 
 def _block_mask(lists: BlockLists, slots: Slots, *, shared: bool) -> BlockMask:
     """Block lists as FlexAttention wants them; kept with the lists where no key mask is in them."""
-    key = ("flex", slots.block)
-    order, mask = lists.cache.get(key, (None, None))
-    if shared and order is slots.order:
-        return mask
+    if shared and "flex" in lists.cache:
+        return lists.cache["flex"]
     nb = slots.num_blocks
     listed = torch.zeros(lists.num_rows, nb, dtype=torch.bool, device=lists.row_start.device)
     rows, columns = lists.row_of_entry, lists.key_block.long()
@@ -140,7 +134,7 @@ def _block_mask(lists: BlockLists, slots: Slots, *, shared: bool) -> BlockMask:
         mask_mod=rule,
     )
     if shared:
-        lists.cache[key] = slots.order, mask
+        lists.cache["flex"] = mask
     return mask
 
 

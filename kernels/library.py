@@ -12,16 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vidattn.kernels.block_lists import BlockLists, Box
+from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.box import Box
 from vidattn.kernels.derivatives import FORWARD, once, refuse_transforms
 
 # the arguments of an operator that describe the block lists, in the order of `flatten`, and others
 LISTS = (
-    "Tensor row_start, Tensor num_full, Tensor key_block, Tensor? box_key, Tensor? box_low, "
-    "Tensor? box_high, Tensor? mask_id, Tensor? masks, int guard, int batch, int heads"
+    "Tensor order, Tensor row_start, Tensor num_full, Tensor key_block, Tensor? box_key, "
+    "Tensor? box_low, Tensor? box_high, Tensor? mask_id, Tensor? masks, "
+    "int block, int batch, int heads, int guard"
 )
-REST = "Tensor order, int block, float scale, Tensor? key_mask, Tensor? key_bias"
-_NUM_LISTS = LISTS.count(",") + 1
+REST = "float scale, Tensor? key_mask, Tensor? key_bias"
+_NUM_LISTS, _NUM_TENSORS = LISTS.count(",") + 1, LISTS.count("Tensor")
 # lists that are alive, with what engines derived from them, by the id of their key_block
 _alive: weakref.WeakValueDictionary[int, BlockLists] = weakref.WeakValueDictionary()
 
@@ -34,9 +36,9 @@ class Operator:
 
     Args:
         name: of the operator; its backward is ``name_backward``.
-        forward: takes q (B, H, S, D), k and v (B, K, S, D), the block lists, order, block, scale,
-            key_mask and key_bias; gives the output with the natural log-sum-exp (B, H, S), float64
-            for float64 inputs, else float32.
+        forward: takes q (B, H, S, D), k and v (B, K, S, D), the block lists, scale, key_mask and
+            key_bias; gives the output with the natural log-sum-exp (B, H, S), float64 for float64
+            inputs, else float32.
         backward: takes the gradient of the output, ``delta`` (B, H, S), which is what the softmax
             of each row loses, q, k, v, the log-sum-exp, then what ``forward`` takes after v; gives
             the gradients of q, k, v and key_bias, any tensor for the last where there is none.
@@ -70,15 +72,12 @@ class Operator:
         v: Tensor,
         lists: BlockLists,
         *,
-        order: Tensor,
-        block: int,
         scale: float,
         key_mask: Tensor | None,
         key_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output (B, H, S, D) and log-sum-exp (B, H, S)."""
-        rest = (order, block, float(scale), key_mask, key_bias)
-        inputs = (q, k, v, *flatten(lists), *rest)
+        inputs = (q, k, v, *flatten(lists), float(scale), key_mask, key_bias)
         if torch.compiler.is_compiling():
             return self._forward(*inputs)
         refuse_transforms()
@@ -140,29 +139,43 @@ def flatten(lists: BlockLists) -> tuple:
     """The arguments ``LISTS`` of an operator."""
     if not torch.compiler.is_compiling():
         _alive[id(lists.key_block)] = lists
+    return *_tensors(lists), *_numbers(lists)
+
+
+def _tensors(lists: BlockLists) -> tuple[Tensor | None, ...]:
     box = lists.box
     packed = (None, None, None) if box is None else (box.key, box.low, box.high)
-    shape = (0 if box is None else box.guard, lists.batch, lists.heads)
-    held = (lists.row_start, lists.num_full, lists.key_block, *packed, lists.mask_id, lists.masks)
-    return *held, *shape
+    held = (lists.order, lists.row_start, lists.num_full, lists.key_block)
+    return *held, *packed, lists.mask_id, lists.masks
+
+
+def _numbers(lists: BlockLists) -> tuple[int, ...]:
+    return lists.block, lists.batch, lists.heads, 0 if lists.box is None else lists.box.guard
 
 
 def gather(rest: tuple, num_tokens: int) -> tuple:
-    """The block lists, from their tensors, with the arguments after them: order, block and others.
+    """The block lists, from their tensors and numbers, with the arguments after them.
 
     Raises:
-        ValueError: lists or an order that point outside of ``num_tokens`` tokens.
+        ValueError: lists that point outside of ``num_tokens`` tokens.
     """
-    row_start, num_full, key_block, key, low, high, mask_id, masks, guard, batch, heads = rest[
-        :_NUM_LISTS
-    ]
+    tensors, numbers = rest[:_NUM_TENSORS], rest[_NUM_TENSORS:_NUM_LISTS]
+    order, row_start, num_full, key_block, key, low, high, mask_id, masks = tensors
     lists = _alive.get(id(key_block))
-    if lists is None or lists.key_block is not key_block:
-        box = None if key is None else Box(key, low, high, guard)
-        lists = BlockLists(batch, heads, row_start, num_full, key_block, box, mask_id, masks)
-    rest = rest[_NUM_LISTS:]
-    lists.check(*rest[:2], num_tokens)
-    return lists, *rest
+    if lists is None or not _is_of(lists, tensors, numbers):
+        block, batch, heads, guard = numbers
+        lists = BlockLists(
+            *(order, block, batch, heads, row_start, num_full, key_block),
+            box=None if key is None else Box(key, low, high, guard),
+            mask_id=mask_id,
+            masks=masks,
+        )
+    lists.check(num_tokens)
+    return lists, *rest[_NUM_LISTS:]
+
+
+def _is_of(lists: BlockLists, tensors: tuple, numbers: tuple) -> bool:
+    return _numbers(lists) == numbers and all(a is b for a, b in zip(_tensors(lists), tensors))
 
 
 def new_like(x: Tensor) -> Tensor:

@@ -153,8 +153,7 @@ class Parts:
             pairs = None
             if chunk.first_partial < chunk.count:
                 entries = self._entries(chunk)[:, chunk.first_partial :]
-                n = self._slots.block
-                pairs = partial_bias(self._lists, n, chunk.rows, entries, self._dtype)
+                pairs = partial_bias(self._lists, chunk.rows, entries, self._dtype)
             for part in parts:
                 keys = None
                 if self._key_bias is not None and bool(self._is_biased[part.cells].any()):
@@ -172,11 +171,9 @@ class Parts:
         if self._lists.key_block.numel() * num_copies > MAX_KEPT:
             return ((chunk, self._parts(chunk, tables)) for chunk in chunks)
         key = (*self._key, worker, self._key_bias is not None and len(self._key_bias))
-        order, kept = self._lists.cache.get(key, (None, None))
-        if order is not self._slots.order:
-            kept = [(c, list(self._parts(c, tables))) for c in chunks]
-            self._lists.cache[key] = self._slots.order, kept
-        return kept
+        if key not in self._lists.cache:
+            self._lists.cache[key] = [(c, list(self._parts(c, tables))) for c in chunks]
+        return self._lists.cache[key]
 
     def _entries(self, chunk: Chunk) -> Tensor:
         return chunk.first + torch.arange(chunk.count, device=chunk.first.device)

@@ -21,8 +21,8 @@ from vidattn.kernels.quantise import (
 from vidattn.kernels.slots import Slots
 
 SCHEMA = (
-    f"(Tensor q, Tensor k, Tensor v, {LISTS}, Tensor order, int block, float scale, "
-    "Tensor? key_mask, str precision) -> (Tensor, Tensor)"
+    f"(Tensor q, Tensor k, Tensor v, {LISTS}, float scale, Tensor? key_mask, str precision) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -30,8 +30,6 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
-    block: int,
     lists: BlockLists,
     *,
     scale: float,
@@ -49,8 +47,6 @@ def block_sparse_attention(
     Args:
         q: (B, H, S, D).
         k, v: (B, K, S, D), H a multiple of K.
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block.
         lists: which key blocks each query block reads.
         scale: factor of the scores.
         precision: one of ``PRECISIONS``.
@@ -59,11 +55,11 @@ def block_sparse_attention(
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
     """
-    rest = (order, block, float(scale), key_mask, precision)
-    return _attention(q, k, v, *flatten(lists), *rest)
+    return _attention(q, k, v, *flatten(lists), float(scale), key_mask, precision)
 
 
-def _forward(q, k, v, lists, order, block, scale, key_mask, precision):
+def _forward(q, k, v, lists, scale, key_mask, precision):
+    order, block = lists.order, lists.block
     mean = k.mean(2, dtype=torch.float32)
     rough_q = _rough(q, order, block, *quantise_blocks(q, order, block))
     rough_k = _rough(k, order, block, *quantise_blocks(k, order, block, mean))
@@ -73,7 +69,7 @@ def _forward(q, k, v, lists, order, block, scale, key_mask, precision):
         codes, scales = quantise_channels(v, order, levels.values)
         rough_v = Slots(order, block, None).read(codes * scales[:, :, None], v)
     with torch.autocast(q.device.type, enabled=False):
-        call = _Rounded(rough_q, rough_k, rough_v, Slots(order, block, key_mask), lists, scale)
+        call = _Rounded(rough_q, rough_k, rough_v, lists, scale, key_mask)
         call.levels = levels.weights
         out, lse = call.forward()
     mean = mean.repeat_interleave(q.shape[1] // k.shape[1], dim=1)

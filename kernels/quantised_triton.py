@@ -30,8 +30,6 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    order: Tensor,
-    block: int,
     lists: BlockLists,
     *,
     scale: float,
@@ -43,8 +41,6 @@ def block_sparse_attention(
     Args:
         q: (B, H, S, D).
         k, v: (B, K, S, D), H a multiple of K.
-        order: (N,) int32, token in each slot, -1 for an empty slot.
-        block: slots to a block.
         lists: which key blocks each query block reads.
         scale: factor of the scores, above 0.
         precision: "int8_qk" or "int8".
@@ -62,15 +58,14 @@ def block_sparse_attention(
         wrong = f"have no precision {precision!r}"
     if wrong is not None:
         raise ValueError(f'the Triton kernels for integers {wrong}: use backend="torch"')
-    rest = (order, block, float(scale), key_mask, precision)
-    return _attention(q, k, v, *flatten(lists), *rest)
+    return _attention(q, k, v, *flatten(lists), float(scale), key_mask, precision)
 
 
-def _forward(q, k, v, lists, order, block, scale, key_mask, precision):
+def _forward(q, k, v, lists, scale, key_mask, precision):
     from vidattn.kernels.triton_quantised import quantised_kernel
 
     rounded = WEIGHTS[PRECISIONS[precision].weights]
-    rows = segments(order, block, lists, smallest_tile=SMALLEST_TILE)
+    rows = segments(lists, smallest_tile=SMALLEST_TILE)
     out, lse = fake(q)
     q, k, v = map(plain.rows_of, (q, k, v))
     mean = k.mean(2, dtype=torch.float32)

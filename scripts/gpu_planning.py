@@ -57,6 +57,5 @@ def _planned(sizes: Sizes, name: str, options: dict) -> dict:
 def _prepare(plan: Plan | HeadPlan) -> None:
     """What a kernel needs of a plan once."""
     for part in plan.plans if isinstance(plan, HeadPlan) else (plan,):
-        layout = part.layout
-        part.lists.check(layout.order, layout.block, plan.grid.num_tokens)
-        segments(layout.order, layout.block, part.lists)
+        part.lists.check(plan.grid.num_tokens)
+        segments(part.lists)

@@ -9,12 +9,18 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import vidattn
-from tests.kernels.attention_cases import random_blocks, random_inputs, relative_rms, striped
+from tests.kernels.attention_cases import (
+    random_blocks,
+    random_inputs,
+    relative_rms,
+    striped,
+    with_order,
+)
 from vidattn import attention
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
 from vidattn.head_plan import HeadPlan, join
-from vidattn.kernels.block_lists import Box
+from vidattn.kernels.box import Box
 from vidattn.methods import create_method
 from vidattn.plan import Plan
 
@@ -219,7 +225,7 @@ HAND_MADE = {
     ),
     "a block below": (lambda p: changed(p, key_block=p.lists.key_block - 1), "lists blocks -1 to"),
     "a token outside": (
-        lambda p: replace(p, layout=replace(p.layout, order=p.layout.order + 1)),
+        lambda p: with_order(p, p.layout.order + 1),
         "holds tokens 0 to 76; -1 to 75 fit its grid",
     ),
     "a mask outside": (lambda p: changed(p, mask_id=p.lists.mask_id + 9**4), "names masks"),

@@ -1,11 +1,13 @@
 """Plans: the block lists say exactly what the rule said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.grids import AWKWARD
 from vidattn.grid import Grid, raster_layout, tile_layout
-from vidattn.kernels.block_lists import check_packable
+from vidattn.kernels.box import check_packable
 from vidattn.methods import create_method
 from vidattn.plan import Plan
 
@@ -111,3 +113,13 @@ def test_plan_moves_between_devices():
     plan = create_method("neighborhood", window=3).plan(Grid(3, 5, 7))
     meta = plan.to("meta")
     assert meta.layout.order.device.type == meta.lists.box.key.device.type == "meta"
+
+
+def test_lists_of_another_layout_are_refused():
+    grid = Grid(2, 4, 4)
+    plan = create_method("dense").plan(grid)
+    layout = replace(plan.layout, order=plan.layout.order.flip(0))
+    with pytest.raises(ValueError, match="lists are of another layout"):
+        Plan(grid, layout, plan.lists)
+    with pytest.raises(ValueError, match="lists are of another layout"):
+        Plan(grid, plan.layout, replace(plan.lists, block=plan.layout.block // 2))

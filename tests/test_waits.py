@@ -22,10 +22,9 @@ def as_on_a_gpu(monkeypatch):
 
 def prepare(plan):
     """What a Triton kernel needs of a plan beside its tensors."""
-    layout = plan.layout
     assert not plan.is_dense and 0 < plan.density <= plan.visited_density
-    plan.lists.check(layout.order, layout.block, plan.grid.num_tokens)
-    segments(layout.order, layout.block, plan.lists)
+    plan.lists.check(plan.grid.num_tokens)
+    segments(plan.lists)
 
 
 def test_a_search_waits_less_than_ten_times():

@@ -215,7 +215,7 @@ def _attend(
         # its kernel adds them to what it writes
         return _run(block_sparse_triton.block_sparse_attention, *call, gain=gain, shift=shift)
     out, lse = _ENGINES[engine](*call, need_lse=need_lse)
-    return compensate(out, plan.layout.order, plan.layout.block, gain, shift), lse
+    return compensate(out, plan.lists, gain, shift), lse
 
 
 def _quantised(q, k, v, plan, scale, key_mask, backend) -> tuple[Tensor, Tensor]:
@@ -234,7 +234,7 @@ def _quantised(q, k, v, plan, scale, key_mask, backend) -> tuple[Tensor, Tensor]
     attention = _QUANTISED[backend].block_sparse_attention
     out, lse = _run(attention, q, k, v, plan, scale, key_mask, precision=plan.precision)
     gain, shift = _compensation(v, plan, key_mask, q.shape[1])
-    return compensate(out, plan.layout.order, plan.layout.block, gain, shift), lse
+    return compensate(out, plan.lists, gain, shift), lse
 
 
 @lru_cache
@@ -281,14 +281,13 @@ def _is_for_flash(q, k, v, plan, key_mask) -> bool:
     simple = key_mask is None and plan.lists.masks is None
     if pulled or not simple or torch.compiler.is_compiling():
         return False
-    return flash.is_faster(q, plan.layout.block, plan.lists)
+    return flash.is_faster(q, plan.lists)
 
 
 def _run(attention: Callable, q, k, v, plan, scale, key_mask, **options):
     """Attention of an engine over the lists of a plan."""
-    layout, lists = plan.layout, plan.lists
     options |= {"scale": scale, "key_mask": key_mask}
-    return attention(q, k, v, layout.order, layout.block, lists, **options)
+    return attention(q, k, v, plan.lists, **options)
 
 
 def _torch(*call, need_lse):

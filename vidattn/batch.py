@@ -60,7 +60,7 @@ def _by_head(plan: Plan | HeadPlan, num_heads: int) -> Iterator[tuple[Plan, list
             None if x is None else x.expand(1, count, *x.shape[2:]).transpose(0, 1)
             for x in (part.gain, part.rest)
         )
-        lists = replace(lists, batch=count, heads=1, cache={})
+        lists = replace(lists, batch=count, heads=1)
         yield replace(part, lists=lists, gain=gain, rest=rest, memory=()), heads
 
 

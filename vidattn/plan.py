@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vidattn.grid import Grid, Layout, Size, dilation_order, tile_layout
-from vidattn.kernels.block_lists import BlockLists, Box, partial_mask
+from vidattn.kernels.block_lists import BlockLists, partial_mask
+from vidattn.kernels.box import Box
 from vidattn.kernels.quantise import PRECISIONS
 from vidattn.registry import unknown
 
@@ -48,10 +49,17 @@ class Plan:
     def __post_init__(self):
         if self.precision is not None and self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        layout, lists = self.layout, self.lists
+        if lists.order is not layout.order or lists.block != layout.block:
+            raise ValueError(
+                f"the lists are of another layout, {lists.order.numel()} slots in blocks of "
+                f"{lists.block}, than the plan's {layout.order.numel()} in blocks of "
+                f"{layout.block}: make them with its order and its block"
+            )
         # found out now: a compiler that traces attention could not
-        entries = self.lists.num_rows * self.layout.num_blocks
+        entries = lists.num_rows * layout.num_blocks
         is_plain = all(x is None for x in (self.gain, self.rest, self.precision))
-        is_whole = is_plain and self.lists.key_block.numel() == entries
+        is_whole = is_plain and lists.key_block.numel() == entries
         if is_whole and not self.device.type == "meta":
             is_whole = self._num_partial == 0
         object.__setattr__(self, "is_dense", is_whole)
@@ -119,14 +127,14 @@ class Plan:
     def mask(self) -> Tensor:
         """(B|1, H|1, S, S) bool in sequence order, query by key; for tests and pictures."""
         lists, n, nb = self.lists, self.layout.block, self.layout.num_blocks
-        lists.check(self.layout.order, n, self.grid.num_tokens)
+        lists.check(self.grid.num_tokens)
         blocks = torch.zeros(lists.num_rows * nb, n, n, dtype=torch.bool, device=self.device)
         cell = lists.row_of_entry * nb + lists.key_block
         blocks[cell] = True
         partial = lists.is_partial.nonzero().flatten()
         if partial.numel():
             query = lists.row_of_entry[partial] % nb
-            blocks[cell[partial]] = partial_mask(lists, n, query, partial[:, None])[:, :, 0]
+            blocks[cell[partial]] = partial_mask(lists, query, partial[:, None])[:, :, 0]
         slots = blocks.view(-1, nb, nb, n, n).transpose(2, 3).reshape(-1, nb * n, nb * n)
         slot = self.layout.slot_of_token
         return slots[:, slot[:, None], slot].unflatten(0, (lists.batch, lists.heads))
@@ -145,7 +153,7 @@ class Plan:
             some = partial[begin : begin + ROWS_AT_ONCE]
             query = row[some] % nb
             pairs = live[query][:, :, None] & live[key[some]][:, None]
-            seen = partial_mask(lists, n, query, some[:, None])[:, :, 0] & pairs
+            seen = partial_mask(lists, query, some[:, None])[:, :, 0] & pairs
             share[row[some], key[some]] = seen.sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)
         nv = self.layout.num_video_blocks
         return share.view(lists.batch, lists.heads, nb, nb)[..., :nv, :nv]
@@ -153,7 +161,7 @@ class Plan:
     def summary(self) -> dict[str, float | int | str]:
         """Figures worth printing: densities, blocks and memory."""
         lists, box = self.lists, self.lists.box
-        tensors = [self.layout.order, lists.row_start, lists.num_full, lists.key_block]
+        tensors = [lists.order, lists.row_start, lists.num_full, lists.key_block]
         tensors += [lists.mask_id, lists.masks, self.gain, self.rest, *self.memory]
         if box is not None:
             tensors += [box.key, box.low, box.high]
@@ -178,7 +186,8 @@ class Plan:
             gain, rest = (None if x is None else x.to(device) for x in (self.gain, self.rest))
             lists, memory = self.lists.to(device), tuple(x.to(device) for x in self.memory)
             changes = {"lists": lists, "gain": gain, "rest": rest, "memory": memory}
-            self._copies[device] = replace(self, layout=self.layout.to(device), **changes)
+            layout = replace(self.layout, order=lists.order)
+            self._copies[device] = replace(self, layout=layout, **changes)
         return self._copies[device]
 
     @cached_property
@@ -228,6 +237,8 @@ class Plan:
         pieces = blocks.flatten(0, 2).split(_rows_at_once(blocks.device, nb))
         counts = torch.cat([rows.sum(-1) for rows in pieces])
         lists = BlockLists(
+            order=layout.order,
+            block=layout.block,
             batch=blocks.shape[0],
             heads=blocks.shape[1],
             row_start=_row_start(counts),
@@ -257,9 +268,8 @@ class Plan:
             query = (query[:, None] * num_tiles + axis_query).flatten()
             key = (key[:, None] * num_tiles + axis_key).flatten()
             whole = (whole[:, None] & axis_whole).flatten()
-        row_start, num_full, key_block, _ = _compress(layout, query, key, whole)
-        box = _pack(grid, layout, windows, dilation)
-        return cls(grid, layout, BlockLists(1, 1, row_start, num_full, key_block, box=box))
+        lists = _compress(layout, query, key, whole)
+        return cls(grid, layout, replace(lists, box=_pack(grid, layout, windows, dilation)))
 
     @classmethod
     def from_rule(
@@ -282,10 +292,9 @@ class Plan:
         masks, mask_of_pair = torch.unique(visible[~whole], dim=0, return_inverse=True)
         mask_id = torch.full((layout.num_blocks,) * 2, -1, dtype=torch.int32)
         mask_id[:nv, :nv][~whole] = mask_of_pair.int()
-        row_start, num_full, key_block, row = _compress(layout, query, key, whole[query, key])
-        ids = mask_id[row, key_block.long()]
-        lists = BlockLists(1, 1, row_start, num_full, key_block, mask_id=ids, masks=masks)
-        return cls(grid, layout, lists)
+        lists = _compress(layout, query, key, whole[query, key])
+        ids = mask_id[lists.row_of_entry, lists.key_block.long()]
+        return cls(grid, layout, replace(lists, mask_id=ids, masks=masks))
 
 
 def _rows_at_once(device: torch.device, num_blocks: int) -> int:
@@ -296,13 +305,8 @@ def _row_start(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _compress(
-    layout: Layout, query: Tensor, key: Tensor, whole: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compressed rows from (E,) video block pairs in any order, with the blocks of text added.
-
-    Returns the row starts, the number of whole blocks of each row, and (E,) key blocks and rows.
-    """
+def _compress(layout: Layout, query: Tensor, key: Tensor, whole: Tensor) -> BlockLists:
+    """The lists of (E,) video block pairs in any order, with the blocks of text added."""
     nv, nb = layout.num_video_blocks, layout.num_blocks
     blocks = torch.arange(nb)
     beside = torch.cartesian_prod(blocks[:nv], blocks[nv:]).view(-1, 2)
@@ -313,7 +317,15 @@ def _compress(
     order = ((query * 2 + partial) * nb + key).argsort()
     counts = torch.bincount(query, minlength=nb)
     num_full = torch.bincount(query[~partial], minlength=nb)
-    return _row_start(counts), num_full.int(), key[order].int(), query[order]
+    return BlockLists(
+        order=layout.order,
+        block=layout.block,
+        batch=1,
+        heads=1,
+        row_start=_row_start(counts),
+        num_full=num_full.int(),
+        key_block=key[order].int(),
+    )
 
 
 def _tile_pairs(first: Tensor, last: Tensor, edge: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from fuzzing.cases import Wrong
 from torch import Tensor
 
 from vidattn.head_plan import HeadPlan
-from vidattn.kernels.block_lists import Box
+from vidattn.kernels.box import Box
 from vidattn.plan import Plan
 
 # relative root mean square, outputs and gradients alike

@@ -1,5 +1,7 @@
 """Plans, inputs and the float64 answer that engines are compared with."""
 
+from dataclasses import replace
+
 import torch
 
 from vidattn.attention import attend
@@ -30,6 +32,12 @@ def random_blocks(grid: Grid, *, batch=2, heads=4, share=0.4) -> Plan:
     blocks = torch.rand(batch, heads, nv, nv) < share
     blocks[:, :, nv // 2] = False
     return Plan.from_blocks(grid, layout, blocks)
+
+
+def with_order(plan: Plan, order: torch.Tensor) -> Plan:
+    """The plan with other tokens in its slots."""
+    layout, lists = replace(plan.layout, order=order), replace(plan.lists, order=order)
+    return replace(plan, layout=layout, lists=lists)
 
 
 def striped(query, key):

@@ -20,6 +20,7 @@ from tests.kernels.attention_cases import (
     relative_rms,
     results,
     striped,
+    with_order,
 )
 from vidattn import attention
 from vidattn.attention import attend
@@ -59,9 +60,8 @@ def run(inputs, plan, scale=None, key_mask=None, key_bias=None):
 
 
 def sparse(plan, scale, key_mask, q, k, v, key_bias=None):
-    layout = plan.layout
     options = {"scale": scale, "key_mask": key_mask, "key_bias": key_bias}
-    return block_sparse_attention(q, k, v, layout.order, layout.block, plan.lists, **options)
+    return block_sparse_attention(q, k, v, plan.lists, **options)
 
 
 def dense(plan, scale, key_mask, q, k, v, key_bias=None):
@@ -191,9 +191,8 @@ def test_what_is_not_read_does_no_harm():
 def test_a_token_in_no_slot_gives_nothing():
     grid = Grid(2, 4, 4)
     plan = vidattn.plan("dense", grid)
-    layout = replace(plan.layout, order=torch.where(plan.layout.order == 5, -1, plan.layout.order))
+    plan = with_order(plan, torch.where(plan.layout.order == 5, -1, plan.layout.order))
     q, k, v = (x.requires_grad_() for x in random_inputs(grid)[:3])
-    plan = Plan(grid, layout, plan.lists)
     out, lse = attend(q, k, v, plan, backend="cpp", return_lse=True)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(x[:, :, 5].eq(0).all() for x in (out, *grads))
@@ -297,10 +296,8 @@ def test_bad_lists_are_caught():
     for message, bad in wrong.items():
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, Plan(plan.grid, plan.layout, bad), backend="cpp")
-    order = plan.layout.order + 1
     with pytest.raises(ValueError, match="holds tokens"):
-        layout = replace(plan.layout, order=order)
-        attend(q, k, v, Plan(plan.grid, layout, lists), backend="cpp")
+        attend(q, k, v, with_order(plan, plan.layout.order + 1), backend="cpp")
     with pytest.raises(ValueError, match="key_bias must be of shape"):
         sparse(plan, 1.0, None, q, k, v, torch.zeros(2, 3, RAGGED.num_tokens))
 

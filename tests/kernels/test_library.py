@@ -1,5 +1,8 @@
 """The engines as operators: what compilers, exporters and meta tensors see of them."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ import vidattn
 from tests.kernels import attention_cases as cases
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.kernels import block_sparse_torch
+from vidattn.kernels import block_sparse_torch, library
 from vidattn.plan import Plan
 
 GRID = Grid(2, 5, 7, text=3)
@@ -30,15 +33,7 @@ def leaves(strided=False):
 @pytest.mark.parametrize("strided", [False, True])
 def test_operator_keeps_its_promises(name, strided):
     plan = PLANS[name]()
-    lists, layout = plan.lists, plan.layout
-    box = lists.box
-    packed = (None, None, None) if box is None else (box.key, box.low, box.high)
-    inputs = (
-        *leaves(strided),
-        *(lists.row_start, lists.num_full, lists.key_block, *packed, lists.mask_id, lists.masks),
-        *(0 if box is None else box.guard, lists.batch, lists.heads),
-        *(layout.order, layout.block, 0.25, None, None),
-    )
+    inputs = (*leaves(strided), *library.flatten(plan.lists), 0.25, None, None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.vidattn.block_sparse_torch, inputs, test_utils=tests)
 
@@ -58,6 +53,19 @@ def test_one_graph_holds_attention_and_its_gradient():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_lists_that_share_tensors_are_told_apart():
+    plan = PLANS["masks"]()
+    turned = replace(plan, lists=replace(plan.lists, masks=~plan.lists.masks))
+    q, k, v = (x.detach() for x in leaves())
+    run = torch.compile(partial(attend, backend="torch"), backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        for one in (plan, turned):
+            expected = attend(q, k, v, one, backend="reference")
+            assert cases.relative_rms(attend(q, k, v, one, backend="torch"), expected) < 1e-5
+            assert cases.relative_rms(run(q, k, v, plan=plan), run(q, k, v, plan=turned)) > 0.1
+            assert cases.relative_rms(run(q, k, v, plan=one), expected) < 1e-5
+
+
 def test_exported_program_attends():
     plan = PLANS["blocks"]()
 
@@ -73,9 +81,7 @@ def test_exported_program_attends():
 def test_meta_tensors_give_shapes():
     plan = PLANS["box"]().to("meta")
     q, k, v = (x.detach().to("meta") for x in leaves())
-    out, lse = block_sparse_torch.block_sparse_attention(
-        q, k, v, plan.layout.order, plan.layout.block, plan.lists, scale=0.25
-    )
+    out, lse = block_sparse_torch.block_sparse_attention(q, k, v, plan.lists, scale=0.25)
     assert out.shape == q.shape and out.is_meta
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
 
@@ -86,7 +92,7 @@ def test_key_bias_is_added_to_the_scores(per_head):
     q, k, v = (x.detach() for x in leaves())
     bias = torch.randn(2, 4 if per_head else 1, GRID.num_tokens).requires_grad_()
     out, lse = block_sparse_torch.block_sparse_attention(
-        q, k, v, plan.layout.order, plan.layout.block, plan.lists, scale=0.3, key_bias=bias
+        q, k, v, plan.lists, scale=0.3, key_bias=bias
     )
     scores = 0.3 * q.double() @ k.double().repeat_interleave(2, 1).mT + bias[:, :, None]
     scores = scores.masked_fill(~plan.mask(), -torch.inf)

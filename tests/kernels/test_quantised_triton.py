@@ -94,8 +94,7 @@ def assert_same_integers(codes, expected):
 
 def test_integers_are_those_of_the_twin():
     plan = window()
-    layout = plan.layout
-    rows = block_segments.segments(layout.order, layout.block, plan.lists, smallest_tile=32)
+    rows = block_segments.segments(plan.lists, smallest_tile=32)
     x = torch.randn(2, 2, GRID.num_tokens, 24).half()
     mean = x.mean(2, dtype=torch.float32)
     for shared, along in ((mean, None), (mean[:, :1].contiguous(), torch.empty(x.shape[:3]))):
@@ -124,8 +123,7 @@ def test_operator_keeps_its_promises():
     plan = window().with_precision("int8")
     q, k, v = (x.half() for x in random_inputs(GRID, heads=2, key_heads=1)[:3])
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
-    rest = (plan.layout.order, plan.layout.block, 0.25, None, "int8")
-    given = (q, k, v, *library.flatten(plan.lists), *rest)
+    given = (q, k, v, *library.flatten(plan.lists), 0.25, None, "int8")
     torch.library.opcheck(
         torch.ops.vidattn.quantised_triton, given, test_utils=("test_schema", "test_faketensor")
     )

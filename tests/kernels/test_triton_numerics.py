@@ -49,10 +49,8 @@ def inputs(grid=GRID, *, batch=1, heads=2, key_heads=1, **options):
 
 def run(plan, q, k, v, **options):
     """The engine itself, for what attend does not offer."""
-    layout = plan.layout
-    return block_sparse_triton.block_sparse_attention(
-        q, k, v, layout.order, layout.block, plan.lists, **{"scale": 0.3} | options
-    )
+    options = {"scale": 0.3} | options
+    return block_sparse_triton.block_sparse_attention(q, k, v, plan.lists, **options)
 
 
 @pytest.mark.parametrize("make", [blocks, window, rule])
@@ -163,8 +161,7 @@ def test_equal_inputs_give_equal_bits():
 def test_operator_keeps_its_promises():
     plan = window(Grid(2, 3, 5, text=2))
     leaves = [x.requires_grad_() for x in inputs(plan.grid)[:3]]
-    rest = (plan.layout.order, plan.layout.block, 0.25, None, None)
-    arguments = (*leaves, *library.flatten(plan.lists), *rest)
+    arguments = (*leaves, *library.flatten(plan.lists), 0.25, None, None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.vidattn.block_sparse_triton, arguments, test_utils=tests)
 
@@ -173,8 +170,7 @@ def test_operator_that_compensates_keeps_its_promises():
     plan = blocks(Grid(1, 4, 5))
     q, k, v, *_ = inputs(plan.grid)
     gain, shift = torch.rand(1, 1, plan.layout.num_blocks), None
-    rest = (plan.layout.order, plan.layout.block, 0.25, None, None)
-    arguments = (q, k, v, gain, shift, *library.flatten(plan.lists), *rest)
+    arguments = (q, k, v, gain, shift, *library.flatten(plan.lists), 0.25, None, None)
     operator = torch.ops.vidattn.block_sparse_triton_compensated
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -248,7 +244,7 @@ def test_blocks_that_run_in_small_tiles_are_told_once(block, slow, caplog):
     block_segments._warn_of_small_tiles.cache_clear()
     plan = vidattn.plan("neighborhood", Grid(1, 1, 3 * block), window=(1, 1, 9), tile=(1, 1, block))
     for transposed in (False, True):
-        block_segments.segments(plan.layout.order, block, plan.lists, transposed=transposed)
+        block_segments.segments(plan.lists, transposed=transposed)
     assert caplog.text.count(f"blocks of {block} tokens run in tiles of 32") == slow
 
 

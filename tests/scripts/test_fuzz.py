@@ -67,10 +67,8 @@ def without_a_block(q, k, v, plan, *rest):
     start = lists.row_start.clamp(max=lists.key_block.numel() - 1)
     num_full = torch.minimum(lists.num_full, start.diff().int())
     ids = None if lists.mask_id is None else lists.mask_id[:-1]
-    short = replace(
-        lists, row_start=start, num_full=num_full, key_block=lists.key_block[:-1], mask_id=ids,
-        cache={},
-    )  # fmt: skip
+    keys = lists.key_block[:-1]
+    short = replace(lists, row_start=start, num_full=num_full, key_block=keys, mask_id=ids)
     return q, k, v, replace(plan, lists=short), *rest
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vidattn.grid import Grid
-from vidattn.kernels.block_lists import check_packable
+from vidattn.kernels.box import check_packable
 from vidattn.methods.neighborhood import axis_window
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan

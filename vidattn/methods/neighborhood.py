@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from vidattn.grid import Grid, Size
-from vidattn.kernels.block_lists import check_packable
+from vidattn.kernels.box import check_packable
 from vidattn.method import as_size
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan, Window

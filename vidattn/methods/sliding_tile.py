@@ -17,7 +17,7 @@ import torch
 
 from vidattn.content import check_share
 from vidattn.grid import Grid, Size, block_tokens
-from vidattn.kernels.block_lists import check_packable
+from vidattn.kernels.box import check_packable
 from vidattn.method import as_size
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan, Window

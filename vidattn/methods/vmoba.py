@@ -233,5 +233,4 @@ def _masked(lists: BlockLists, mask_id: Tensor, masks: Tensor) -> BlockLists:
         key_block=lists.key_block[order],
         mask_id=mask_id[order].int(),
         masks=masks,
-        cache={},
     )

@@ -17,7 +17,7 @@ from timm.models import davit, swin_transformer, swin_transformer_v2
 from torch import Tensor, fx, nn
 
 from vidattn.backbones.faster_layers import FASTER_LAYERS, Faster, is_served, is_watched, product
-from vidattn.kernels.block_sparse_cpu import is_available
+from vidattn.kernels.block_sparse_cpu import missing
 from vidattn.kernels.packed_windows import packed_windows
 from vidattn.kernels.window_attention_cpu import window_attention
 from vidattn.kernels.windows import halo_windows
@@ -194,7 +194,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             f"{type(model).__name__} has nothing to accelerate: it needs a {names} of timm, which "
             "is not accelerated yet"
         )
-    if not is_available(torch.float32):
+    if missing(torch.float32):
         raise ValueError("acceleration needs a C++ compiler: install one, or set CXX to it")
     return Acceleration(model)
 

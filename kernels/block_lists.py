@@ -175,6 +175,22 @@ class BlockLists:
                     "make them from one grid"
                 )
 
+    def mask(self, num_tokens: int) -> Tensor:
+        """(B|1, H|1, S, S) bool in sequence order, query by key: what the lists mean."""
+        self.check(num_tokens)
+        n, nb, order = self.block, self.num_blocks, self.order
+        blocks = torch.zeros(self.num_rows * nb, n, n, dtype=torch.bool, device=order.device)
+        cell = self.row_of_entry * nb + self.key_block
+        blocks[cell] = True
+        partial = self.is_partial.nonzero().flatten()
+        if partial.numel():
+            query = self.row_of_entry[partial] % nb
+            blocks[cell[partial]] = partial_mask(self, query, partial[:, None])[:, :, 0]
+        slots = blocks.view(-1, nb, nb, n, n).transpose(2, 3).reshape(-1, nb * n, nb * n)
+        filled = (order >= 0).nonzero().flatten()
+        slot = filled[order[filled].argsort()]
+        return slots[:, slot[:, None], slot].unflatten(0, (self.batch, self.heads))
+
     def transposed(self) -> BlockLists:
         """The lists of the key blocks: which query blocks read each, made once.
 

@@ -13,13 +13,15 @@ from vidattn.kernels.block_segments import even_block, pad_blocks
 from vidattn.kernels.block_sparse_triton import (
     LOG2E,
     architecture_of,
-    block_sparse_attention,
+    attention,
     by_slot,
-    check,
     launch,
     rows_of,
+    unfit,
 )
 from vidattn.kernels.triton_configs import Tile, padded_head_dim, tile
+
+TAKES = ("scale", "key_mask")
 
 
 def block_mass(
@@ -45,11 +47,7 @@ def block_mass(
 
     Returns:
         (B, H, nb, nb) float32, query block by key block.
-
-    Raises:
-        ValueError: something the kernel cannot do.
     """
-    check(q, scale)
     return _block_mass(q, k, lse, order, block, float(scale), key_mask)
 
 
@@ -74,9 +72,6 @@ def dense_mass(
 
     Returns:
         (B, H, nb, nb) float32, query block by key block; (B, H, S) float32, -inf for no keys.
-
-    Raises:
-        ValueError: something the kernels cannot do.
     """
     blocks = torch.arange(order.numel() // block, device=order.device)
     nb = blocks.numel()
@@ -91,8 +86,13 @@ def dense_mass(
     )
     # only the log-sum-exp is wanted: the keys stand in for the values
     options = {"scale": scale, "key_mask": key_mask}
-    _, lse = block_sparse_attention(q, k, k, lists, **options)
+    _, lse = attention(q, k, k, lists, **options)
     return block_mass(q, k, lse, order, block, **options), lse
+
+
+def obstacle(q: Tensor, k: Tensor, *, scale: float, key_mask: Tensor | None = None) -> str | None:
+    """What keeps these kernels from a call, and what to do; None where nothing does."""
+    return unfit(q, scale)
 
 
 @torch.library.custom_op("vidattn::block_mass_triton", mutates_args=())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -34,12 +35,13 @@ SETS = {
     "portable": ("-DVIDATTN_WIDTH=4", "-DVIDATTN_PAIRS=0"),
 }
 BAD_LISTS, NO_MEMORY = 1, 2
+TAKES = ("scale", "key_mask")
 LISTED = ("order", "row_start", "num_full", "key_block", "mask_id", "masks")
 BOX = ("key", "low", "high")
 log = logging.getLogger("vidattn")
 
 
-def block_sparse_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,26 +69,43 @@ def block_sparse_attention(
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
 
     Raises:
-        ValueError: another device or dtype, or lists that do not fit the tensors.
+        ValueError: lists or a bias that do not fit the tensors.
         CompileError: there is no compiler, or it failed.
     """
-    _check(q, lists, key_bias)
+    _check_sizes(q, lists, key_bias)
     if key_bias is not None:
         key_bias = key_bias.float()
     return _operator(q, k, v, lists, scale=scale, key_mask=key_mask, key_bias=key_bias)
 
 
+def obstacle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> str | None:
+    """What keeps this engine from a call of ``attention``, and what to do; None if nothing does."""
+    if q.device.type not in ("cpu", "meta") or q.dtype not in DTYPES:
+        return (
+            f"the C++ engine takes float32, bfloat16 and float16 on the CPU, got {q.dtype} on "
+            f'{q.device}: use backend="torch"'
+        )
+    return missing(q.dtype)
+
+
+@lru_cache
 @constant_result
-def is_available(dtype: torch.dtype) -> bool:
-    """Whether this engine runs a dtype on this machine; why it has no compiler is logged."""
-    if dtype not in DTYPES:
-        return False
+def missing(dtype: torch.dtype) -> str | None:
+    """What keeps this engine from a dtype on this machine, found and logged once."""
     try:
         _library(dtype)
     except CompileError as error:
         log.warning("the C++ engine is not available: %s", error)
-        return False
-    return True
+        return f'the C++ engine is not available: {error}; or use backend="torch"'
+    return None
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -132,12 +151,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return load(SOURCE, SETS[instruction_set(dtype)])
 
 
-def _check(q: Tensor, lists: BlockLists, key_bias: Tensor | None) -> None:
-    if q.device.type not in ("cpu", "meta") or q.dtype not in DTYPES:
-        raise ValueError(
-            f"the C++ engine takes float32, bfloat16 and float16 on the CPU, got {q.dtype} on "
-            f'{q.device}: use backend="torch"'
-        )
+def _check_sizes(q: Tensor, lists: BlockLists, key_bias: Tensor | None) -> None:
     B, H, S, _ = q.shape
     order, block = lists.order, lists.block
     rows, entries = lists.batch * lists.heads * lists.num_blocks, lists.key_block.numel()

@@ -30,9 +30,10 @@ MAX_PLAIN_SCORE = 100.0
 FLOOR = -1e20
 # smaller than any sum of weights, so that dividing by it leaves the 0 of a row without keys
 TINY = 1e-37
+TAKES = ("scale", "key_mask")
 
 
-def block_sparse_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,6 +68,10 @@ def block_sparse_attention(
     out, lse = _attention(q, k, v, lists, scale=scale, key_mask=key_mask)
     out = out if key_bias is None else out[..., :-1]
     return out.to(dtype), lse.float()
+
+
+def obstacle(*tensors: object, **options: object) -> None:
+    """Nothing keeps this engine from a call."""
 
 
 def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:

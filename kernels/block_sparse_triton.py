@@ -16,27 +16,21 @@ from torch import Tensor
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.block_segments import Segments, segments
 from vidattn.kernels.compensation import compensate
+from vidattn.kernels.constant import constant_result
 from vidattn.kernels.library import LISTS, REST, Operator, flatten, gather, new_like
 from vidattn.kernels.triton_configs import Tile, architecture, padded_head_dim, tile
 
 LOG2E = math.log2(math.e)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+TAKES = ("scale", "key_mask", "gain", "shift")
 # the tiles an interpreted kernel runs
 INTERPRETED_AS = 90
 # the log-sum-exp of a query that gets no gradient: every weight is then 0
 NO_QUERY = 1e30
 
 
-def is_available(device: torch.device | str) -> bool:
-    """Whether these kernels run on a device."""
-    if torch.device(device).type != "cuda" or torch.version.hip is not None:
-        return False
-    has_triton = importlib.util.find_spec("triton") is not None
-    return has_triton and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def block_sparse_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -48,7 +42,7 @@ def block_sparse_attention(
     gain: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The result of ``block_sparse_torch.block_sparse_attention``, by Triton kernels.
+    """The result of ``block_sparse_torch.attention``, by Triton kernels.
 
     Gradients reach all of q, k, v, ``key_bias``, ``gain`` and ``shift``, also through the
     log-sum-exp, and are the same bits every time. Where none is wanted, gain and shift cost no pass
@@ -66,11 +60,7 @@ def block_sparse_attention(
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
-
-    Raises:
-        ValueError: something these kernels cannot do, with the engine that can.
     """
-    check(q, scale)
     inputs = (q, k, v, key_bias, gain, shift)
     pulled = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if not pulled and (gain is not None or shift is not None):
@@ -80,8 +70,23 @@ def block_sparse_attention(
     return compensate(out, lists, gain, shift), lse
 
 
-def check(q: Tensor, scale: float) -> None:
-    """Raise ValueError, with the engine that runs, for what the kernels cannot do."""
+def obstacle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> str | None:
+    """What keeps these kernels from a call of ``attention``, and what to do; None if nothing."""
+    return unfit(q, scale)
+
+
+def unfit(q: Tensor, scale: float) -> str | None:
+    """What keeps any of these kernels from such queries, and what to do; None if nothing does."""
     wrong = None
     if q.dtype not in DTYPES:
         wrong = f"take float16, bfloat16 and float32, got {q.dtype}"
@@ -89,14 +94,23 @@ def check(q: Tensor, scale: float) -> None:
         wrong = f"take head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
     elif not scale > 0:
         wrong = f"need a scale above 0, got {scale}"
-    elif torch.compiler.is_compiling() or q.device.type == "meta":
-        return
-    elif importlib.util.find_spec("triton") is None:
-        wrong = "need Triton, which is not installed"
-    elif not (is_available(q.device) or (q.device.type == "cpu" and _is_interpreted())):
-        wrong = f"need an NVIDIA GPU from compute capability 8.0 on, the tensors are on {q.device}"
-    if wrong is not None:
-        raise ValueError(f'the Triton kernels {wrong}: use backend="torch"')
+    elif q.device.type != "meta":
+        wrong = missing(q.device)
+    return None if wrong is None else f'the Triton kernels {wrong}: use backend="torch"'
+
+
+@constant_result
+def missing(device: torch.device) -> str | None:
+    """What these kernels lack on a device; None where nothing is."""
+    if importlib.util.find_spec("triton") is None:
+        return "need Triton, which is not installed"
+    if device.type == "cuda" and torch.version.hip is None:
+        is_fit = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        is_fit = device.type == "cpu" and _is_interpreted()
+    if is_fit:
+        return None
+    return f"need an NVIDIA GPU from compute capability 8.0 on, the tensors are on {device}"
 
 
 def _is_interpreted() -> bool:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidattn.kernels import block_sparse_triton
+from vidattn.kernels import block_sparse_triton, flex
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.box import Box
+from vidattn.kernels.constant import constant_result
 from vidattn.kernels.timing import interleaved_ms
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -24,11 +25,72 @@ HEAD_DIMS = (64, 128)
 BLOCKS = {9: (64, 128), 10: (128, 256)}
 # what is timed to learn whether it is worth choosing
 TIMED_BLOCKS, TIMED_HEADS, TIMED_SHARE = 64, 16, 0.25
+TAKES = ("scale", "key_mask", "need_lse")
 log = logging.getLogger("vidattn")
 
 
-def obstacle(device: torch.device | str) -> str | None:
-    """What keeps this engine from running on a device; None where nothing does."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The result of ``flex.attention``, by kernels of FlashAttention-4.
+
+    Args:
+        q: (B, H, S, D), D 64 or 128.
+        k, v: (B, K, S, D), H a multiple of K.
+        lists: which key blocks each query block reads; a block has 64 or 128 slots on Hopper, 128
+            or 256 on Blackwell.
+        scale: factor of the scores.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+        need_lse: whether to return the log-sum-exp.
+
+    Returns:
+        (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, or None.
+    """
+    return flex.attention(
+        q,
+        k,
+        v,
+        lists,
+        scale=scale,
+        key_mask=key_mask,
+        need_lse=need_lse,
+        kernel_options={"BACKEND": "FLASH"},
+    )
+
+
+def obstacle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    need_lse: bool = True,
+) -> str | None:
+    """What keeps these kernels from a call of ``attention``, and what to do; None if nothing."""
+    if q.dtype not in DTYPES:
+        wrong = f"takes float16 and bfloat16, got {q.dtype}"
+    elif q.shape[-1] not in HEAD_DIMS:
+        wrong = f"takes head dims 64 and 128, got {q.shape[-1]}"
+    else:
+        wrong = missing(q.device) or _unfit_block(q.device, lists.block)
+    if wrong is None:
+        return None
+    return f'FlashAttention-4 {wrong}: use backend="triton" or backend="torch"'
+
+
+@lru_cache
+@constant_result
+def missing(device: torch.device | str) -> str | None:
+    """What these kernels lack on a device; None where nothing is."""
     is_nvidia = torch.cuda.is_available() and torch.version.hip is None
     if torch.device(device).type != "cuda" or not is_nvidia:
         return f"needs an NVIDIA GPU, the tensors are on {device}"
@@ -48,7 +110,15 @@ def _is_installed() -> bool:
         return False
 
 
-def block_sparse_attention(
+@constant_result
+def _unfit_block(device: torch.device, block: int) -> str | None:
+    blocks = BLOCKS[torch.cuda.get_device_capability(device)[0]]
+    if block in blocks:
+        return None
+    return f"takes blocks of {blocks[0]} and {blocks[1]} on this GPU, got {block}"
+
+
+def is_faster(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,64 +127,15 @@ def block_sparse_attention(
     scale: float,
     key_mask: Tensor | None = None,
     need_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """The result of ``flex.block_sparse_attention``, by kernels of FlashAttention-4.
-
-    Args:
-        q: (B, H, S, D), D 64 or 128.
-        k, v: (B, K, S, D), H a multiple of K.
-        lists: which key blocks each query block reads; a block has 64 or 128 slots on Hopper, 128
-            or 256 on Blackwell.
-        scale: factor of the scores.
-        key_mask: (B, S) bool, False for keys that nobody may read.
-        need_lse: whether to return the log-sum-exp.
-
-    Returns:
-        (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, or None.
-
-    Raises:
-        ValueError: something FlashAttention-4 cannot do, with the engine that can.
-    """
-    wrong = _unfit(q) or obstacle(q.device) or _unfit_block(q, lists.block)
-    if wrong is not None:
-        raise ValueError(f'FlashAttention-4 {wrong}: use backend="triton" or backend="torch"')
-    # brings in the compiler of PyTorch: seconds that only this engine's users should wait
-    from vidattn.kernels import flex
-
-    return flex.block_sparse_attention(
-        q,
-        k,
-        v,
-        lists,
-        scale=scale,
-        key_mask=key_mask,
-        need_lse=need_lse,
-        kernel_options={"BACKEND": "FLASH"},
-    )
-
-
-def _unfit(q: Tensor) -> str | None:
-    if q.dtype not in DTYPES:
-        return f"takes float16 and bfloat16, got {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"takes head dims 64 and 128, got {q.shape[-1]}"
-    return None
-
-
-def _unfit_block(q: Tensor, block: int) -> str | None:
-    blocks = BLOCKS[torch.cuda.get_device_capability(q.device)[0]]
-    if block in blocks:
-        return None
-    return f"takes blocks of {blocks[0]} and {blocks[1]} on this GPU, got {block}"
-
-
-def is_faster(q: Tensor, lists: BlockLists) -> bool:
-    """Whether it runs such a call and has measured faster than Triton on this device.
+) -> bool:
+    """Whether a call without obstacle has measured faster than Triton, with the same bits always.
 
     The first call for a device, dtype, head dim, block and kind of plan measures, which takes the
     seconds of a compilation; later ones remember.
     """
-    if _unfit(q) or obstacle(q.device) or _unfit_block(q, lists.block):
+    pulled = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    simple = key_mask is None and lists.masks is None
+    if pulled or not simple or torch.compiler.is_compiling():
         return False
     return _measures_faster(q.device, q.dtype, q.shape[-1], lists.block, lists.box is not None)
 
@@ -129,8 +150,8 @@ def _measures_faster(
     given = (q, k, v, _random_lists(block, has_box).to(device))
     scale = head_dim**-0.5
     calls = {
-        "flash": lambda: block_sparse_attention(*given, scale=scale, need_lse=False),
-        "triton": lambda: block_sparse_triton.block_sparse_attention(*given, scale=scale),
+        "flash": lambda: attention(*given, scale=scale, need_lse=False),
+        "triton": lambda: block_sparse_triton.attention(*given, scale=scale),
     }
     what = f"FlashAttention-4 in {dtype}, head dim {head_dim}, blocks of {block}"
     try:

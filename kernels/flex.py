@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.slots import Slots
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # each shape of the inputs and each kind of rule is compiled once, up to so many
 MAX_SHAPES = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TAKES = ("scale", "key_mask", "need_lse")
 
 
-def block_sparse_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -34,7 +38,7 @@ def block_sparse_attention(
     need_lse: bool = True,
     kernel_options: dict[str, int | str] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The result of ``block_sparse_torch.block_sparse_attention``, by compiled FlexAttention.
+    """The result of ``block_sparse_torch.attention``, by compiled FlexAttention.
 
     Args:
         q: (B, H, S, D).
@@ -48,11 +52,7 @@ def block_sparse_attention(
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, or None.
-
-    Raises:
-        ValueError: something FlexAttention cannot do on this device.
     """
-    _check(q, k, v, lists.block, need_lse)
     lists.check(q.shape[2])
     slots = Slots(lists.order, lists.block, key_mask)
     block_mask = _block_mask(lists, slots, shared=key_mask is None)
@@ -62,35 +62,48 @@ def block_sparse_attention(
     blocks = (slots.fill(x).view(*x.shape[:2], -1, x.shape[-1]) for x in (q, k, v))
     if not need_lse:
         return slots.read(_compiled()(*blocks, **options), q), None
+    from torch.nn.attention.flex_attention import AuxRequest
+
     out, aux = _compiled()(*blocks, **options, return_aux=AuxRequest(lse=True))
     return slots.read(out, q), slots.read(aux.lse[..., None], q).squeeze(-1)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, block: int, need_lse: bool) -> None:
+def obstacle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    need_lse: bool = True,
+) -> str | None:
+    """What keeps FlexAttention from a call of ``attention``, and what to do; None if nothing."""
     if q.dtype not in DTYPES:
-        raise ValueError(
+        return (
             f'FlexAttention takes float32, bfloat16 and float16, got {q.dtype}: use backend="torch"'
         )
     if q.device.type != "cpu":
-        if block % 16 or q.shape[-1] < 16:
-            raise ValueError(
-                "FlexAttention needs blocks of a multiple of 16 tokens and head dims from 16 on a "
-                f"GPU, got {block} and {q.shape[-1]}: choose another tile, or "
-                'backend="torch"'
-            )
-        return
+        if not lists.block % 16 and q.shape[-1] >= 16:
+            return None
+        return (
+            "FlexAttention needs blocks of a multiple of 16 tokens and head dims from 16 on a GPU, "
+            f'got {lists.block} and {q.shape[-1]}: choose another tile, or backend="torch"'
+        )
     if need_lse:
-        raise ValueError(
+        return (
             'FlexAttention gives no log-sum-exp on a CPU: use backend="torch", or do not ask for it'
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise ValueError(
-            'FlexAttention has no backward on a CPU: use backend="torch", or torch.no_grad()'
-        )
+        return 'FlexAttention has no backward on a CPU: use backend="torch", or torch.no_grad()'
+    return None
 
 
 @lru_cache
 def _compiled() -> Callable:
+    # brings in the compiler of PyTorch: seconds that only this engine's users should wait
+    from torch.nn.attention.flex_attention import flex_attention
+
     # fullgraph: where it cannot be compiled it raises, it never runs with an N by N matrix instead;
     # dynamic: the C++ code made for unknown lengths does not compile
     compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
@@ -112,6 +125,8 @@ def _block_mask(lists: BlockLists, slots: Slots, *, shared: bool) -> BlockMask:
     """Block lists as FlexAttention wants them; kept with the lists where no key mask is in them."""
     if shared and "flex" in lists.cache:
         return lists.cache["flex"]
+    from torch.nn.attention.flex_attention import BlockMask
+
     nb = slots.num_blocks
     listed = torch.zeros(lists.num_rows, nb, dtype=torch.bool, device=lists.row_start.device)
     rows, columns = lists.row_of_entry, lists.key_block.long()

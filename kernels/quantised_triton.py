@@ -18,15 +18,12 @@ from vidattn.kernels.quantised import SCHEMA, fake
 from vidattn.kernels.triton_configs import quantising_tile, tile
 
 DTYPES = (torch.float16, torch.bfloat16)
+# integers that weights become, and whether the kernel then rounds them
 WEIGHTS = {None: False, LEVELS: True}
+TAKES = ("scale", "key_mask", "precision")
 
 
-def runs(precision: str) -> bool:
-    """Whether the kernel has this precision: weights are 8-bit integers or no integers."""
-    return PRECISIONS[precision].weights in WEIGHTS
-
-
-def block_sparse_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -36,7 +33,7 @@ def block_sparse_attention(
     precision: str,
     key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The result of ``quantised.block_sparse_attention``, by Triton kernels.
+    """The result of ``quantised.attention``, by Triton kernels.
 
     Args:
         q: (B, H, S, D).
@@ -48,17 +45,30 @@ def block_sparse_attention(
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
-
-    Raises:
-        ValueError: something these kernels cannot do, with the engine that can.
     """
-    plain.check(q, scale)
-    wrong = f"take float16 and bfloat16, got {q.dtype}" if q.dtype not in DTYPES else None
-    if not runs(precision):
-        wrong = f"have no precision {precision!r}"
-    if wrong is not None:
-        raise ValueError(f'the Triton kernels for integers {wrong}: use backend="torch"')
     return _attention(q, k, v, *flatten(lists), float(scale), key_mask, precision)
+
+
+def obstacle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    precision: str,
+    key_mask: Tensor | None = None,
+) -> str | None:
+    """What keeps these kernels from a call of ``attention``, and what to do; None if nothing."""
+    if (wrong := plain.unfit(q, scale)) is not None:
+        return wrong
+    if q.dtype not in DTYPES:
+        wrong = f"take float16 and bfloat16, got {q.dtype}"
+    elif PRECISIONS[precision].weights not in WEIGHTS:
+        wrong = f"have no precision {precision!r}"
+    return (
+        None if wrong is None else f'the Triton kernels for integers {wrong}: use backend="torch"'
+    )
 
 
 def _forward(q, k, v, lists, scale, key_mask, precision):

@@ -1,12 +1,48 @@
 """Dense masked attention in float64: what every engine is measured against.
 
-Letters: B batch, H heads, S tokens, D head dim.
+Letters: B batch, H query heads, K key heads, S tokens, D head dim.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from vidattn.kernels.block_lists import BlockLists
+
+TAKES = ("scale", "key_mask")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over listed blocks.
+
+    Args:
+        q: (B, H, S, D).
+        k, v: (B, K, S, D), H a multiple of K.
+        lists: which key blocks each query block reads.
+        scale: factor of the scores.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+
+    Returns:
+        (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    mask = lists.mask(q.shape[2])
+    if key_mask is not None:
+        mask = mask & key_mask[:, None, None]
+    return masked_attention(q, k, v, mask, scale)
+
+
+def obstacle(*tensors: object, **options: object) -> None:
+    """Nothing keeps this engine from a call."""
 
 
 def masked_attention(

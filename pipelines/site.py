@@ -235,8 +235,9 @@ class Site:
         if turn:
             q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
             keys = None if keys is None else keys.roll(-turn, 1)
-        out = attend(q, k, v, plan, scale=call.scale, key_mask=keys)
-        return out.roll(turn, 2) if turn else out, engines_of(q, k, v, plan, keys)
+        given = {"scale": call.scale, "key_mask": keys}
+        out, engines = attend(q, k, v, plan, **given), engines_of(q, k, v, plan, **given)
+        return out.roll(turn, 2) if turn else out, engines
 
 
 def _why_not_caught() -> str:

@@ -85,7 +85,7 @@ def checks(device: str, engine: str) -> Iterator[Check]:
             yield from (_attention(engine, *kind, dtype, head_dim, device) for kind in kinds)
     # what cross-checks ours takes minutes to compile: once for each kind
     if device == "cuda":
-        peers = ["flex"] if flash.obstacle(device) else ["flex", "flash"]
+        peers = ["flex"] if flash.missing(device) else ["flex", "flash"]
         for peer in (*peers, "torch"):
             yield from (_attention(peer, *kind, bf16, 128, device) for kind in kinds)
 

@@ -39,7 +39,7 @@ def peers(sizes: Sizes) -> Iterator[Row]:
     """FlexAttention, and FlashAttention-4 where it is installed, on plans that ours run too."""
     if sizes.device == "cpu":
         return
-    engines = ["flex"] if flash.obstacle(sizes.device) else ["flex", "flash"]
+    engines = ["flex"] if flash.missing(sizes.device) else ["flex", "flash"]
     for name, tile in zip(("long", "short"), sizes.tiles):
         plan, given = sizes.random_blocks(tile), sizes.inputs()
         for engine in engines:

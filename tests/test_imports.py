@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # the three folders beside it and scripts/.
 LAYERS = (
     {"grid", "registry", "resources", "table", "kernels", "steady"},
-    {"plan", "tiles", "gpus", "video_models", "config", "inputs"},
+    {"plan", "tiles", "gpus", "video_models", "config", "inputs", "engines"},
     {"head_plan", "visible", "catalog"},
     {"method", "reorder", "rectification", "batch"},
     {"content", "calibration"},

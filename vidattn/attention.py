@@ -1,38 +1,24 @@
-"""Runs a plan: the only place where an engine is chosen.
+"""Runs a plan on the engine that is chosen for it.
 
 Letters: B batch, H heads, S tokens, D head dim.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from vidattn.engines import BACKENDS, ENGINES, QUANTISED, choose, taken
 from vidattn.head_plan import HeadPlan
 from vidattn.inputs import check_inputs
-from vidattn.kernels import (
-    block_sparse_cpu,
-    block_sparse_torch,
-    block_sparse_triton,
-    flash,
-    quantised,
-    quantised_triton,
-    reference,
-)
 from vidattn.kernels.compensation import compensate
-from vidattn.kernels.constant import constant_result
 from vidattn.kernels.dense import dense_attention
 from vidattn.kernels.pooled_scores import block_means
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 from vidattn.steady import cast_by_autocast
-
-BACKENDS = ("auto", "triton", "cpp", "torch", "flex", "flash", "reference")
-log = logging.getLogger("vidattn")
 
 
 def attend(
@@ -127,6 +113,8 @@ def engines_of(
     k: Tensor,
     v: Tensor,
     plan: Plan | HeadPlan,
+    *,
+    scale: float | None = None,
     key_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[str, ...]:
@@ -134,21 +122,13 @@ def engines_of(
 
     "pytorch" is PyTorch's own attention, which dense plans run on.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     plans = plan.plans if isinstance(plan, HeadPlan) else (plan,)
-    return tuple(sorted({_engine(q, k, v, one, key_mask, backend, False) for one in plans}))
-
-
-def _engine(q, k, v, plan: Plan, key_mask: Tensor | None, backend: str, need_lse: bool) -> str:
-    """What runs a plan."""
-    if backend != "auto":
-        return backend
-    if plan.precision is not None:
-        return _auto_quantised(q.device, q.dtype, plan.precision)
-    if plan.is_dense and not need_lse:
-        return "pytorch"
-    engine = _auto_engine(q.device, q.dtype)
-    is_for_flash = engine == "triton" and _is_for_flash(q, k, v, plan, key_mask)
-    return "flash" if is_for_flash else engine
+    names = {
+        _engine((q, k, v, one.lists), one, backend, _options(one, scale, key_mask, False))
+        for one in plans
+    }
+    return tuple(sorted(names))
 
 
 def _attend_by_heads(
@@ -202,48 +182,58 @@ def _attend(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     _check_lists(q, plan)
-    scale *= plan.sharpness
-    engine = _engine(q, k, v, plan, key_mask, backend, need_lse)
-    if plan.precision is not None:
-        return _quantised(q, k, v, plan, scale, key_mask, engine)
-    if engine == "pytorch":
+    _check_gradient(q, k, v, plan)
+    call, options = (q, k, v, plan.lists), _options(plan, scale, key_mask, need_lse)
+    name = _engine(call, plan, backend, options)
+    if name == "pytorch":
         mask = None if key_mask is None else key_mask[:, None, None]
-        return dense_attention(q, k, v, mask=mask, scale=scale), None
+        return dense_attention(q, k, v, mask=mask, scale=options["scale"]), None
+    engine = _engines_for(plan)[name]
     gain, shift = _compensation(v, plan, key_mask, q.shape[1])
-    call = (q, k, v, plan, scale, key_mask)
-    if engine == "triton":
-        # its kernel adds them to what it writes
-        return _run(block_sparse_triton.block_sparse_attention, *call, gain=gain, shift=shift)
-    out, lse = _ENGINES[engine](*call, need_lse=need_lse)
-    return compensate(out, plan.lists, gain, shift), lse
+    options |= {"gain": gain, "shift": shift}
+    out, lse = engine.attention(*call, **taken(engine, options))
+    if "gain" not in engine.TAKES:
+        out = compensate(out, plan.lists, gain, shift)
+    return out, lse
 
 
-def _quantised(q, k, v, plan, scale, key_mask, backend) -> tuple[Tensor, Tensor]:
-    """Attention in the precision of the plan."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+def _options(plan: Plan, scale: float, key_mask: Tensor | None, need_lse: bool) -> dict:
+    """All that an engine may be told of a call."""
+    options = {"scale": scale * plan.sharpness, "key_mask": key_mask, "need_lse": need_lse}
+    return options | {"precision": plan.precision, "gain": None, "shift": None}
+
+
+def _engines_for(plan: Plan) -> dict[str, ModuleType]:
+    return ENGINES if plan.precision is None else QUANTISED
+
+
+def _engine(call: tuple, plan: Plan, backend: str, options: dict) -> str:
+    """What runs a plan: the engine that was asked for, or the one that is chosen."""
+    if backend == "auto":
+        if plan.is_dense and not options["need_lse"]:
+            return "pytorch"
+        what = "attention" if plan.precision is None else f"{plan.precision} attention"
+        return choose(what, _engines_for(plan), call, options)
+    if backend not in _engines_for(plan):
+        raise ValueError(
+            f"the {backend!r} engine does not run plans of precision {plan.precision!r}: use "
+            'backend="torch", "triton" on an NVIDIA GPU, or plan.with_precision(None)'
+        )
+    engine = _engines_for(plan)[backend]
+    if (obstacle := engine.obstacle(*call, **taken(engine, options))) is not None:
+        raise ValueError(obstacle)
+    return backend
+
+
+def _check_gradient(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    if plan.precision is None or not torch.is_grad_enabled():
+        return
+    if any(x.requires_grad for x in (q, k, v)):
         # rounding has gradient 0: anything else would be that of attention nobody computed
         raise ValueError(
             f"a plan of precision {plan.precision!r} has no gradient: use torch.no_grad(), or "
             "train with plan.with_precision(None)"
         )
-    if backend not in _QUANTISED:
-        raise ValueError(
-            f"the {backend!r} engine does not run plans of precision {plan.precision!r}: use "
-            'backend="torch", "triton" on an NVIDIA GPU, or plan.with_precision(None)'
-        )
-    attention = _QUANTISED[backend].block_sparse_attention
-    out, lse = _run(attention, q, k, v, plan, scale, key_mask, precision=plan.precision)
-    gain, shift = _compensation(v, plan, key_mask, q.shape[1])
-    return compensate(out, plan.lists, gain, shift), lse
-
-
-@lru_cache
-@constant_result
-def _auto_quantised(device: torch.device, dtype: torch.dtype, precision: str) -> str:
-    fits = quantised_triton.runs(precision) and dtype in quantised_triton.DTYPES
-    engine = "triton" if fits and block_sparse_triton.is_available(device) else "torch"
-    log.info("%s attention in %s on %s runs on the %r engine", precision, dtype, device, engine)
-    return engine
 
 
 def _compensation(v: Tensor, plan: Plan, key_mask: Tensor | None, num_heads: int) -> tuple:
@@ -262,66 +252,3 @@ def _check_lists(q: Tensor, plan: Plan) -> None:
             f"the plan is for {lists.batch} samples and {lists.heads} heads, q has {q.shape[0]} "
             f"and {q.shape[1]}: each must be equal, or 1 in the plan"
         )
-
-
-@lru_cache
-@constant_result
-def _auto_engine(device: torch.device, dtype: torch.dtype) -> str:
-    if device.type == "cpu":
-        engine = "cpp" if block_sparse_cpu.is_available(dtype) else "torch"
-    else:
-        engine = "triton" if block_sparse_triton.is_available(device) else "flex"
-    log.info("attention in %s on %s runs on the %r engine", dtype, device, engine)
-    return engine
-
-
-def _is_for_flash(q, k, v, plan, key_mask) -> bool:
-    """Whether FlashAttention-4 does this faster than Triton, and with the same bits every time."""
-    pulled = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    simple = key_mask is None and plan.lists.masks is None
-    if pulled or not simple or torch.compiler.is_compiling():
-        return False
-    return flash.is_faster(q, plan.lists)
-
-
-def _run(attention: Callable, q, k, v, plan, scale, key_mask, **options):
-    """Attention of an engine over the lists of a plan."""
-    options |= {"scale": scale, "key_mask": key_mask}
-    return attention(q, k, v, plan.lists, **options)
-
-
-def _torch(*call, need_lse):
-    return _run(block_sparse_torch.block_sparse_attention, *call)
-
-
-def _cpp(*call, need_lse):
-    return _run(block_sparse_cpu.block_sparse_attention, *call)
-
-
-def _flex(*call, need_lse):
-    # brings in the compiler of PyTorch: seconds that only this engine's users should wait
-    from vidattn.kernels import flex
-
-    return _run(flex.block_sparse_attention, *call, need_lse=need_lse)
-
-
-def _flash(*call, need_lse):
-    return _run(flash.block_sparse_attention, *call, need_lse=need_lse)
-
-
-def _reference(q, k, v, plan, scale, key_mask, *, need_lse):
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    mask = plan.mask()
-    if key_mask is not None:
-        mask = mask & key_mask[:, None, None]
-    return reference.masked_attention(q, k, v, mask, scale)
-
-
-_ENGINES = {
-    "cpp": _cpp,
-    "torch": _torch,
-    "flex": _flex,
-    "flash": _flash,
-    "reference": _reference,
-}
-_QUANTISED = {"torch": quantised, "triton": quantised_triton}

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidattn.batch import stack
+from vidattn.engines import MASSES, choose
 from vidattn.grid import Grid, Layout, Size, tile_layout, usual_tile
 from vidattn.head_plan import HeadPlan
 from vidattn.inputs import check_inputs
-from vidattn.kernels import block_mass, block_mass_triton, block_sparse_triton
 from vidattn.kernels.pooled_scores import block_means
 from vidattn.method import Method, as_size
 from vidattn.plan import Plan
@@ -205,11 +205,9 @@ class Content:
         Returns:
             (B, H, nv, nb) float32, sums over the queries of a block; (B, H, S) the log-sum-exp.
         """
-        device, engine = self.q.device.type, block_mass
-        if self.q.is_cuda and self.q.dtype != torch.float64:
-            engine = block_mass_triton if block_sparse_triton.is_available(device) else block_mass
         given = (self.layout.order, self.layout.block)
         options = {"scale": self.scale, "key_mask": self.key_mask}
+        engine = MASSES[choose("the mass of blocks", MASSES, (self.q, self.k), options)]
         if lse is None:
             mass, lse = engine.dense_mass(self.q, self.k, *given, **options)
         else:

@@ -17,7 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.attention import BACKENDS, attend
+from vidattn.attention import attend
+from vidattn.engines import BACKENDS
 from vidattn.grid import Grid, Size, dilation_order
 from vidattn.kernels import neighborhood_torch
 from vidattn.kernels.derivatives import refuse_transforms

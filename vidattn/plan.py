@@ -126,18 +126,7 @@ class Plan:
 
     def mask(self) -> Tensor:
         """(B|1, H|1, S, S) bool in sequence order, query by key; for tests and pictures."""
-        lists, n, nb = self.lists, self.layout.block, self.layout.num_blocks
-        lists.check(self.grid.num_tokens)
-        blocks = torch.zeros(lists.num_rows * nb, n, n, dtype=torch.bool, device=self.device)
-        cell = lists.row_of_entry * nb + lists.key_block
-        blocks[cell] = True
-        partial = lists.is_partial.nonzero().flatten()
-        if partial.numel():
-            query = lists.row_of_entry[partial] % nb
-            blocks[cell[partial]] = partial_mask(lists, query, partial[:, None])[:, :, 0]
-        slots = blocks.view(-1, nb, nb, n, n).transpose(2, 3).reshape(-1, nb * n, nb * n)
-        slot = self.layout.slot_of_token
-        return slots[:, slot[:, None], slot].unflatten(0, (lists.batch, lists.heads))
+        return self.lists.mask(self.grid.num_tokens)
 
     @cached_property
     def read_share(self) -> Tensor:

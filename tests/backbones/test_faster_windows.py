@@ -292,6 +292,6 @@ def test_what_cannot_be_accelerated_is_named(monkeypatch):
     accelerate(model)
     with pytest.raises(ValueError, match="which is not accelerated yet"):
         accelerate(model)
-    monkeypatch.setattr(faster_windows, "is_available", lambda dtype: False)
+    monkeypatch.setattr(faster_windows, "missing", lambda dtype: "no compiler")
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
         accelerate(timm.create_model(V1, img_size=32, window_size=4, **SMALL))

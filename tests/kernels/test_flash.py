@@ -5,10 +5,10 @@ import torch
 
 import vidattn
 from tests.kernels.attention_cases import random_inputs
-from vidattn import attention
+from vidattn import engines
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.kernels import block_sparse_triton, flash
+from vidattn.kernels import block_sparse_triton, flash, flex
 
 GRID = Grid(2, 8, 16)
 PLAN = vidattn.plan("neighborhood", GRID, window=(1, 5, 5), tile=(1, 8, 16))
@@ -17,7 +17,7 @@ PLAN = vidattn.plan("neighborhood", GRID, window=(1, 5, 5), tile=(1, 8, 16))
 @pytest.fixture
 def hopper(monkeypatch):
     """A GPU on which FlashAttention-4 is installed, as far as this engine can see."""
-    monkeypatch.setattr(flash, "obstacle", lambda device: None)
+    monkeypatch.setattr(flash, "missing", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     flash._measures_faster.cache_clear()
     monkeypatch.setattr(flash, "TIMED_BLOCKS", 2)
@@ -25,7 +25,7 @@ def hopper(monkeypatch):
     flash._measures_faster.cache_clear()
 
 
-def engines(monkeypatch, *, flash_ms=1.0, wrong=0.0):
+def fakes(monkeypatch, *, flash_ms=1.0, wrong=0.0):
     """Engines that give the same, or not, and the times they are said to take."""
     calls = []
 
@@ -36,8 +36,10 @@ def engines(monkeypatch, *, flash_ms=1.0, wrong=0.0):
 
         return attend
 
-    monkeypatch.setattr(flash, "block_sparse_attention", run("flash", wrong))
-    monkeypatch.setattr(block_sparse_triton, "block_sparse_attention", run("triton"))
+    monkeypatch.setattr(flash, "attention", run("flash", wrong))
+    monkeypatch.setattr(block_sparse_triton, "attention", run("triton"))
+    monkeypatch.setattr(block_sparse_triton, "missing", lambda device: None)
+    monkeypatch.setattr(engines, "ON_CPU", engines.ON_OTHERS)
     times = {"flash": flash_ms, "triton": 2.0}
     monkeypatch.setattr(flash, "interleaved_ms", lambda functions, device: times)
     return calls
@@ -51,8 +53,7 @@ def given(**options):
     ("options", "expected"), [({}, True), ({"flash_ms": 3.0}, False), ({"wrong": 1.0}, False)]
 )
 def test_it_is_chosen_where_it_is_faster_and_right(options, expected, hopper, monkeypatch):
-    calls = engines(monkeypatch, **options)
-    monkeypatch.setattr(attention, "_auto_engine", lambda *_: "triton")
+    calls = fakes(monkeypatch, **options)
     for _ in range(2):
         attend(*given(), PLAN)
     chosen = "flash" if expected else "triton"
@@ -61,15 +62,14 @@ def test_it_is_chosen_where_it_is_faster_and_right(options, expected, hopper, mo
 
 
 def test_an_engine_that_fails_is_not_chosen(hopper, monkeypatch, caplog):
-    engines(monkeypatch)
-    monkeypatch.setattr(flash, "block_sparse_attention", lambda *_, **__: 1 / 0)
-    assert not flash.is_faster(given()[0], PLAN.lists)
+    fakes(monkeypatch)
+    monkeypatch.setattr(flash, "attention", lambda *_, **__: 1 / 0)
+    assert not flash.is_faster(*given(), PLAN.lists, scale=1.0)
     assert "is left out: division by zero" in caplog.text
 
 
 def test_what_it_does_worse_is_left_to_triton(hopper, monkeypatch):
-    calls = engines(monkeypatch)
-    monkeypatch.setattr(attention, "_auto_engine", lambda *_: "triton")
+    calls = fakes(monkeypatch)
     q, k, v = given()
     key_mask = torch.ones(2, GRID.num_tokens, dtype=torch.bool)
     attend(q, k, v, PLAN, key_mask=key_mask)
@@ -79,12 +79,8 @@ def test_what_it_does_worse_is_left_to_triton(hopper, monkeypatch):
 
 
 def test_it_asks_flexattention_for_its_kernels(hopper, monkeypatch):
-    from vidattn.kernels import flex
-
     asked = []
-    monkeypatch.setattr(
-        flex, "block_sparse_attention", lambda q, *_, **options: (q, asked.append(options))
-    )
+    monkeypatch.setattr(flex, "attention", lambda q, *_, **options: (q, asked.append(options)))
     attend(*given(), PLAN, backend="flash")
     assert asked[0]["kernel_options"] == {"BACKEND": "FLASH"}
 
@@ -108,7 +104,7 @@ def test_what_it_cannot_do_is_an_error(change, message):
 )
 def test_blocks_that_it_has_no_tiles_for_are_an_error(capability, block, fits, hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    wrong = flash._unfit_block(given()[0], block)
+    wrong = flash._unfit_block(torch.device("cuda"), block)
     assert (wrong is None) == fits
     if not fits:
         assert f"on this GPU, got {block}" in wrong
@@ -122,7 +118,9 @@ def test_what_is_missing_is_named(capability, installed, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(flash, "_is_installed", lambda: installed)
-    assert message in flash.obstacle("cuda")
+    flash.missing.cache_clear()
+    assert message in flash.missing("cuda")
+    flash.missing.cache_clear()
 
 
 def test_random_lists_hold_what_is_timed():

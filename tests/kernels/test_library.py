@@ -81,7 +81,7 @@ def test_exported_program_attends():
 def test_meta_tensors_give_shapes():
     plan = PLANS["box"]().to("meta")
     q, k, v = (x.detach().to("meta") for x in leaves())
-    out, lse = block_sparse_torch.block_sparse_attention(q, k, v, plan.lists, scale=0.25)
+    out, lse = block_sparse_torch.attention(q, k, v, plan.lists, scale=0.25)
     assert out.shape == q.shape and out.is_meta
     assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
 
@@ -91,9 +91,7 @@ def test_key_bias_is_added_to_the_scores(per_head):
     plan = PLANS["blocks"]()
     q, k, v = (x.detach() for x in leaves())
     bias = torch.randn(2, 4 if per_head else 1, GRID.num_tokens).requires_grad_()
-    out, lse = block_sparse_torch.block_sparse_attention(
-        q, k, v, plan.lists, scale=0.3, key_bias=bias
-    )
+    out, lse = block_sparse_torch.attention(q, k, v, plan.lists, scale=0.3, key_bias=bias)
     scores = 0.3 * q.double() @ k.double().repeat_interleave(2, 1).mT + bias[:, :, None]
     scores = scores.masked_fill(~plan.mask(), -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)

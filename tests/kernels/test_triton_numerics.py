@@ -50,7 +50,7 @@ def inputs(grid=GRID, *, batch=1, heads=2, key_heads=1, **options):
 def run(plan, q, k, v, **options):
     """The engine itself, for what attend does not offer."""
     options = {"scale": 0.3} | options
-    return block_sparse_triton.block_sparse_attention(q, k, v, plan.lists, **options)
+    return block_sparse_triton.attention(q, k, v, plan.lists, **options)
 
 
 @pytest.mark.parametrize("make", [blocks, window, rule])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidattn import attention
 from vidattn.content import Content
+from vidattn.engines import ENGINES
 from vidattn.grid import Grid
 from vidattn.methods import list_methods, neighborhood, topk
 
@@ -55,34 +55,36 @@ def test_a_case_is_the_same_every_time_and_can_be_written_down():
 
 def engine(monkeypatch, name: str, change):
     """An engine that is given something else than it should be."""
-    right = attention._ENGINES[name]
-    monkeypatch.setitem(
-        attention._ENGINES, name, lambda *call, **options: right(*change(*call), **options)
-    )
+    right = ENGINES[name].attention
+
+    def wrong(*call, **options):
+        call, options = change(*call, **options)
+        return right(*call, **options)
+
+    monkeypatch.setattr(ENGINES[name], "attention", wrong)
 
 
-def without_a_block(q, k, v, plan, *rest):
-    """The plan without the last block that it lists."""
-    lists = plan.lists
+def without_a_block(q, k, v, lists, **options):
+    """The lists without their last block."""
     start = lists.row_start.clamp(max=lists.key_block.numel() - 1)
     num_full = torch.minimum(lists.num_full, start.diff().int())
     ids = None if lists.mask_id is None else lists.mask_id[:-1]
     keys = lists.key_block[:-1]
     short = replace(lists, row_start=start, num_full=num_full, key_block=keys, mask_id=ids)
-    return q, k, v, replace(plan, lists=short), *rest
+    return (q, k, v, short), options
 
 
-def with_another_scale(q, k, v, plan, scale, key_mask):
-    return q, k, v, plan, 1.02 * scale, key_mask
+def with_another_scale(*call, scale, **options):
+    return call, options | {"scale": 1.02 * scale}
 
 
-def without_the_mask(q, k, v, plan, scale, key_mask):
-    return q, k, v, plan, scale, None
+def without_the_mask(*call, **options):
+    return call, options | {"key_mask": None}
 
 
-def with_other_heads(q, k, v, plan, *rest):
+def with_other_heads(q, k, v, lists, **options):
     """Grouped heads in the wrong order."""
-    return q, k.flip(1), v, plan, *rest
+    return (q, k.flip(1), v, lists), options
 
 
 @pytest.mark.parametrize(
@@ -95,13 +97,13 @@ def test_a_wrong_engine_is_found(name, change, monkeypatch):
 
 
 def test_a_lost_gradient_is_found(monkeypatch):
-    right = attention._ENGINES["torch"]
+    right = ENGINES["torch"].attention
 
     def wrong(*call, **options):
         out, lse = right(*call, **options)
         return out, lse.detach()
 
-    monkeypatch.setitem(attention._ENGINES, "torch", wrong)
+    monkeypatch.setattr(ENGINES["torch"], "attention", wrong)
     assert find("attend", engines=("torch",)).startswith("dq is off")
 
 

@@ -1,0 +1,84 @@
+"""Which engine runs a call: the only place where one is chosen.
+
+An engine is a module of ``kernels``. Its ``attention`` takes q, k, v, block lists and the options
+that its ``TAKES`` names, and gives the output with the log-sum-exp. Its ``obstacle`` takes the
+same; it says what keeps the engine from that call and what to do, or None where nothing does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from vidattn.kernels import (
+    block_mass,
+    block_mass_triton,
+    block_sparse_cpu,
+    block_sparse_torch,
+    block_sparse_triton,
+    flash,
+    flex,
+    quantised,
+    quantised_triton,
+    reference,
+)
+from vidattn.kernels.constant import constant_result
+
+ENGINES = {
+    "triton": block_sparse_triton,
+    "cpp": block_sparse_cpu,
+    "torch": block_sparse_torch,
+    "flex": flex,
+    "flash": flash,
+    "reference": reference,
+}
+BACKENDS = ("auto", *ENGINES)
+# of plans with a precision of their own
+QUANTISED = {"triton": quantised_triton, "torch": quantised}
+# of the masses of pairs of blocks: these have ``block_mass`` and ``dense_mass`` for ``attention``
+MASSES = {"triton": block_mass_triton, "torch": block_mass}
+# what is tried where nobody chose, in this order
+ON_CPU = ("cpp", "torch")
+ON_OTHERS = ("flash", "triton", "flex", "torch")
+log = logging.getLogger("vidattn")
+
+
+def choose(
+    what: str, engines: Mapping[str, ModuleType], tensors: tuple, options: Mapping[str, object]
+) -> str:
+    """The first engine without an obstacle, told once in the log.
+
+    Args:
+        what: they compute, for the log.
+        engines: by name; "torch" is among them, and has no obstacle.
+        tensors: q, k and what else they take, by position.
+        options: all that any of them takes by name.
+    """
+    q = tensors[0]
+    for name in ON_CPU if q.device.type == "cpu" else ON_OTHERS:
+        if name in engines and _is_for(engines[name], tensors, options):
+            return _told(what, name, q.dtype, q.device)
+    raise AssertionError('"torch" has an obstacle')
+
+
+def _is_for(engine: ModuleType, tensors: tuple, options: Mapping[str, object]) -> bool:
+    given = taken(engine, options)
+    if engine.obstacle(*tensors, **given) is not None:
+        return False
+    return engine is not flash or flash.is_faster(*tensors, **given)
+
+
+def taken(engine: ModuleType, options: Mapping[str, object]) -> dict[str, object]:
+    """The options that an engine takes."""
+    return {name: options[name] for name in engine.TAKES}
+
+
+@lru_cache
+@constant_result
+def _told(what: str, engine: str, dtype: torch.dtype, device: torch.device) -> str:
+    log.info("%s in %s on %s runs on the %r engine", what, dtype, device, engine)
+    return engine

@@ -14,7 +14,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 # registers torch.ops.vidattn.neighborhood, which, unlike the function, TorchScript can call
-from vidattn import neighborhood  # noqa: F401
+from vidattn import halo_operator  # noqa: F401
 from vidattn.backbones.exporting import is_exported
 
 

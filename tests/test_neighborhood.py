@@ -9,7 +9,8 @@ import torch
 
 import vidattn
 from tests.kernels.attention_cases import TOLERANCE
-from vidattn.neighborhood import _halo, neighborhood_attention
+from vidattn.halo_operator import _halo
+from vidattn.neighborhood import neighborhood_attention
 
 
 def sees(x, y, extent, window, stride, dilation, causal) -> bool:
@@ -166,7 +167,7 @@ def tiles_of(monkeypatch):
     """Set the edge of the tiles, which small sizes would not be cut into."""
 
     def set_edge(edge):
-        monkeypatch.setattr("vidattn.neighborhood.EDGES", (edge,))
+        monkeypatch.setattr("vidattn.halo_operator.EDGES", (edge,))
         _halo.cache_clear()
 
     yield set_edge

@@ -8,8 +8,10 @@ import torch
 from tests.content_cases import coherent, tokens_of
 from tests.grids import AWKWARD
 from tests.kernels.attention_cases import TOLERANCE, relative_rms, results
+from tests.waits import Waits
 from vidattn.grid import Grid
 from vidattn.methods import create_method
+from vidattn.methods.vmoba import _chunks
 
 SMALL = [g for g in AWKWARD if g.num_video_tokens < 150]
 
@@ -140,6 +142,15 @@ def test_output_and_gradients_are_those_of_masked_attention(granularity):
     for given, dtype in ((exact, torch.float64), (inputs, torch.float32)):
         for ours, right in zip(results(given, plan, "torch"), expected):
             assert relative_rms(ours, right) < TOLERANCE[dtype]
+
+
+def test_chunks_are_numbered_once_for_a_device():
+    where = (4, 6, 8), (1, 2, 2), (2, 6, 8), torch.device("meta")
+    number, count = _chunks(*where)
+    assert number.device.type == "meta" and count == 2
+    with Waits() as waits:
+        assert _chunks(*where)[0] is number
+    assert not waits.count
 
 
 def test_the_gate_has_no_gradient():

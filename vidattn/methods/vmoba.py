@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -118,7 +119,9 @@ class VMoBA(ContentMethod):
 
     def search(self, content: Content) -> Plan:
         """The chunks that every query, or block of queries, chooses."""
-        chunk, num_chunks = self._chunks(content.grid, content.q.device)
+        grid = content.grid
+        sizes = grid.size, self.tile_of(grid), self.chunk_of(grid)
+        chunk, num_chunks = _chunks(*sizes, content.q.device)
         keys, tokens = _chunk_means(content, chunk, num_chunks)
         if self.granularity == "block":
             queries, weights, home = content.queries, content.tokens, chunk
@@ -163,16 +166,17 @@ class VMoBA(ContentMethod):
         flat = (x.flatten(-2) for x in (rank, worth, need))
         return select_until(*flat, own.flatten()).view(gates.shape)
 
-    def _chunks(self, grid: Grid, device: torch.device) -> tuple[Tensor, int]:
-        """(nv,) int64 chunk of each block, and how many chunks there are."""
-        axes = zip(grid.size, self.tile_of(grid), self.chunk_of(grid))
-        number, total = torch.zeros(1, dtype=torch.long), 1
-        for extent, edge, length in axes:
-            count = -(-extent // length)
-            along = torch.arange(count).repeat_interleave(-(-length // edge))
-            number = (number[:, None] * count + along).flatten()
-            total *= count
-        return number.to(device), total
+
+@lru_cache(maxsize=16)
+def _chunks(size: Size, tile: Size, chunk: Size, device: torch.device) -> tuple[Tensor, int]:
+    """(nv,) int64 chunk of each block, and how many chunks there are; made once."""
+    number, total = torch.zeros(1, dtype=torch.long), 1
+    for extent, edge, length in zip(size, tile, chunk):
+        count = -(-extent // length)
+        along = torch.arange(count).repeat_interleave(-(-length // edge))
+        number = (number[:, None] * count + along).flatten()
+        total *= count
+    return number.to(device), total
 
 
 def _chunk_means(content: Content, chunk: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:

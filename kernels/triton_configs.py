@@ -48,7 +48,8 @@ _HALF = {
     ("forward", 256): {
         (80,): Tile(64, 64, 8, 2),
         (89, 120): Tile(64, 32, 8, 2),
-        (90, 100): Tile(128, 64, 8, 2),
+        (90,): Tile(128, 64, 8, 2),
+        (100,): Tile(128, 32, 8, 2),
     },
     ("query_gradient", 32): {_OLD: Tile(128, 64, 8, 2), (90, 100): Tile(128, 128, 8, 2)},
     ("query_gradient", 64): {_OLD: Tile(128, 64, 8, 2), (90, 100): Tile(128, 128, 8, 2)},
@@ -62,7 +63,7 @@ _HALF = {
     ("key_gradient", 32): {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
     ("key_gradient", 64): {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
     ("key_gradient", 128): {(*_OLD, 100): Tile(64, 64, 8, 2), (90,): Tile(32, 128, 8, 3)},
-    ("key_gradient", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(32, 64, 8, 2)},
+    ("key_gradient", 256): {(*_OLD, 90, 100): Tile(32, 32, 8, 2)},
     ("key_gradient_bias", 32): {(*_OLD, 90, 100): Tile(64, 128, 8, 2)},
     ("key_gradient_bias", 64): {_OLD: Tile(32, 128, 8, 2), (90, 100): Tile(64, 128, 8, 2)},
     ("key_gradient_bias", 128): {
@@ -70,7 +71,7 @@ _HALF = {
         _OLD: Tile(64, 32, 8, 2),
         (90,): Tile(32, 128, 8, 3),
     },
-    ("key_gradient_bias", 256): {(*_OLD, 90): Tile(32, 32, 8, 2), (100,): Tile(16, 64, 8, 2)},
+    ("key_gradient_bias", 256): {(*_OLD, 90, 100): Tile(32, 32, 8, 2)},
     # Triton 3.6 compiles no sums of the newest products of sm_100: fewer keys take older ones
     **{
         ("block_mass", n): {(*_OLD, 90): Tile(128, 128, 8, 2), (100,): Tile(128, 32, 8, 2)}
@@ -158,6 +159,9 @@ def tile(
     best = (_SINGLE_KEYS if kernel.startswith("key") else _SINGLE)[padded]
     if itemsize == 2:
         (best,) = (x for archs, x in _HALF[kernel, padded].items() if arch in archs)
+        if kernel == "key_gradient_bias" and padded == 128 and has_masks and arch != 100:
+            # more spill
+            best = replace(best, rows=best.rows // 2)
     if kernel == "int8_qk" and arch == 100 and has_bias:
         # more spill
         best = replace(best, columns=64)

@@ -1,21 +1,19 @@
 #!/usr/bin/env bash
-# Compiles the kernels with the oldest Triton that pyproject.toml allows and with the newest, each in
-# a folder of its own in front of .venv. No GPU is needed. Arguments go to pytest: the most used
-# kernels by default, all that ship with -m 'slow or not slow'; VERSIONS="3.6.*" names others.
+# Compiles every Triton kernel that ships with the Triton of .venv, with 3.5, the oldest that
+# pyproject.toml allows, and with 3.6, that of PyTorch 2.11, each in a folder of its own; adds what
+# they need to assets/benchmarks/triton_resources.{json,md} and fails where one does not fit. No GPU
+# is needed. Arguments are versions to take for 3.5 and 3.6: bash scripts/test_triton_versions.sh 3.7
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
-ensure_env test
+ensure_env
 cd "$ROOT"
-oldest="$(sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)"
-# word splitting is wanted: one version to a word
-for version in ${VERSIONS:-"$oldest.*" newest}; do
-  folder="$VENV/triton-${version//\*/latest}"
-  wanted="triton==$version"
-  [ "$version" = newest ] && wanted=triton
-  if [ ! -d "$folder/triton" ] || [ "$version" = newest ]; then
-    "$VENV/bin/python" -m pip install --quiet --no-deps --upgrade --target "$folder" "$wanted"
-  fi
-  echo "Compiling with Triton of $folder" >&2
-  PYTHONPATH="$folder" TRITON_CACHE_DIR="$folder/cache" \
-    "$VENV/bin/python" -m pytest tests/kernels/test_triton_compile.py "$@"
+[ $# -gt 0 ] || set -- 3.5 3.6
+status=0
+"$VENV/bin/python" scripts/triton_resources.py || status=1
+for version; do
+  folder="$VENV/triton-$version"
+  [ -d "$folder/triton" ] ||
+    "$VENV/bin/python" -m pip install --quiet --no-deps --target "$folder" "triton==$version.*"
+  PYTHONPATH="$folder" "$VENV/bin/python" scripts/triton_resources.py || status=1
 done
+exit $status

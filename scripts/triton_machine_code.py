@@ -1,6 +1,8 @@
 """Compiles one of the Triton kernels for a GPU that is not here and reads what it needs.
 
-The tools that take machine code apart come with Triton.
+The tools that take machine code apart come with Triton. A multiprocessor is to hold 8 warps, not
+two programs: those wait at barriers of their own, but the gradients of 64 keys of head dim 128 take
+the registers of a whole multiprocessor for one program of 8 warps.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_loops import turns_ahead
 
 from vidattn.kernels import (
     triton_block_mass,
@@ -39,7 +42,6 @@ from vidattn.kernels.triton_configs import (
     tile,
 )
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TOOLS = Path(nvidia.__file__).parent / "bin"
 REGISTERS = 65536
 # two programs of 4 warps, or one of 8: one of 4 leaves a multiprocessor idle at every wait
@@ -48,8 +50,6 @@ LEAST_WARPS = 8
 FLOAT_OPCODE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 INTEGER_OPCODE = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
 OPCODES = {"int8_qk": (INTEGER_OPCODE, FLOAT_OPCODE), "int8": (INTEGER_OPCODE,)}
-# what multiplies tiles, in the intermediate code of a GPU
-PRODUCT = re.compile(r" (tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) ")
 # arguments that are 8-bit integers
 INTEGERS = {"int8_qk": ("q", "k"), "int8": ("q", "k", "v")}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -108,8 +108,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs."""
+    """What a kernel needs, compiled with one version of Triton."""
 
+    triton: str
     tile: Tile
     registers: int
     spilled_bytes: int
@@ -135,6 +136,7 @@ def measure(case: Case, launch: Tile | None = None) -> Resources:
     # the passes over keys or queries are the loops with an exponential, innermost ones first
     sizes = sorted(len(loop) for loop in loops if "MUFU" in loop)[:2]
     return Resources(
+        triton=triton.__version__,
         tile=shipped,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spilled_bytes=sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
@@ -149,8 +151,8 @@ def measure(case: Case, launch: Tile | None = None) -> Resources:
 def complaints(case: Case, found: Resources) -> list[str]:
     """What keeps a compiled kernel from running well on its architecture."""
     wrong = []
-    # products without tensor cores take hundreds of instructions: four numbers more are nothing
-    allowed = 0 if ITEMSIZE[case.dtype] == 2 else 16
+    # a tile without tensor cores takes a thousand instructions: ten numbers more are nothing
+    allowed = 0 if ITEMSIZE[case.dtype] == 2 else 40
     if found.spilled_bytes > allowed:
         wrong.append(f"spills {found.spilled_bytes} bytes")
     if found.shared_bytes > SHARED_BYTES[case.arch]:
@@ -186,7 +188,7 @@ def _tensor_complaints(case: Case, found: Resources) -> list[str]:
     for opcodes in OPCODES.get(case.kernel, (FLOAT_OPCODE,)):
         oldest, expected = opcodes[80], opcodes[case.arch]
         # Triton 3.5 and 3.6 multiply integers on sm_100 as on sm_80
-        is_old = opcodes is INTEGER_OPCODE and TRITON < (3, 7)
+        is_old = opcodes is INTEGER_OPCODE and found.triton.startswith(("3.5.", "3.6."))
         if (is_old or not large) and not found.opcodes.get(expected):
             expected = oldest
         if not found.opcodes.get(expected):
@@ -194,46 +196,6 @@ def _tensor_complaints(case: Case, found: Resources) -> list[str]:
         elif expected != oldest and found.opcodes.get(oldest):
             wrong.append(f"{oldest}, the tensor-core instruction of an older architecture")
     return wrong
-
-
-def turns_ahead(ttgir: str) -> list[int]:
-    """Of every innermost loop with products: how many turns before its wait a tile is copied.
-
-    0 is a loop that waits for its own copies or has none: nothing is loaded while it computes.
-    """
-    lines, found = ttgir.splitlines(), []
-    for begin, line in enumerate(lines):
-        if " scf.for " not in line:
-            continue
-        closing = line[: len(line) - len(line.lstrip())] + "}"
-        end = next(i for i in range(begin, len(lines)) if lines[i].startswith(closing))
-        body = lines[begin + 1 : end]
-        if any(PRODUCT.search(x) for x in body) and not any(" scf.for " in x for x in body):
-            found.append(_turns_ahead(line, body))
-    return found
-
-
-def _turns_ahead(head: str, body: list[str]) -> int:
-    """Of one loop: the fewest, over the waits for tiles and for whatever is copied in that turn."""
-    carried = re.findall(r"(%\w+) = ", head.partition("iter_args(")[2])
-    passed_on = re.findall(r"%[\w#]+", body[-1].partition(" : ")[0])
-    copies, tiles, turns = set(), set(), []
-    for line in body:
-        name, _, operation = line.strip().partition(" = ")
-        tokens = re.findall(r"%\w+", re.split(r"[{:]", operation)[0])
-        if "async_copy_global_to_local" in operation:
-            copies |= {name} if re.search(r"tensor<\d+x\d+x!", operation) else set()
-        elif "async_commit_group" in operation:
-            tiles |= {name} if copies & set(tokens) else set()
-    for line in body:
-        waited = re.findall(r"%\w+", line.partition("async_wait")[2].partition("{")[0])
-        for token in waited:
-            count = 0
-            while token in carried and count < len(carried):
-                token, count = passed_on[carried.index(token)], count + 1
-            if token in tiles or count == 0:
-                turns.append(count)
-    return min(turns, default=0)
 
 
 def _is_serial(ptx: str) -> bool:

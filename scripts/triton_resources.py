@@ -1,9 +1,10 @@
 """What the shipped Triton kernels need, read off machine code compiled here, without a GPU.
 
-Per shipped launch: registers, spilled bytes, shared memory, tensor-core and copy instructions, and
-warp instructions issued for each score (times 32 lanes), in tiles that need no test and in tiles
-that do. ``python scripts/triton_resources.py`` writes assets/benchmarks/triton_resources.{json,md};
-rows of kernels and tiles that are as they were stay, delete the files to measure all anew.
+Per shipped launch and version of Triton: registers, spilled bytes, shared memory, tensor-core and
+copy instructions, and warp instructions issued for each score (times 32 lanes), in tiles that need
+no test and in tiles that do. ``python scripts/triton_resources.py`` adds the version that is
+installed to assets/benchmarks/triton_resources.{json,md}, and fails where a kernel does not fit.
+Rows of kernels and tiles that are as they were stay, delete the files to measure all anew.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -20,8 +23,8 @@ from triton_machine_code import FUNCTIONS, INTEGERS, Case, Resources, complaints
 from vidattn.kernels import triton_tiles
 from vidattn.kernels.triton_configs import ARCHITECTURES, HEAD_DIMS, KERNELS, QUANTISING, Tile
 
-# the version of Triton that compiled a kernel, and what it needs
-Row = tuple[str, Resources]
+# by version of Triton
+Rows = dict[str, dict[Case, Resources]]
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "assets" / "benchmarks" / "triton_resources"
 
@@ -50,32 +53,84 @@ def shipped_cases() -> list[Case]:
     return first + small + bias + masks + rest + single
 
 
-def _markdown(rows: dict[Case, Row]) -> str:
+def recorded() -> Iterator[tuple[str, Case, Resources]]:
+    """The rows of the file, each with the hash of the sources it was compiled from."""
+    path = OUTPUT.with_suffix(".json")
+    names = [field.name for field in fields(Case)]
+    for row in json.loads(path.read_text())["kernels"] if path.exists() else ():
+        source, case = row.pop("source"), Case(*map(row.pop, names))
+        yield source, case, Resources(**row | {"tile": Tile(**row["tile"])})
+
+
+def _kept() -> Rows:
+    """What the file of an earlier, perhaps interrupted, run still says rightly."""
+    rows: Rows = {}
+    for source, case, found in recorded():
+        if source == _source(case.kernel) and found.tile == case.tile:
+            rows.setdefault(found.triton, {})[case] = found
+    return rows
+
+
+@cache
+def _source(kernel: str) -> str:
+    """What the figures of a kernel depend on, beside its tile and Triton."""
+    files = (FUNCTIONS[kernel].fn.__code__.co_filename, triton_tiles.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _write(rows: Rows) -> None:
+    table = [
+        json.dumps({"source": _source(case.kernel)} | asdict(case) | asdict(found))
+        for version in _newest_first(rows)
+        for case in shipped_cases()
+        if (found := rows[version].get(case))
+    ]
+    OUTPUT.with_suffix(".json").write_text('{"kernels": [\n' + ",\n".join(table) + "\n]}\n")
+    OUTPUT.with_suffix(".md").write_text(_markdown(rows))
+
+
+def _newest_first(rows: Rows) -> list[str]:
+    return sorted(rows, key=lambda version: [*map(int, version.split(".")[:2])], reverse=True)
+
+
+def _markdown(rows: Rows) -> str:
+    versions = _newest_first(rows)
+    columns = [f"Triton {version}" for version in versions]
     lines = [
         "# What the Triton kernels need",
         "",
-        "Compiled without a GPU by `scripts/triton_resources.py`. "
-        "Slots are warp instructions x 32 for a score, in tiles without a test and with one; ahead "
-        "are the turns of the loop from the copy of a tile to its use.",
+        "Compiled without a GPU by `scripts/triton_resources.py`. Under each version of Triton: "
+        "registers, and what keeps the kernel from running well; - was not compiled. The rest is "
+        "of the newest version: slots are warp instructions x 32 for a score, in tiles without a "
+        "test and with one; ahead are the turns of the loop from the copy of a tile to its use.",
         "",
-        "| kernel | sm | dtype | head dim | block | rule | tile | warps | stages | registers "
-        "| spilled | shared KiB | tensor | slots | ahead | Triton |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | sm | dtype | head dim | block | rule | tile | warps | stages | shared KiB "
+        f"| tensor | slots | ahead | {' | '.join(columns)} |",
+        "|---" * (13 + len(columns)) + "|",
     ]
-    for case, (version, found) in rows.items():
-        shipped = found.tile
-        tensor = [f"{name} {n}" for name, n in found.opcodes.items() if "MMA" in name]
-        cells = (
-            *(case.kernel, case.arch, case.dtype, case.head_dim, case.block),
-            case.rule.lower() + (" with bias" if case.has_bias else ""),
-            *(f"{shipped.rows}x{shipped.columns}", shipped.warps, shipped.stages),
-            *(found.registers, found.spilled_bytes, f"{found.shared_bytes / 1024:.0f}"),
-            ", ".join(tensor) or "none",
-            *(" / ".join(map(str, x)) or "-" for x in (found.slots, found.ahead)),
-            version,
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for case in shipped_cases():
+        compiled = [rows[version].get(case) for version in versions]
+        if found := next(filter(None, compiled), None):
+            cells = (*_cells(case, found), *(_verdict(case, x) for x in compiled))
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(case: Case, found: Resources) -> tuple:
+    shipped = found.tile
+    tensor = [f"{name} {n}" for name, n in found.opcodes.items() if "MMA" in name]
+    return (
+        *(case.kernel, case.arch, case.dtype, case.head_dim, case.block),
+        case.rule.lower() + (" with bias" if case.has_bias else ""),
+        *(f"{shipped.rows}x{shipped.columns}", shipped.warps, shipped.stages),
+        f"{found.shared_bytes / 1024:.0f}",
+        ", ".join(tensor) or "none",
+        *(" / ".join(map(str, x)) or "-" for x in (found.slots, found.ahead)),
+    )
+
+
+def _verdict(case: Case, found: Resources | None) -> str:
+    return "-" if found is None else "; ".join([str(found.registers), *complaints(case, found)])
 
 
 def main() -> None:
@@ -83,42 +138,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    known, shipped = _kept(), shipped_cases()
-    for case in shipped:
-        if case not in known:
-            known[case] = triton.__version__, measure(case)
+    rows, bad = _kept(), 0
+    own = rows.setdefault(triton.__version__, {})
+    for case in shipped_cases():
+        if case not in own:
+            own[case] = measure(case)
             # what an earlier run found stays, wherever this one stops
-            _write({case: known[case] for case in shipped if case in known})
-        print(case, *(complaints(case, known[case][1]) or ["fits"]), sep="; ", flush=True)
-
-
-def _source(kernel: str) -> str:
-    """What the figures of a kernel depend on, beside its tile and Triton."""
-    files = (FUNCTIONS[kernel].fn.__code__.co_filename, triton_tiles.__file__)
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
-
-
-def _kept() -> dict[Case, Row]:
-    """What the file of an earlier, perhaps interrupted, run still says rightly."""
-    path = OUTPUT.with_suffix(".json")
-    written = json.loads(path.read_text())["kernels"] if path.exists() else []
-    names = [field.name for field in fields(Case)]
-    kept = {}
-    for row in written:
-        version, source, case = row.pop("triton"), row.pop("source"), Case(*map(row.pop, names))
-        found = Resources(**row | {"tile": Tile(**row["tile"])})
-        if source == _source(case.kernel) and found.tile == case.tile:
-            kept[case] = version, found
-    return kept
-
-
-def _write(rows: dict[Case, Row]) -> None:
-    table = [
-        {"triton": version, "source": _source(case.kernel)} | asdict(case) | asdict(found)
-        for case, (version, found) in rows.items()
-    ]
-    OUTPUT.with_suffix(".json").write_text(json.dumps({"kernels": table}, indent=1) + "\n")
-    OUTPUT.with_suffix(".md").write_text(_markdown(rows))
+            _write(rows)
+        wrong = complaints(case, own[case])
+        bad += bool(wrong)
+        print(case, *(wrong or ["fits"]), sep="; ", flush=True)
+    if bad:
+        raise SystemExit(f"{bad} of {len(own)} kernels do not fit with Triton {triton.__version__}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A unit may import the units of earlier layers. A module or folder of vidattn/ is a unit, as are
 # the three folders beside it and scripts/.
 LAYERS = (
-    {"grid", "registry", "resources", "table", "kernels", "steady"},
+    {"grid", "registry", "resources", "table", "kernels", "steady", "selection"},
     {"plan", "tiles", "gpus", "video_models", "config", "inputs", "engines"},
     {"head_plan", "visible", "catalog"},
     {"method", "reorder", "rectification", "batch"},

@@ -15,7 +15,7 @@ from vidattn.head_plan import HeadPlan
 from vidattn.inputs import check_inputs
 from vidattn.kernels.compensation import compensate
 from vidattn.kernels.dense import dense_attention
-from vidattn.kernels.pooled_scores import block_means
+from vidattn.kernels.pooling import block_means
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 from vidattn.steady import cast_by_autocast

@@ -22,7 +22,7 @@ from vidattn.engines import MASSES, choose
 from vidattn.grid import Grid, Layout, Size, tile_layout, usual_tile
 from vidattn.head_plan import HeadPlan
 from vidattn.inputs import check_inputs
-from vidattn.kernels.pooled_scores import block_means
+from vidattn.kernels.pooling import block_means
 from vidattn.method import Method, as_size
 from vidattn.plan import Plan
 from vidattn.rectification import is_coherent, trust
@@ -348,9 +348,3 @@ class ContentMethod(Method):
 def tiles(grid: Grid, tile: Size, device: torch.device, chunk: Size | None = None) -> Layout:
     """``tile_layout`` on a device, made once."""
     return tile_layout(grid, tile, chunk=chunk).to(device)
-
-
-def check_share(name: str, value: float | None) -> None:
-    """Raise ValueError unless an option is a share above 0 and at most 1, or None."""
-    if value is not None and not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")

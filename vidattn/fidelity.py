@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vidattn.head_plan import HeadPlan
-from vidattn.kernels.pooled_scores import block_means
+from vidattn.kernels.pooling import block_means
 from vidattn.plan import Plan
 from vidattn.visible import visible_keys
 

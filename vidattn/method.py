@@ -115,3 +115,11 @@ def as_size(name: str, value: int | Size, least: int = 1) -> Size:
             f"got {value!r}"
         )
     return size
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raise ValueError unless an option is a share above 0 and at most 1, or None."""
+    if value is not None and not 0 < value <= 1:
+        raise ValueError(
+            f"{name} must be above 0 and at most 1, got {value!r}: it is a share, 0.25 is a quarter"
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vidattn.grid import Layout, sample
-from vidattn.kernels.pooled_scores import block_deviations
+from vidattn.kernels.pooling import block_deviations
 from vidattn.plan import Plan
 from vidattn.visible import visible_keys
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from vidattn.grid import Grid, raster_layout
 from vidattn.head_plan import HeadPlan, join
 from vidattn.kernels.block_weights import block_weights
-from vidattn.kernels.pooled_scores import select_share
 from vidattn.plan import Plan
+from vidattn.selection import select_share
 
 # the axes t, h, w from the one that changes least to the one that changes most
 ORDERS = tuple(itertools.permutations(range(3)))

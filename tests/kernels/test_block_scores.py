@@ -1,4 +1,4 @@
-"""Exact block mass, pooled scores, and the choice of blocks, against loops."""
+"""Exact block mass, means and best scores of blocks, against loops."""
 
 import itertools
 import math
@@ -9,16 +9,7 @@ import torch
 from tests.kernels import attention_cases as cases
 from vidattn.grid import Grid, tile_layout
 from vidattn.kernels import block_mass as masses
-from vidattn.kernels.pooled_scores import (
-    best_scores,
-    block_deviations,
-    block_means,
-    pooled_scores,
-    select_count,
-    select_mass,
-    select_share,
-    select_until,
-)
+from vidattn.kernels.pooling import best_scores, block_deviations, block_means
 
 GRID = Grid(3, 5, 7, text=5)
 LAYOUT = tile_layout(GRID, (1, 4, 4))
@@ -85,76 +76,15 @@ def test_block_mass_of_dense_attention_counts_the_queries():
     torch.testing.assert_close(mass.sum(-1), counts, rtol=1e-5, atol=1e-5)
 
 
-def test_pooled_scores_weigh_blocks_by_their_tokens():
-    q, k, key_mask = inputs()
-    scores = pooled_scores(q, k, LAYOUT.order, LAYOUT.block, scale=0.3, key_mask=key_mask)
-    nb = LAYOUT.num_blocks
-    for b in range(2):
-        readable = [[t for t in tokens_of(j) if key_mask[b, t]] for j in range(nb)]
-        for h in range(4):
-            keys = [k[b, h // 2, ts].double().mean(0) for ts in readable]
-            for i in range(nb):
-                query = q[b, h, tokens_of(i)].double().mean(0)
-                row = [
-                    len(ts) * math.exp(0.3 * (query @ key).item())
-                    for ts, key in zip(readable, keys)
-                ]
-                expected = torch.tensor(row) / sum(row)
-                torch.testing.assert_close(scores[b, h, i], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_a_block_without_tokens_gets_nothing():
-    q, k, key_mask = inputs()
+def test_means_are_over_true_tokens():
+    _, k, key_mask = inputs()
     key_mask[0, tokens_of(2)] = False
     means, counts = block_means(k, LAYOUT.order, LAYOUT.block, key_mask)
-    assert counts[0, 0, 2] == 0 and not means[0, :, 2].any()
-    scores = pooled_scores(q, k, LAYOUT.order, LAYOUT.block, scale=1.0, key_mask=key_mask)
-    assert not scores[0, :, :, 2].any()
-    torch.testing.assert_close(scores.sum(-1), torch.ones(2, 4, LAYOUT.num_blocks))
-
-
-def test_select_count_takes_the_best_of_every_row():
-    scores = torch.rand(2, 3, 5, 7)
-    chosen = select_count(scores, 3)
-    assert (chosen.sum(-1) == 3).all()
-    worst_in = scores.masked_fill(~chosen, torch.inf).amin(-1)
-    best_out = scores.masked_fill(chosen, -torch.inf).amax(-1)
-    assert (worst_in > best_out).all()
-    with pytest.raises(ValueError, match="from 1 to 7"):
-        select_count(scores, 8)
-
-
-@pytest.mark.parametrize("mass", [0.05, 0.5, 0.9, 1.0])
-def test_select_mass_keeps_the_shortest_prefix_that_reaches_it(mass):
-    scores = torch.rand(2, 3, 5, 11).softmax(-1)
-    scores[0, 0, 0] = torch.tensor([0.5, 0.5] + [0.0] * 9)
-    chosen = select_mass(scores, mass)
-    for row, picked in zip(scores.view(-1, 11).tolist(), chosen.view(-1, 11)):
-        total, expected = 0.0, set()
-        for j in sorted(range(11), key=lambda j: -row[j]):
-            # a full share takes what got nothing too: it may have been rounded to nothing
-            if mass < 1 and (total >= mass * sum(row) or row[j] == 0):
-                break
-            total += row[j]
-            expected.add(j)
-        assert set(picked.nonzero().flatten().tolist()) == expected
-    with pytest.raises(ValueError, match="above 0"):
-        select_mass(scores, 0.0)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.77, 1.0])
-def test_select_share_comes_nearest_to_a_share_of_the_tokens(share):
-    scores, tokens = torch.randn(2, 3, 5, 11), torch.randint(1, 9, (11,))
-    chosen = select_share(scores, tokens, share)
-    for row, picked in zip(scores.view(-1, 11).tolist(), chosen.view(-1, 11)):
-        ranked = sorted(range(11), key=lambda j: -row[j])
-        sizes = [sum(tokens[j].item() for j in ranked[:n]) for n in range(1, 12)]
-        distance = [abs(size - share * tokens.sum().item()) for size in sizes]
-        count = int(picked.sum())
-        assert set(picked.nonzero().flatten().tolist()) == set(ranked[:count])
-        assert distance[count - 1] == min(distance)
-    with pytest.raises(ValueError, match="above 0"):
-        select_share(scores, tokens, 0.0)
+    for b, j in itertools.product(range(2), range(LAYOUT.num_blocks)):
+        tokens = [t for t in tokens_of(j) if key_mask[b, t]]
+        expected = k[b][:, tokens].double().mean(1) if tokens else torch.zeros(2, k.shape[-1])
+        torch.testing.assert_close(means[b, :, j].double(), expected.double())
+        assert counts[b, 0, j] == len(tokens)
 
 
 def test_deviations_are_over_true_tokens():
@@ -170,29 +100,10 @@ def test_deviations_are_over_true_tokens():
 def test_nothing_depends_on_what_only_the_device_knows():
     q, k, key_mask = (x.to("meta") for x in inputs())
     order = LAYOUT.order.to("meta")
-    scores = pooled_scores(q, k, order, LAYOUT.block, scale=0.3, key_mask=key_mask)
-    assert scores.shape == (2, 4, LAYOUT.num_blocks, LAYOUT.num_blocks) and scores.is_meta
-    tokens = torch.ones(LAYOUT.num_blocks, device="meta")
-    chosen = (select_count(scores, 2), select_mass(scores, 0.5), select_share(scores, tokens, 0.5))
-    assert all(x.shape == scores.shape for x in chosen)
+    means, counts = block_means(k, order, LAYOUT.block, key_mask)
+    assert means.shape == (2, 2, LAYOUT.num_blocks, k.shape[-1]) and means.is_meta
+    assert counts.is_meta and best_scores(q, k, order, LAYOUT.block, scale=0.3).is_meta
     assert block_deviations(q, order, LAYOUT.block).is_meta
-
-
-@pytest.mark.parametrize("need", [0.0, 3.0, 11.5, 1e9])
-def test_select_until_takes_the_best_until_a_need_is_met(need):
-    scores, worth = torch.randn(2, 3, 9), torch.randint(1, 5, (9,))
-    scores[0, 0, 4] = -torch.inf
-    always = torch.zeros(9, dtype=torch.bool)
-    always[[2, 5]] = True
-    chosen = select_until(scores, worth, torch.tensor([need]), always)
-    for row, picked in zip(scores.view(-1, 9).tolist(), chosen.view(-1, 9)):
-        expected, held = {2, 5}, 0.0
-        for j in sorted(set(range(9)) - {2, 5}, key=lambda j: -row[j]):
-            if held >= need or row[j] == -torch.inf:
-                break
-            expected.add(j)
-            held += worth[j].item()
-        assert set(picked.nonzero().flatten().tolist()) == expected
 
 
 @pytest.mark.parametrize("key_heads", [2, 1])

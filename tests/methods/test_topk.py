@@ -18,9 +18,9 @@ from tests.recorded import recorded
 from vidattn.content import Content, tiles
 from vidattn.fidelity import recall
 from vidattn.grid import Grid
-from vidattn.kernels.pooled_scores import select_count, select_share
 from vidattn.methods.topk import TopK
 from vidattn.plan import Plan
+from vidattn.selection import select_count, select_share
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
 TILE = (2, 4, 4)

@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, check_share
-from vidattn.kernels.pooled_scores import select_share
+from vidattn.content import Content, ContentMethod
+from vidattn.method import check_share
 from vidattn.plan import Plan
+from vidattn.selection import select_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, check_share
+from vidattn.content import Content, ContentMethod
 from vidattn.grid import Size
-from vidattn.kernels.pooled_scores import best_scores, select_share, select_until
-from vidattn.method import as_size
+from vidattn.kernels.pooling import best_scores
+from vidattn.method import as_size, check_share
 from vidattn.plan import Plan
+from vidattn.selection import select_share, select_until
 from vidattn.tiles import by_tile, distances, tile_counts
 
 # share of a density that every block of queries gets, however its anchor outshines the rest

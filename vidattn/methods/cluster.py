@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, check_share
+from vidattn.content import Content, ContentMethod
 from vidattn.grid import Grid, Size, block_tokens, usual_tile, with_text
 from vidattn.head_plan import HeadPlan
-from vidattn.kernels.pooled_scores import select_count, select_mass, select_share
-from vidattn.method import as_size
+from vidattn.method import as_size, check_share
 from vidattn.plan import Plan
+from vidattn.selection import select_count, select_mass, select_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from vidattn.content import Content
 from vidattn.grid import Grid, raster_layout
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels.quantise import PRECISIONS
-from vidattn.method import Method
+from vidattn.method import Method, check_share
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 from vidattn.reorder import order_mass, order_scores, ordered_plan, select_blocks
@@ -57,8 +57,7 @@ class Paro(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
+        check_share("density", self.density)
         for name, least in (("early", 1), ("block", 1), ("layer", 0), ("step", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

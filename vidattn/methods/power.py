@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import check_share
 from vidattn.grid import Grid, Size, block_tokens, tile_layout, usual_tile
-from vidattn.method import as_size
+from vidattn.method import as_size, check_share
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
 from vidattn.tiles import axis_share, by_tile, distances, fit_reach, tile_counts, within

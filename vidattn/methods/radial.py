@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vidattn.grid import Grid, Layout, Size, block_tokens, frame_layout, tile_layout, usual_tile
-from vidattn.method import as_size
+from vidattn.method import as_size, check_share
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
 from vidattn.registry import unknown
@@ -68,11 +68,7 @@ class Radial(PatternMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(
-                f"density must be above 0 and at most 1, got {self.density}: it is the share of "
-                "pairs kept, 0.25 reads a quarter of them"
-            )
+        check_share("density", self.density)
         if not 0 < self.decay < math.inf:
             raise ValueError(f"decay must be positive, got {self.decay}")
         if self.window not in ("tile", "raster"):

@@ -17,10 +17,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, check_share
+from vidattn.content import Content, ContentMethod
 from vidattn.grid import Size
-from vidattn.kernels.pooled_scores import select_mass, select_share
+from vidattn.method import check_share
 from vidattn.plan import Plan
+from vidattn.selection import select_mass, select_share
 from vidattn.tiles import tile_counts, within
 
 

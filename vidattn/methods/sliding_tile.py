@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vidattn.content import check_share
 from vidattn.grid import Grid, Size, block_tokens
 from vidattn.kernels.box import check_packable
-from vidattn.method import as_size
+from vidattn.method import as_size, check_share
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan, Window
 from vidattn.tiles import fit_reach, tile_counts

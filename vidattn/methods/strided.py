@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, check_share
+from vidattn.content import Content, ContentMethod
 from vidattn.grid import Grid, Size
-from vidattn.method import as_size
+from vidattn.method import as_size, check_share
 from vidattn.plan import Plan
 from vidattn.tiles import axis_share, fit_reach, tile_counts, within
 

@@ -23,10 +23,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, check_share, tiles
+from vidattn.content import Content, ContentMethod, tiles
 from vidattn.grid import Grid, Size, fit_tile, sample
-from vidattn.kernels.pooled_scores import select_share
+from vidattn.method import check_share
 from vidattn.plan import Plan
+from vidattn.selection import select_share
 from vidattn.tiles import by_tile, distances, tile_counts
 
 # sampled queries whose scores are in memory together

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vidattn.content import Content, ContentMethod, check_share
-from vidattn.kernels.pooled_scores import select_mass, select_share
+from vidattn.content import Content, ContentMethod
+from vidattn.method import check_share
 from vidattn.plan import Plan
+from vidattn.selection import select_mass, select_share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, check_share
+from vidattn.content import Content, ContentMethod
 from vidattn.grid import Size, sample, with_text
 from vidattn.head_plan import HeadPlan
-from vidattn.kernels.pooled_scores import select_until
+from vidattn.method import check_share
 from vidattn.plan import Plan
+from vidattn.selection import select_until
 from vidattn.tiles import tile_counts
 
 

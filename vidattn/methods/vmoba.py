@@ -25,13 +25,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, check_share, tiles
+from vidattn.content import Content, ContentMethod, tiles
 from vidattn.grid import Grid, Layout, Size, block_tokens, usual_tile
 from vidattn.kernels.block_lists import BlockLists
-from vidattn.kernels.pooled_scores import select_count, select_until
-from vidattn.method import as_size
+from vidattn.method import as_size, check_share
 from vidattn.plan import Plan
 from vidattn.registry import unknown
+from vidattn.selection import select_count, select_until
 
 PARTITIONS = ("time", "space", "cube")
 SELECTIONS = ("global", "query", "topk")

@@ -52,6 +52,15 @@ class BlockLists:
         """R."""
         return self.num_full.numel()
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors, without what is found out about them."""
+        tensors = [self.order, self.row_start, self.num_full, self.key_block]
+        tensors += [self.mask_id, self.masks]
+        if self.box is not None:
+            tensors += [self.box.key, self.box.low, self.box.high]
+        return sum(x.nbytes for x in tensors if x is not None)
+
     def of_heads(self, heads: Tensor, sample: int | None = None) -> BlockLists:
         """The lists of (h,) ``heads``, numbered anew in their order; of one sample, or of all."""
         rows = torch.arange(self.num_rows, device=heads.device)

@@ -1,6 +1,7 @@
 """What differs between the diffusers families: where the tokens of the video are.
 
-A family is one file in this folder with a ``FAMILY``; nothing else has to know about it.
+A family is one file in this folder with a ``FAMILY``, or several of them in a tuple; nothing else
+has to know about it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Family:
             of its forward by name.
         paired_mask: the mask of (B, 1, S, S) is that of the keys, paired with itself.
         may_skip: an attention may run without computing scores, as perturbed guidance does.
+        pixels: what height and width of the frames are multiples of, whatever else they must be.
         refuse: why the models cannot be patched, or a function that says so for a model, if at all.
     """
 
@@ -60,6 +62,7 @@ class Family:
     locate: Callable[[nn.Module, Arguments], Place] | None = None
     paired_mask: bool = False
     may_skip: bool = False
+    pixels: int = 1
     refuse: str | Callable[[nn.Module], str | None] | None = None
 
     def place(self, model: nn.Module, arguments: Arguments) -> Place:
@@ -98,12 +101,12 @@ def shape_of(model: nn.Module) -> Model:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family: the ``FAMILY`` of each file in this folder."""
-    found = []
+    """Every family: what each file in this folder calls ``FAMILY``."""
+    found: list[Family] = []
     for entry in pkgutil.iter_modules(list(vidattn.pipelines.__path__)):
         module = importlib.import_module(f"vidattn.pipelines.{entry.name}")
-        if isinstance(family := getattr(module, "FAMILY", None), Family):
-            found.append(family)
+        family = getattr(module, "FAMILY", ())
+        found += (family,) if isinstance(family, Family) else family
     return tuple(found)
 
 

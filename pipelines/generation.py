@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vidattn.pipelines.loop import Call, Loop
-from vidattn.pipelines.record import Diary
+from vidattn.pipelines.diary import Diary
+from vidattn.pipelines.loop import Loop, PipelineCall
 from vidattn.pipelines.steps import Run, Walk
 from vidattn.pipelines.stopwatch import Stopwatch
 
@@ -24,7 +24,7 @@ class Generation:
         self.diaries: dict[str, Diary] = defaultdict(Diary)
         self.num_steps = 0
         # of making plans
-        self.plan_watch = Stopwatch()
+        self.plan_time = Stopwatch()
         # of a patched pipeline
         self.vae, self.text_encoder = Stopwatch(), Stopwatch()
         self.total_ms: float | None = None
@@ -56,7 +56,9 @@ class Generations:
 
     def __init__(self):
         self._local = threading.local()
-        self._calls: weakref.WeakKeyDictionary[Call, Generation] = weakref.WeakKeyDictionary()
+        self._calls: weakref.WeakKeyDictionary[PipelineCall, Generation] = (
+            weakref.WeakKeyDictionary()
+        )
         # what runs outside of pipelines
         self._alone = Generation()
         self.latest = self._alone
@@ -77,7 +79,7 @@ class Generations:
             self._local.open = before
             generation.forget()
 
-    def now(self, call: Call | None) -> Generation:
+    def now(self, call: PipelineCall | None) -> Generation:
         """The generation that a forward pass in a call of a pipeline, or in none, belongs to."""
         generation = self.open
         if generation is None:

@@ -80,7 +80,7 @@ class Handle:
         """
         last = self._settings.generations.latest
         times = {}
-        transformer_ms = sum(diary.watch.read_ms() for diary in last.diaries.values())
+        transformer_ms = sum(diary.time.read_ms() for diary in last.diaries.values())
         if last.total_ms is not None:
             vae, text_encoder = last.vae.read_ms(), last.text_encoder.read_ms()
             times = {
@@ -89,17 +89,17 @@ class Handle:
                 "rest_ms": max(last.total_ms - transformer_ms - vae - text_encoder, 0.0),
                 "total_ms": last.total_ms,
             }
-        grids = sorted({str(grid) for diary in last.diaries.values() for grid in diary.grids})
+        grids = {grid for diary in last.diaries.values() for grid in diary.grids}
         return Report(
             method=self.schedule.name,
             dense_layers=self.schedule.guard.layers,
             dense_steps=self.schedule.guard.steps,
-            grids=tuple(grids),
+            grids=tuple(sorted(grids, key=str)),
             num_steps=last.num_steps,
             num_passes=sum(diary.num_passes for diary in last.diaries.values()),
             layers=tuple(layer for site in self.sites for layer in _layer_reports(site, last)),
             transformer_ms=transformer_ms,
-            plan_ms=last.plan_watch.read_ms(),
+            plan_ms=last.plan_time.read_ms(),
             **times,
         )
 
@@ -201,7 +201,7 @@ def _layer_reports(site: Site, last: Generation) -> list[LayerReport]:
             density=tally.density_sum / tally.num_sparse if tally.num_sparse else None,
             num_searches=diary.searches[layer.index].num,
             recall=diary.searches[layer.index].recall,
-            attention_ms=tally.watch.read_ms(),
+            attention_ms=tally.time.read_ms(),
         )
         for layer, tally in pairs
     ]

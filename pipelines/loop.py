@@ -47,11 +47,11 @@ class Loop(NamedTuple):
     is_trusted: bool = True
 
 
-class Call:
+class PipelineCall:
     """Stands for one call of a pipeline, and is gone when that is over."""
 
 
-def find_loop() -> tuple[Loop | None, Call | None]:
+def find_loop() -> tuple[Loop | None, PipelineCall | None]:
     """The loop that this thread is in, and the call of a pipeline; None where there is none."""
     loop, outermost, frame = None, None, sys._getframe(1)
     while frame is not None:
@@ -68,9 +68,9 @@ def _self(frame: FrameType) -> object:
     return frame.f_locals.get("self")
 
 
-def _call(frame: FrameType) -> Call:
+def _call(frame: FrameType) -> PipelineCall:
     """What stands for the call that a frame belongs to: names added to a frame go with it."""
-    return frame.f_locals.setdefault(_CALL, Call())
+    return frame.f_locals.setdefault(_CALL, PipelineCall())
 
 
 def _loop(names: Mapping[str, object]) -> Loop | None:

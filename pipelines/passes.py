@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vidattn.grid import Size
-from vidattn.head_plan import HeadPlan
+from vidattn.pipelines.diary import Diary
 from vidattn.pipelines.generation import Generation
 from vidattn.pipelines.loop import Loop, find_loop
-from vidattn.pipelines.record import Diary
 from vidattn.pipelines.settings import Settings
-from vidattn.pipelines.steps import Run, Turn
+from vidattn.pipelines.steps import PassKey, Run
 from vidattn.pipelines.stopwatch import Stopwatch
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
 
 
 class Context:
@@ -38,7 +37,7 @@ class Context:
 
 @dataclass
 class Pass:
-    """One forward pass of a transformer, which ``turn`` tells from the others of its step."""
+    """One forward pass of a transformer, which ``key`` tells from the others of its step."""
 
     size: Size
     num_before: int
@@ -46,7 +45,7 @@ class Pass:
     diary: Diary
     run: Run
     step: int
-    turn: Turn
+    key: PassKey
     dense_step: bool
     start: object
     has_backward: bool
@@ -55,7 +54,7 @@ class Pass:
     calls: Counter[int] = field(default_factory=Counter)
     repeats: Counter[int] = field(default_factory=Counter)
     # the plans read from content, by layer and call, for a backward pass to come
-    made: dict[tuple[int, int], Plan | HeadPlan] = field(default_factory=dict)
+    made: dict[tuple[int, int], AnyPlan] = field(default_factory=dict)
 
     @property
     def num_steps(self) -> int | None:
@@ -132,7 +131,7 @@ class Passes:
             generation.diaries[self.name],
             run,
             run.step,
-            run.take_turn(self.name, context.name),
+            run.take_key(self.name, context.name),
             run.step < guarded,
             Stopwatch.now(latents.device),
             torch.is_grad_enabled(),
@@ -143,7 +142,7 @@ class Passes:
         if is_backward():
             return False
         current = self.current()
-        current.diary.watch.add(current.start, output.device)
+        current.diary.time.add(current.start, output.device)
         current.diary.num_passes += 1
         finite = torch.isfinite(output.detach()).all()
         self._local.output = _Output(finite, current.run, current.step)

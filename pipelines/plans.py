@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from vidattn.fidelity import recall
-from vidattn.grid import sample
-from vidattn.head_plan import HeadPlan, join, select_heads
+from vidattn.head_plan import HeadPlan
 from vidattn.pipelines.passes import Pass, is_backward
 from vidattn.pipelines.sequence import Call
 from vidattn.pipelines.settings import Settings
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
+from vidattn.reading import Memory, Reading
+from vidattn.sampled import sample
 from vidattn.schedule import Part
 
 Parts = tuple[Part, ...]
@@ -34,7 +35,7 @@ class Plans:
 
     def plan(
         self, parts: Parts, layer: int, current: Pass, call: Call, q: Tensor, k: Tensor
-    ) -> Plan | HeadPlan:
+    ) -> AnyPlan:
         """The plan of a layer whose heads follow ``parts``.
 
         Args:
@@ -55,7 +56,7 @@ class Plans:
         plans = [self._part(part, place, current, call, q, k) for part in parts]
         plan = plans[0]
         if len(parts) > 1:
-            plan = join(plans, [call.heads.here(part.heads) for part in parts])
+            plan = HeadPlan.join(plans, [call.heads.here(part.heads) for part in parts])
         if not reads_content:
             fixed[what] = plan
         elif current.has_backward:
@@ -64,26 +65,27 @@ class Plans:
 
     def _part(
         self, part: Part, place: tuple[int, int], current: Pass, call: Call, q: Tensor, k: Tensor
-    ) -> Plan | HeadPlan:
+    ) -> AnyPlan:
         """The plan of some heads, kept from an earlier step or new."""
         method, run, step = part.method, current.run, current.step
         if not method.reads_content:
             return self._fixed_part(part, call, q.device)
-        key = (self._transformer, place, current.turn, call.grid, q.shape[:2], call.heads, part)
+        key = (self._transformer, place, current.key, call.grid, q.shape[:2], call.heads, part)
         if is_backward() and key in run.kept:
             raise RuntimeError(
                 f"layer {place[0]} is run again for a backward pass, and the plan that it followed "
                 "is gone: train without torch.compile, or with a method that does not remember "
                 "earlier steps"
             )
-        made, last = run.kept.get(key, (step, None))
-        last = last if made < step else None
-        if last is not None and method.keeps(made, step, run.num_steps):
-            return last
-        plan = self._search(part, place[0], current, call, q, k, last)
-        serves_later = plan.memory or method.keeps(step, step + 1, run.num_steps)
+        made, plan, last = run.kept.get(key, (step, None, ()))
+        if made == step:
+            last = ()
+        elif method.keeps(made, step, run.num_steps):
+            return plan
+        plan, memory = self._search(part, place[0], current, call, q, k, last)
+        serves_later = memory or method.keeps(step, step + 1, run.num_steps)
         if run.keeps(current.has_backward) and serves_later:
-            run.kept[key] = step, plan
+            run.kept[key] = step, plan, memory
         return plan
 
     def _search(
@@ -94,35 +96,34 @@ class Plans:
         call: Call,
         q: Tensor,
         k: Tensor,
-        last: Plan | HeadPlan | None,
-    ) -> Plan | HeadPlan:
-        """A new plan from the content of a call."""
-        grid, keys = call.grid, call.keys
+        last: Memory,
+    ) -> tuple[AnyPlan, Memory]:
+        """A new plan from the content of a call, with what its method remembers."""
+        grid = call.grid
         if part.heads is not None:
             mine = torch.tensor(call.heads.here(part.heads), device=q.device)
             q, k = q[:, mine], k[:, mine // (q.shape[1] // k.shape[1])]
-        if call.turn:
-            q, k = (x.roll(-call.turn, 2) for x in (q, k))
-            keys = None if keys is None else keys.roll(-call.turn, 1)
-        with current.generation.plan_watch.span(q.device), planning(q.device):
-            given = {"scale": call.scale, "key_mask": keys}
-            plan = part.method.plan(grid, q, k, **given, last=last).to(q.device)
+        q, k = call.to_grid(q), call.to_grid(k)
+        with current.generation.plan_time.span(q.device), planning(q.device):
+            reading = Reading(q, k, call.scale, call.keys, last)
+            plan, memory = part.method.plan_with_memory(grid, reading)
+            plan = plan.to(q.device)
             some = grid.video_start + sample(grid.num_video_tokens, NUM_SAMPLES).to(q.device)
-            kept = recall(q, k, plan, some, **given)
+            kept = recall(q, k, plan, some, scale=call.scale, key_mask=call.keys)
         if not is_backward():
             current.diary.searches[layer].add(current.step, kept)
-        return plan
+        return plan, memory
 
-    def _fixed_part(self, part: Part, call: Call, device: torch.device) -> Plan | HeadPlan:
+    def _fixed_part(self, part: Part, call: Call, device: torch.device) -> AnyPlan:
         """The plan of a method that does not read content, made once per grid and device."""
         fixed, what = self._settings.fixed_plans(call.grid, device), Part(part.method)
         if what not in fixed:
-            with self._settings.generations.latest.plan_watch.span(device), planning(device):
+            with self._settings.generations.latest.plan_time.span(device), planning(device):
                 fixed[what] = part.method.plan(call.grid).to(device)
         numbers = call.heads.numbers if part.heads is None else part.heads
         if part.heads is None and call.heads.are_all:
             return fixed[what]
-        return select_heads(fixed[what], numbers)
+        return fixed[what].select_heads(numbers)
 
 
 @contextmanager

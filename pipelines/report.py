@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
+from vidattn.grid import Grid
 from vidattn.table import table
 
 HEAD = ("layer", "sparse", "dense", "density", "searches", "recall", "ms per call", "methods")
@@ -65,7 +66,7 @@ class Report:
     method: str
     dense_layers: int | float
     dense_steps: int | float
-    grids: tuple[str, ...]
+    grids: tuple[Grid, ...]
     num_steps: int
     num_passes: int
     layers: tuple[LayerReport, ...]
@@ -109,7 +110,8 @@ class Report:
     def to_dict(self) -> dict[str, object]:
         """Everything as plain types, for JSON."""
         sums = ("num_sparse", "num_dense", "attention_ms", "density", "engines")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
+        found = dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
+        return found | {"grids": [str(grid) for grid in self.grids]}
 
     def __str__(self) -> str:
         if not self.num_passes:
@@ -142,8 +144,9 @@ class Report:
         """What ran, and where."""
         density = "none" if self.density is None else f"{self.density:.3f}"
         engines = "".join(f", sparse on {name}" for name in self.engines)
+        grids = ", ".join(map(str, self.grids)) or "no grid"
         return (
-            f"{self.method} on {', '.join(self.grids) or 'no grid'}: {self.num_steps} steps, "
+            f"{self.method} on {grids}: {self.num_steps} steps, "
             f"{self.num_passes} passes, density {density} with the dense calls{engines}"
         )
 

@@ -20,17 +20,25 @@ class Call(NamedTuple):
     """What one attention call is about.
 
     Args:
-        turn: how many tokens at the front of the sequence stand at the end of the grid.
-        keys: (B, S) bool, those that may be read.
+        num_moved: how many tokens at the front of the sequence stand at the end of the grid.
+        keys: (B, S) bool, those that may be read, in the order of the grid.
         scale: factor of the scores, None for the usual one.
         heads: which of the model's it has.
     """
 
     grid: Grid
-    turn: int
+    num_moved: int
     keys: Tensor | None
     scale: float | None
     heads: Heads
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """(B, H, S, ...) of the sequence in the order of the grid."""
+        return x.roll(-self.num_moved, 2) if self.num_moved else x
+
+    def from_grid(self, x: Tensor) -> Tensor:
+        """(B, H, S, ...) in the order of the grid as the sequence has it."""
+        return x.roll(self.num_moved, 2) if self.num_moved else x
 
 
 def find_video(
@@ -63,6 +71,8 @@ def find_video(
         )
     keys = masks.key_mask(mask, (q.shape[0], length), family.paired_mask)
     # a grid has its text on one side; attention does not mind turning the sequence
-    turn = before if after else 0
-    grid = Grid(t, h, w, text=beside, text_first=bool(before) and not turn)
-    return Call(grid, turn, keys, scale, heads_here(module, q))
+    num_moved = before if after else 0
+    grid = Grid(t, h, w, text=beside, text_first=bool(before) and not num_moved)
+    if keys is not None and num_moved:
+        keys = keys.roll(-num_moved, 1)
+    return Call(grid, num_moved, keys, scale, heads_here(module, q))

@@ -7,10 +7,9 @@ from functools import lru_cache
 import torch
 
 from vidattn.grid import Grid
-from vidattn.head_plan import HeadPlan
 from vidattn.pipelines.generation import Generations
 from vidattn.pipelines.steps import Steps
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
 from vidattn.schedule import Part, Schedule
 
 
@@ -24,6 +23,6 @@ class Settings:
         self.fixed_plans = lru_cache(maxsize=16)(_no_plans)
 
 
-def _no_plans(grid: Grid, device: torch.device) -> dict[tuple[Part, ...], Plan | HeadPlan]:
+def _no_plans(grid: Grid, device: torch.device) -> dict[tuple[Part, ...], AnyPlan]:
     """Where the plans go that do not depend on content."""
     return {}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vidattn.attention import attend, engines_of
 from vidattn.grid import Size
-from vidattn.head_plan import HeadPlan
 from vidattn.pipelines.break_even import break_even
 from vidattn.pipelines.checkpoint import tie, untie
 from vidattn.pipelines.family import attentions, family_of, shape_of
@@ -27,7 +26,7 @@ from vidattn.pipelines.sequence import Call, find_video
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.stopwatch import Stopwatch
 from vidattn.pipelines.swap import swap_out
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
 from vidattn.schedule import Model, Part
 
 LAYER_GUARD, STEP_GUARD, DENSE_METHOD = "layer guard", "step guard", "dense method"
@@ -217,7 +216,7 @@ class Site:
 
     def _plan(
         self, layer: Layer, current: Pass, call: Call, q: Tensor, k: Tensor
-    ) -> tuple[Plan | HeadPlan, tuple[Part, ...]]:
+    ) -> tuple[AnyPlan, tuple[Part, ...]]:
         """The plan of a layer, and the methods it is made of."""
         current.diary.grids.add(call.grid)
         at = self._place(layer, current)
@@ -225,19 +224,16 @@ class Site:
         return self.plans.plan(parts, layer.index, current, call, q, k), parts
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan | HeadPlan, call: Call
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, call: Call
     ) -> tuple[Tensor, tuple[str, ...]]:
         """Attention by a plan, and the engines that it ran on."""
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
-        turn, keys = call.turn, call.keys
-        if turn:
-            q, k, v = (x.roll(-turn, 2) for x in (q, k, v))
-            keys = None if keys is None else keys.roll(-turn, 1)
-        given = {"scale": call.scale, "key_mask": keys}
-        out, engines = attend(q, k, v, plan, **given), engines_of(q, k, v, plan, **given)
-        return out.roll(turn, 2) if turn else out, engines
+        q, k, v = map(call.to_grid, (q, k, v))
+        given = {"scale": call.scale, "key_mask": call.keys}
+        out = attend(q, k, v, plan, **given)
+        return call.from_grid(out), engines_of(q, k, v, plan, **given)
 
 
 def _why_not_caught() -> str:

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from vidattn.pipelines.loop import Loop
+from vidattn.plan import AnyPlan
+from vidattn.reading import Memory
 
-Turn = tuple[int, str | None, int]
+# what tells a forward pass from the others of its step: evaluation, name and number
+PassKey = tuple[int, str | None, int]
 
 
 class Run:
@@ -30,7 +33,7 @@ class Run:
         self.step = self.counted = -1
         # plans that serve or start off later ones, with the step they were made at, by everything
         # else that they depend on
-        self.kept: dict[tuple, tuple[int, object]] = {}
+        self.kept: dict[tuple, tuple[int, AnyPlan, Memory]] = {}
         self._phase = 0
         self._passes: Counter[tuple[str, str | None]] = Counter()
 
@@ -44,11 +47,11 @@ class Run:
         """Whether a forward pass may leave plans to later ones; one that is trained may not."""
         return self.keeps_plans and not has_backward
 
-    def take_turn(self, transformer: str, name: str | None) -> Turn:
-        """What tells a forward pass from the others of its step: evaluation, name and number."""
-        turn = self._phase, name, self._passes[transformer, name]
+    def take_key(self, transformer: str, name: str | None) -> PassKey:
+        """The key of a forward pass that begins."""
+        key = self._phase, name, self._passes[transformer, name]
         self._passes[transformer, name] += 1
-        return turn
+        return key
 
 
 class Told(Run):

@@ -17,16 +17,15 @@ from torch import Tensor
 from vidattn.allocation import allocate
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.head_plan import HeadPlan, select_heads
-from vidattn.measure import unsharpened
 from vidattn.method import Method
 from vidattn.methods import label
 from vidattn.methods.dense import Dense
 from vidattn.pipelines.watch import Sight, watching
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
 from vidattn.schedule import DenseGuard, Model, Rule, Schedule
 
-Place = tuple[str, int]
+# name of the transformer and number of the layer
+LayerKey = tuple[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class Losses:
 
     Args:
         candidates: those that can plan on the grid, dense attention last.
-        places: transformer and layer of each L.
+        layers: transformer and number of each L.
         errors: (C, L, H) squared error of a head's output over the squared output of its layer.
         recalls: (C, L, H) share of dense attention's mass that is read.
         densities: (C, L, H) of the plans.
@@ -44,7 +43,7 @@ class Losses:
     """
 
     candidates: tuple[Method, ...]
-    places: tuple[Place, ...]
+    layers: tuple[LayerKey, ...]
     errors: Tensor
     recalls: Tensor
     densities: Tensor
@@ -67,7 +66,7 @@ class Losses:
     def schedule(self, choice: Tensor, guard: DenseGuard, name: str = "tuned") -> Schedule:
         """The schedule in which every head follows its candidate of an (L, H) choice."""
         layers: dict[tuple[str, int, tuple[int, ...]], list[int]] = defaultdict(list)
-        for (transformer, layer), row in zip(self.places, choice):
+        for (transformer, layer), row in zip(self.layers, choice):
             for candidate in row.unique().tolist():
                 heads = tuple((row == candidate).nonzero().flatten().tolist())
                 layers[transformer, candidate, heads].append(layer)
@@ -109,9 +108,9 @@ class Probe:
         self.refusals: dict[int, str] = {}
         self.models: dict[str, Model] = {}
         self._fixed_plan = lru_cache(maxsize=256)(lambda method, grid: method.plan(grid))
-        # by place and candidate: squared error, recall and density of each head, and calls
-        self._sums: dict[tuple[Place, int], Tensor] = {}
-        self._sizes: dict[Place, float] = defaultdict(float)
+        # by layer and candidate: squared error, recall and density of each head, and calls
+        self._sums: dict[tuple[LayerKey, int], Tensor] = {}
+        self._sizes: dict[LayerKey, float] = defaultdict(float)
 
     @contextmanager
     def watching(self, pipe: object) -> Iterator[None]:
@@ -129,9 +128,9 @@ class Probe:
         if not self.candidates:
             found = candidates_at(self._methods, self._densities, seen.grid)
             self.candidates = [*found, Dense()]
-        place = seen.transformer, seen.layer
+        layer = seen.transformer, seen.layer
         dense, lse = _attend(seen, Dense().plan(seen.grid))
-        self._sizes[place] += dense.float().square().sum().item()
+        self._sizes[layer] += dense.float().square().sum().item()
         for number, candidate in enumerate(self.candidates):
             if number in self.refusals:
                 continue
@@ -141,21 +140,20 @@ class Probe:
                 self.refusals[number] = str(error)
                 continue
             out, kept = _attend(seen, plan)
-            if (even := unsharpened(plan)) is not plan:
+            if (even := plan.unsharpened()) is not plan:
                 _, kept = _attend(seen, even)
             error = (out - dense).float().square().sum((0, 2, 3))
             recall = (kept - lse).exp().mean((0, 2))
             density = _densities(plan).to(error).expand_as(error)
             figures = [error, recall, density, torch.ones_like(error)]
             found = torch.stack(figures).double().cpu()
-            key = place, number
+            key = layer, number
             self._sums[key] = self._sums[key] + found if key in self._sums else found
 
-    def _plan(self, method: Method, seen: Sight) -> Plan | HeadPlan:
+    def _plan(self, method: Method, seen: Sight) -> AnyPlan:
         if not method.reads_content:
             return self._fixed_plan(method, seen.grid)
-        given = {"scale": seen.scale, "key_mask": seen.key_mask}
-        return method.plan(seen.grid, seen.q, seen.k, **given)
+        return method.plan(seen.grid, seen.reading)
 
     def finish(self) -> Losses:
         """What was found.
@@ -163,19 +161,19 @@ class Probe:
         Raises:
             ValueError: nothing was looked at.
         """
-        places = sorted(self._sizes)
-        if not places:
+        layers = sorted(self._sizes)
+        if not layers:
             raise ValueError(
                 "no layer attended at the steps that were to be looked at: the guards leave "
                 f"nothing sparse ({self.guard}), or there are too few steps"
             )
         numbers = [i for i in range(len(self.candidates)) if i not in self.refusals]
-        sums = torch.stack([torch.stack([self._sums[p, i] for p in places]) for i in numbers])
+        sums = torch.stack([torch.stack([self._sums[x, i] for x in layers]) for i in numbers])
         errors, recalls, densities, calls = sums.unbind(2)
-        sizes = torch.tensor([self._sizes[place] for place in places], dtype=torch.float64)
+        sizes = torch.tensor([self._sizes[x] for x in layers], dtype=torch.float64)
         return Losses(
             candidates=tuple(self.candidates[i] for i in numbers),
-            places=tuple(places),
+            layers=tuple(layers),
             errors=errors / sizes[:, None],
             recalls=recalls / calls,
             densities=densities / calls,
@@ -207,13 +205,12 @@ def _agree(one: Method, other: Method, options: Collection[str]) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in options)
 
 
-def _densities(plan: Plan | HeadPlan) -> Tensor:
+def _densities(plan: AnyPlan) -> Tensor:
     """(H,) of the heads, or (1,) where they share one plan."""
-    total = plan.num_heads if isinstance(plan, HeadPlan) else plan.lists.heads
-    return torch.tensor([select_heads(plan, [head]).density for head in range(total)])
+    return torch.tensor([plan.select_heads([head]).density for head in range(plan.num_heads)])
 
 
-def _attend(seen: Sight, plan: Plan | HeadPlan) -> tuple[Tensor, Tensor]:
+def _attend(seen: Sight, plan: AnyPlan) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; what PyTorch attends with by itself gives none of the latter."""
     engine = "torch" if seen.q.device.type == "cpu" else "auto"
     given = {"scale": seen.scale, "key_mask": seen.key_mask}

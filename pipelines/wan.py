@@ -10,4 +10,5 @@ FAMILY = Family(
         "ChronoEditTransformer3DModel",
     ),
     layers=r"(vace_)?blocks\.\d+\.attn1",
+    pixels=16,
 )

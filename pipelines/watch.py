@@ -15,6 +15,7 @@ from vidattn.grid import Grid
 from vidattn.pipelines.intercept import Layer
 from vidattn.pipelines.patch import Handle, patch
 from vidattn.pipelines.site import Site
+from vidattn.reading import Reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,11 @@ class Sight:
     v: Tensor
     scale: float
     key_mask: Tensor | None
+
+    @property
+    def reading(self) -> Reading:
+        """What a method is told of the call."""
+        return Reading(self.q, self.k, self.scale, self.key_mask)
 
 
 @contextmanager
@@ -70,8 +76,7 @@ class _Tap:
         site, current = self._site, self._site.passes.current()
         step = current.step
         call = site.find_video(layer, current, q, k, mask, scale)
-        turned = (x.detach().roll(-call.turn, 2) if call.turn else x.detach() for x in (q, k, v))
-        keys = None if call.keys is None else call.keys.roll(-call.turn, 1)
+        qkv = (call.to_grid(x.detach()) for x in (q, k, v))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        self._look(Sight(site.name, layer.index, step, call.grid, *turned, factor, keys))
+        self._look(Sight(site.name, layer.index, step, call.grid, *qkv, factor, call.keys))
         return site.attend(layer, q, k, v, mask, scale)

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from vidattn.attention import attend
 from vidattn.grid import Grid
+from vidattn.hardware import hardware
 from vidattn.kernels.block_sparse_cpu import instruction_set
-from vidattn.measure import hardware
 from vidattn.methods import plan as plan_of
 from vidattn.plan import Plan
 from vidattn.visible import visible_keys

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vidattn.backbones import accelerate
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
-from vidattn.measure import hardware
+from vidattn.hardware import hardware
 
 
 class Family(NamedTuple):

@@ -28,7 +28,7 @@ from gpu_step import step
 from gpu_times import Row, Sizes, ceilings, dense, sparse
 
 from vidattn.gpus import find_gpu
-from vidattn.measure import hardware
+from vidattn.hardware import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 # parts in their order, with the share of all time at which the next one begins at the latest

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from resident_memory import extra_mib
 from torch import Tensor
 
-from vidattn.measure import hardware
+from vidattn.hardware import hardware
 from vidattn.neighborhood import neighborhood_attention
 
 SIZE, WINDOW = (8, 32, 32), (5, 7, 7)

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from vidattn.commands.draw import smooth_content
+from vidattn.commands.draw import smooth_reading
 from vidattn.grid import Grid
-from vidattn.measure import hardware
+from vidattn.hardware import hardware
 from vidattn.method import Method
 from vidattn.methods import create_method, label, list_methods
 from vidattn.methods import plan as plan_of
+from vidattn.reading import Reading
 
 # HunyuanVideo at 129x720x1280, and a round million
 GRIDS = ((33, 45, 80), (250, 50, 80))
@@ -201,7 +201,7 @@ def content_methods() -> list[Method]:
     made = []
     for name in list_methods():
         plain = create_method(name)
-        if hasattr(plain, "rectify"):
+        if "rectify" in plain.options():
             made += [plain] if plain.rectify else [plain, replace(plain, rectify=True)]
     return [method for method in made if method.reads_content]
 
@@ -209,22 +209,23 @@ def content_methods() -> list[Method]:
 def searches(rounds: int) -> dict:
     """What searching takes, and what dense attention does."""
     grid = Grid(*SEARCHED)
-    q = smooth_content(grid, HEAD_DIM)
+    reading = smooth_reading(grid, HEAD_DIM)
+    q = reading.q
     dense_s = cpu_seconds(lambda: F.scaled_dot_product_attention(q, q, q), 1)
-    rows = [search(method, grid, q, dense_s, rounds) for method in content_methods()]
+    rows = [search(method, grid, reading, dense_s, rounds) for method in content_methods()]
     facts = {"tokens": grid.num_tokens, "steps": NUM_STEPS, "dense_s": dense_s, "rounds": rounds}
     return facts | {"rows": rows}
 
 
-def search(method: Method, grid: Grid, q: Tensor, dense_s: float, rounds: int) -> dict:
+def search(method: Method, grid: Grid, reading: Reading, dense_s: float, rounds: int) -> dict:
     """The time of a first and a later search, and of all those of a generation."""
     found = []
     for layer in dict.fromkeys(map(method.at, LAYERS)):
         # this also makes what serves all searches on a grid, such as its blocks
-        plan = partial(layer.plan, grid, q, q)
-        last = plan()
-        first, later = (cpu_seconds(x, rounds) for x in (plan, partial(plan, last=last)))
-        found.append((last.density, first, later))
+        plan, memory = layer.plan_with_memory(grid, reading)
+        again = replace(reading, last=memory)
+        first, later = (cpu_seconds(partial(layer.plan, grid, x), rounds) for x in (reading, again))
+        found.append((plan.density, first, later))
     density, first_s, later_s = (statistics.mean(x) for x in zip(*found))
     count = len(search_steps(method, NUM_STEPS))
     overhead = (first_s + (count - 1) * later_s) / (NUM_STEPS * dense_s)

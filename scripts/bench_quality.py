@@ -39,7 +39,7 @@ from vidattn.fidelity import fidelity
 from vidattn.flags.values import positive_int
 from vidattn.flags.video import add_model_arguments
 from vidattn.grid import Grid
-from vidattn.measure import hardware
+from vidattn.hardware import hardware
 from vidattn.methods import create_method
 from vidattn.perception.fvd import video_features
 from vidattn.pipelines.watch import Sight, watching
@@ -274,9 +274,8 @@ def attention_figures(choice: Choice, sights: Sequence[Sight]) -> list[dict[str,
     layers: dict[int, list[tuple[float, float]]] = {}
     for x in sights:
         method = create_method(choice.name, **choice.options).at(x.layer)
-        told = {"scale": x.scale, "key_mask": x.key_mask}
-        plan = method.plan(x.grid, x.q, x.k, **(told if method.reads_content else {}))
-        found = fidelity(x.q, x.k, x.v, plan, **told)
+        plan = method.plan(x.grid, x.reading)
+        found = fidelity(x.q, x.k, x.v, plan, scale=x.scale, key_mask=x.key_mask)
         figures = (found.recall.mean(), found.output_error.mean())
         layers.setdefault(x.layer, []).append(figures)
     return [

@@ -21,8 +21,9 @@ from vidattn.choice import Choice
 from vidattn.commands.output import writable_folder, write_atomically, write_json
 from vidattn.fidelity import fidelity
 from vidattn.grid import Grid
-from vidattn.measure import hardware
+from vidattn.hardware import hardware
 from vidattn.methods import create_method
+from vidattn.reading import Reading
 
 FOLDER = "media/videos/whitepaper_figure_5"
 CLIPS = {
@@ -107,7 +108,7 @@ def measure_method(choice: Choice, grid: Grid, qkv: Sequence[Tensor], queries: T
     """Density, recall and error; the reason where the method cannot do it."""
     method = create_method(choice.name, **choice.options)
     try:
-        plan = method.plan(grid, *qkv[:2])
+        plan = method.plan(grid, Reading(*qkv[:2]))
     except ValueError as error:
         return {"error": str(error)}
     found = fidelity(*qkv, plan, queries=queries)

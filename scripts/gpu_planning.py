@@ -11,12 +11,11 @@ from gpu_times import Row, Sizes
 
 from vidattn.attention import attend
 from vidattn.fidelity import recall
-from vidattn.grid import sample
-from vidattn.head_plan import HeadPlan
 from vidattn.kernels.block_segments import segments
 from vidattn.kernels.timing import synchronize
 from vidattn.methods import create_method
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
+from vidattn.sampled import sample
 
 METHODS = {"topk": {}, "svg": {}, "vmoba": {}, "adaspa": {}, "topk, rectified": {"rectify": True}}
 
@@ -54,8 +53,8 @@ def _planned(sizes: Sizes, name: str, options: dict) -> dict:
     return took
 
 
-def _prepare(plan: Plan | HeadPlan) -> None:
+def _prepare(plan: AnyPlan) -> None:
     """What a kernel needs of a plan once."""
-    for part in plan.plans if isinstance(plan, HeadPlan) else (plan,):
+    for part, *_ in plan.parts():
         part.lists.check(plan.grid.num_tokens)
         segments(part.lists)

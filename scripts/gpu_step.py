@@ -20,6 +20,7 @@ from vidattn.attention import attend
 from vidattn.kernels.dense import dense_attention
 from vidattn.method import Method
 from vidattn.methods import create_method
+from vidattn.reading import Reading
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 LAYERS, TEXT = 6, 512
@@ -96,6 +97,6 @@ def _attentions(sizes: Sizes) -> dict[str, Attention]:
 
 def _searching(sizes: Sizes, method: Method) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, method.plan(sizes.grid, q, k), backend=sizes.engine)
+        return attend(q, k, v, method.plan(sizes.grid, Reading(q, k)), backend=sizes.engine)
 
     return attention

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from vidattn.content import Content
-from vidattn.grid import Grid, Layout, sample
-from vidattn.head_plan import HeadPlan
-from vidattn.plan import Plan
+from vidattn.grid import Grid, Layout
+from vidattn.plan import AnyPlan, Plan
 from vidattn.rectification import NUM_SAMPLES
+from vidattn.sampled import sample
 
 
 def coherent(
@@ -78,7 +78,7 @@ def slow_trust(content: Content, mask: Tensor, rest: Tensor) -> Tensor:
     return factors
 
 
-def recall_of(plan: Plan | HeadPlan, weights: Tensor) -> float:
+def recall_of(plan: AnyPlan, weights: Tensor) -> float:
     """The share of dense attention from and to the video that a plan keeps."""
     grid = plan.grid
     video = slice(grid.video_start, grid.video_start + grid.num_video_tokens)

@@ -21,11 +21,12 @@ from tests.kernels.attention_cases import (
 from vidattn.attention import attend
 from vidattn.engines import ENGINES, MASSES, QUANTISED, _told, choose
 from vidattn.grid import Grid, tile_layout
-from vidattn.head_plan import HeadPlan, join
+from vidattn.head_plan import HeadPlan
 from vidattn.kernels import block_sparse_triton, flash
 from vidattn.kernels.box import Box
 from vidattn.methods import create_method
 from vidattn.plan import Plan
+from vidattn.reading import Reading
 
 GRID = Grid(2, 7, 5, text=6)
 
@@ -114,7 +115,10 @@ def test_bad_input_is_named(case):
     change, message = WRONG[case]
     q, k, v = random_inputs(GRID)[:3]
     inputs = {"q": q, "k": k, "v": v}
-    for plan in (random_blocks(GRID), join([random_blocks(GRID, heads=2)] * 2, [(0, 2), (1, 3)])):
+    for plan in (
+        random_blocks(GRID),
+        HeadPlan.join([random_blocks(GRID, heads=2)] * 2, [(0, 2), (1, 3)]),
+    ):
         if "a plan" in case and isinstance(plan, HeadPlan):
             continue
         with pytest.raises(ValueError, match=message):
@@ -134,7 +138,7 @@ def test_planning_names_bad_input_as_attention_does(case, name):
     if given["q"] is None:
         message = "give q and k"
     with pytest.raises(ValueError, match=message.replace(", Tensor", "", 1)):
-        method.plan(GRID, **given)
+        method.plan(GRID, Reading(**given))
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "cpp", "reference"])

@@ -1,6 +1,5 @@
 """What the catalog reads in the files of the methods is what their classes are."""
 
-import dataclasses
 import inspect
 import typing
 
@@ -15,7 +14,7 @@ from vidattn.methods import create_method, method_class
 def test_a_method_is_described_as_it_is(name):
     cls, entry = method_class(name), describe(name)
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = cls.options()
     assert {key: option.hint for key, option in entry.options.items()} == {
         key: hints[key] for key in fields
     }

@@ -9,8 +9,10 @@ import torch
 from tests.content_cases import coherent, dense_weights, slow_trust, tokens_of
 from tests.grids import AWKWARD
 from vidattn.attention import attend
-from vidattn.content import Content, ContentMethod, tiles
-from vidattn.grid import Grid
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
+from vidattn.grid import Grid, tile_layout_on
+from vidattn.reading import Reading
 
 GRID = Grid(3, 5, 7, text=5)
 PADDED = Grid(3, 5, 7, text=5, text_first=True)
@@ -23,7 +25,7 @@ def contents(grid, *, padding=2, rectify=False):
     key_mask = torch.ones(2, grid.num_tokens, dtype=torch.bool)
     if padding:
         key_mask[1, grid.text_start + grid.text - padding : grid.text_start + grid.text] = False
-    layout = tiles(grid, TILE, q.device)
+    layout = tile_layout_on(grid, TILE, q.device)
     return Content(grid, layout, q, k, 0.3, key_mask, rectify=rectify), v
 
 
@@ -105,7 +107,7 @@ def test_a_rectified_plan_adds_what_it_does_not_read(grid):
 @pytest.mark.parametrize("grid", AWKWARD, ids=str)
 def test_rectifying_a_full_plan_changes_nothing(grid):
     q, k, v = coherent(grid)
-    layout = tiles(grid, (2, 2, 4), q.device)
+    layout = tile_layout_on(grid, (2, 2, 4), q.device)
     content = Content(grid, layout, q, k, 0.25, rectify=True)
     blocks = torch.ones(1, 1, content.num_blocks, content.num_blocks, dtype=torch.bool)
     out = attend(q, k, v, content.plan(blocks))
@@ -140,16 +142,15 @@ class Remembering(ContentMethod):
     def search(self, content):
         number = torch.tensor(1) if content.memory is None else content.memory + 1
         blocks = torch.ones(1, 1, content.num_blocks, content.num_blocks, dtype=torch.bool)
-        return content.plan(blocks, memory=(number,))
+        return content.plan(blocks), number
 
 
-def test_a_plan_carries_what_the_next_search_starts_from():
+def test_a_search_starts_from_what_the_last_one_left():
     q, k, _ = coherent(GRID)
     method = Remembering()
-    first = method.plan(GRID, q, k)
-    second = method.plan(GRID, q, k, last=first)
-    assert [int(x) for x in first.memory] == [1, 1]
-    assert [int(x) for x in second.to("cpu").memory] == [2, 2]
+    _, first = method.plan_with_memory(GRID, Reading(q, k))
+    _, second = method.plan_with_memory(GRID, Reading(q, k, last=first))
+    assert [int(x) for x in first] == [1, 1] and [int(x) for x in second] == [2, 2]
 
 
 def test_plans_are_kept_for_some_steps():
@@ -164,7 +165,7 @@ def test_plans_are_kept_for_some_steps():
 
 def test_plans_hold_no_gradients():
     q, k, _ = (x.requires_grad_() for x in coherent(GRID))
-    plan = Remembering(rectify=True).plan(GRID, q, k)
+    plan = Remembering(rectify=True).plan(GRID, Reading(q, k))
     assert not plan.gain.requires_grad and not plan.rest.requires_grad
 
 
@@ -186,4 +187,4 @@ def test_bad_content():
     with pytest.raises(ValueError, match="give q and k"):
         Remembering().plan(GRID)
     with pytest.raises(ValueError, match="has 110 tokens but the plan is for 105"):
-        Remembering().plan(Grid(3, 5, 7), q, k)
+        Remembering().plan(Grid(3, 5, 7), Reading(q, k))

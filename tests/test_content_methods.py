@@ -1,6 +1,5 @@
 """Every ContentMethod by the same rules; a new file is tested as it is."""
 
-import dataclasses
 from itertools import product
 
 import pytest
@@ -9,10 +8,11 @@ import torch
 from tests.content_cases import coherent, dense_weights
 from tests.recorded import recorded
 from vidattn.attention import attend
-from vidattn.content import ContentMethod
+from vidattn.content_method import ContentMethod
 from vidattn.fidelity import fidelity
 from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods, method_class
+from vidattn.reading import Reading
 
 NAMES = [name for name in list_methods() if issubclass(method_class(name), ContentMethod)]
 # a head of these reads other tiles because of its number
@@ -21,7 +21,7 @@ GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7
 
 
 def options_of(name: str) -> set[str]:
-    return {field.name for field in dataclasses.fields(method_class(name))}
+    return set(method_class(name).options())
 
 
 def method(name: str, **options):
@@ -36,12 +36,12 @@ def test_samples_and_heads_are_planned_on_their_own(name, grid):
     q, k, v = coherent(grid)
     # heads that may share a density are told not to
     this = method(name, density=0.4, tile=(2, 2, 2), rectify=True, recall=None)
-    plan = this.plan(grid, q, k)
+    plan = this.plan(grid, Reading(q, k))
     mask, out = plan.mask().expand(2, 3, -1, -1), attend(q, k, v, plan)
     for b, h in ((0, 2), (1, 0)):
         heads = slice(3) if name in NUMBERED else slice(h, h + 1)
         one = [x[b : b + 1, heads] for x in (q, k, v)]
-        alone = this.plan(grid, *one[:2])
+        alone = this.plan(grid, Reading(*one[:2]))
         assert torch.equal(alone.mask()[0], mask[b, heads])
         torch.testing.assert_close(attend(*one, alone)[0], out[b, heads], rtol=1e-4, atol=1e-5)
 
@@ -56,9 +56,9 @@ def test_ties_are_broken_alike_alone_and_in_a_batch(name, value):
         # one sample of them beside others
         q[1:], k[1:] = torch.randn(2, 2, 4, grid.num_tokens, 16)
         q[:1], k[:1] = 0.7, 0.1
-    together = create_method(name).plan(grid, q, k).mask().expand(3, 4, -1, -1)
+    together = create_method(name).plan(grid, Reading(q, k)).mask().expand(3, 4, -1, -1)
     for b in range(3):
-        alone = create_method(name).plan(grid, q[b : b + 1], k[b : b + 1]).mask()
+        alone = create_method(name).plan(grid, Reading(q[b : b + 1], k[b : b + 1])).mask()
         assert torch.equal(alone[0].expand(4, -1, -1), together[b])
 
 
@@ -70,7 +70,9 @@ def test_every_query_reads_its_block(name):
     small = ({"density": 0.08}, {"mass": 0.01, "least": 0.01}, {"density": 0.08, "sink": True})
     for options in small:
         # by the content alone, wherever there is a choice
-        mask = method(name, **options, near=None if name == "rectified" else 0).plan(grid, q, k)
+        mask = method(name, **options, near=None if name == "rectified" else 0).plan(
+            grid, Reading(q, k)
+        )
         assert mask.mask().diagonal(dim1=-2, dim2=-1).all()
 
 
@@ -82,10 +84,10 @@ def test_a_sample_without_keys_gives_0_and_leaves_the_others(name, rectify):
     key_mask = torch.ones(2, grid.num_tokens, dtype=torch.bool)
     key_mask[1] = False
     this = method(name, rectify=rectify)
-    plan = this.plan(grid, q, k, key_mask=key_mask)
+    plan = this.plan(grid, Reading(q, k, key_mask=key_mask))
     out = attend(q, k, v, plan, key_mask=key_mask)
     assert not out[1].any()
-    alone = this.plan(grid, q[:1], k[:1])
+    alone = this.plan(grid, Reading(q[:1], k[:1]))
     torch.testing.assert_close(out[:1], attend(q[:1], k[:1], v[:1], alone))
 
 
@@ -115,7 +117,7 @@ def test_a_full_budget_is_dense_whatever_else_is_chosen(name, full):
             # the larger ones hide what rounding makes of small ones
             for size in (1.0, 1e-6, 0.0):
                 this = create_method(name, **full, **dict(zip(ways, chosen)))
-                assert this.plan(grid, size * q, size * k).mask().all()
+                assert this.plan(grid, Reading(size * q, size * k)).mask().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +129,7 @@ def test_padded_keys_change_nothing(name):
     outs = []
     for value in (0.0, 9.0):
         k, v = (x.masked_fill(~key_mask[:, None, :, None], value) for x in (k, v))
-        plan = method(name, rectify=True).plan(grid, q, k, key_mask=key_mask)
+        plan = method(name, rectify=True).plan(grid, Reading(q, k, key_mask=key_mask))
         outs.append(attend(q, k, v, plan, key_mask=key_mask))
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
 
@@ -137,7 +139,12 @@ def test_float64_is_planned_and_rectified(name):
     q, k, v = coherent(GRIDS[0])
     this = method(name, density=0.4, rectify=True)
     outs = [
-        attend(q.to(dtype), k.to(dtype), v.to(dtype), this.plan(GRIDS[0], q.to(dtype), k.to(dtype)))
+        attend(
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            this.plan(GRIDS[0], Reading(q.to(dtype), k.to(dtype))),
+        )
         for dtype in (torch.float32, torch.float64)
     ]
     assert outs[1].dtype == torch.float64
@@ -149,7 +156,7 @@ def test_float64_is_planned_and_rectified(name):
 def test_a_full_budget_is_dense_attention(name, rectify):
     grid = GRIDS[0]
     q, k, v = coherent(grid)
-    plan = method(name, density=1.0, rectify=rectify).plan(grid, q, k[:, :1], scale=0.2)
+    plan = method(name, density=1.0, rectify=rectify).plan(grid, Reading(q, k[:, :1], scale=0.2))
     assert plan.mask().all()
     expected = dense_weights(q, k[:, :1], 0.2) @ v.double()
     out = attend(q, k[:, :1].expand_as(v), v, plan, scale=0.2)
@@ -160,7 +167,9 @@ def test_a_full_budget_is_dense_attention(name, rectify):
 def test_a_density_is_met(name):
     grid = Grid(11, 13, 17)
     q, k, _ = coherent(grid, batch=1, heads=2)
-    assert method(name, density=0.4).plan(grid, q, k).density == pytest.approx(0.4, abs=0.05)
+    assert method(name, density=0.4).plan(grid, Reading(q, k)).density == pytest.approx(
+        0.4, abs=0.05
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -170,7 +179,7 @@ def test_rectification_reduces_the_error_on_the_bundled_model(name):
         error, density = [], []
         for rectify in (False, True):
             this = method(name, density=0.25, rectify=rectify)
-            plan = this.plan(seen.grid, seen.q, seen.k, scale=seen.scale)
+            plan = this.plan(seen.grid, seen.reading)
             given = {"scale": seen.scale, "queries": queries}
             error.append(fidelity(seen.q, seen.k, seen.v, plan, **given).output_error.mean())
             density.append(plan.density)

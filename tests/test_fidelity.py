@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from vidattn.fidelity import fidelity, recall
 from vidattn.grid import Grid, raster_layout, tile_layout
 from vidattn.head_plan import HeadPlan
-from vidattn.methods import plan
+from vidattn.methods import list_methods, plan
 from vidattn.plan import Plan
 from vidattn.visible import visible_keys
 
@@ -130,3 +130,23 @@ def test_a_sample_looks_at_its_queries_only():
     second = fidelity(q, k, v, made, queries=torch.arange(8, 16)).recall
     assert second < 0.99
     assert_close(recall(q, k, made, torch.arange(8, 16)), second)
+
+
+# options that leave pairs out even on small grids
+SPARSE = {
+    "radial": {"near": 0, "sink": False, "decay": 0.2, "tile": (1, 2, 2)},
+    "neighborhood": {"window": (3, 3, 1)},
+}
+
+
+@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("grid", [Grid(5, 7, 3), Grid(3, 5, 7, text=4, text_first=True)])
+def test_recall_is_the_softmax_mass_on_the_kept_pairs(name, grid):
+    q, k = torch.randn(2, 2, 2, grid.num_tokens, 8).unbind()
+    made = plan(name, grid, q, k, **SPARSE.get(name, {}))
+    weights = (q.double() @ k.double().mT / 8**0.5).softmax(-1)
+    expected = (weights * made.mask()).sum(-1).mean().item()
+    found = recall(q, k, made, torch.arange(grid.num_tokens)).mean().item()
+    assert found == pytest.approx(expected, rel=1e-5)
+    if name in SPARSE:
+        assert expected < 0.99

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.grids import AWKWARD, PUBLISHED
-from vidattn.grid import Grid, dilation_order, fit_tile, frame_layout, raster_layout, tile_layout
+from vidattn.grid import Grid, dilation_order, frame_layout, raster_layout, tile_layout
+from vidattn.tile_size import fit_tile
 
 LAYOUTS = {
     "raster": lambda grid: raster_layout(grid, 16),

@@ -8,7 +8,7 @@ import torch
 from tests.kernels import attention_cases as cases
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
-from vidattn.head_plan import HeadPlan, join, select_heads
+from vidattn.head_plan import HeadPlan
 from vidattn.methods import plan
 from vidattn.plan import Plan
 
@@ -81,12 +81,12 @@ def test_every_sample_follows_its_plans(key_heads):
 
 def test_plans_of_samples_are_selected_and_joined():
     made = sample_plan()
-    assert torch.equal(made.of_heads([0, 2]).mask(), made.mask()[:, [0, 2]])
+    assert torch.equal(made.select_heads([0, 2]).mask(), made.mask()[:, [0, 2]])
     blocks = cases.random_blocks(GRID, batch=2, heads=2)
     gain = torch.rand(2, 2, blocks.layout.num_blocks)
     groups = (blocks, made, head_plan(), dataclasses.replace(blocks, gain=gain))
     heads = ([1, 9], [0, 3, 4], [2, 5, 6, 7, 10, 11], [8, 12])
-    whole = join(groups, heads)
+    whole = HeadPlan.join(groups, heads)
     for part, mine in zip(groups, heads):
         assert torch.equal(whole.mask()[:, mine], part.mask().expand(2, -1, -1, -1))
     for sample, head in ((0, 8), (1, 12)):
@@ -153,7 +153,7 @@ def test_compensation_adds_the_means_of_what_is_not_read(key_heads):
 @pytest.mark.parametrize("heads", [(0, 1, 3), (2,), (1, 4), (0, 1, 2, 3, 4, 5)])
 def test_some_heads_keep_their_plans(heads):
     made = head_plan()
-    chosen = select_heads(made, heads)
+    chosen = made.select_heads(heads)
     assert torch.equal(chosen.mask(), made.mask()[:, list(heads)])
     inputs = cases.random_inputs(GRID, heads=len(heads), key_heads=1)[:3]
     out = attend(*inputs, chosen, backend="torch")
@@ -167,17 +167,17 @@ def test_selected_heads_keep_their_compensation():
         GRID, layout, torch.rand(2, 3, nv, nv) < 0.5,
         gain=torch.rand(2, 3, nb), rest=torch.rand(2, 3, nb, nb),
     )  # fmt: skip
-    chosen = select_heads(made, (0, 2))
+    chosen = made.select_heads((0, 2))
     assert torch.equal(chosen.mask(), made.mask()[:, [0, 2]])
     assert torch.equal(chosen.gain, made.gain[:, [0, 2]])
     assert torch.equal(chosen.rest, made.rest[:, [0, 2]])
     with pytest.raises(ValueError, match="for 3 heads, got head 3"):
-        select_heads(made, (0, 3))
+        made.select_heads((0, 3))
 
 
 def test_plans_of_groups_are_joined():
     first, second = head_plan(), cases.random_blocks(GRID, batch=1, heads=2)
     groups = [(0, 2, 3, 5, 6, 7), (1, 4)]
-    mask = join([first, second], groups).mask()
+    mask = HeadPlan.join([first, second], groups).mask()
     for part, heads in zip((first, second), groups):
         assert torch.equal(mask[:, list(heads)], part.mask())

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from tests.grids import AWKWARD, PUBLISHED
+from vidattn.catalog import describe
 from vidattn.grid import Grid
-from vidattn.methods import create_method, list_methods, method_class, plan
+from vidattn.methods import create_method, label, list_methods, method_class, plan
+from vidattn.reading import Reading
 
 # options that a method may not be able to serve on every grid
 EDGES = ({"density": 0.001}, {"density": 1.0}, {"tile": (1, 16, 16)}, {"near": 50})
 
 
 def options_of(name: str) -> set[str]:
-    return {field.name for field in dataclasses.fields(method_class(name))}
+    return set(method_class(name).options())
 
 
 def content(grid: Grid, method: str) -> dict[str, torch.Tensor]:
@@ -52,8 +54,18 @@ def test_method_describes_itself(name):
     cls = method_class(name)
     assert cls.__doc__.strip().splitlines()[0].endswith(".")
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
-    for field in dataclasses.fields(cls):
-        assert f"{field.name}:" in cls.__doc__, f"option {field.name} is not explained"
+    for option in describe(name).options.values():
+        assert option.meaning, f"option {option.name} is not explained"
+
+
+@pytest.mark.parametrize(
+    ("name", "state"), [("paro", "layer"), ("paro", "step"), ("strided", "layer")]
+)
+def test_what_a_run_sets_is_no_option(name, state):
+    assert state not in describe(name).options and state not in options_of(name)
+    with pytest.raises(ValueError, match=f"unknown option of method '{name}' '{state}'"):
+        create_method(name, **{state: 1})
+    assert label(create_method("strided").at(3)) == "strided"
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -90,8 +102,8 @@ def test_what_cannot_be_planned_is_refused_before(name):
         except ValueError as error:
             why = str(error)
         try:
-            content = torch.randn(2, 1, 1, grid.num_tokens, 8) if why is None else (None, None)
-            made = method.plan(grid, *content)
+            reading = Reading(*torch.randn(2, 1, 1, grid.num_tokens, 8)) if why is None else None
+            made = method.plan(grid, reading)
         except ValueError as error:
             assert str(error) == why
             refused += 1

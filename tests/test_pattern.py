@@ -11,6 +11,7 @@ from vidattn.fidelity import fidelity
 from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods, method_class
 from vidattn.pattern import PatternMethod
+from vidattn.reading import Reading
 
 GRIDS = (Grid(3, 5, 7, text=5), Grid(2, 7, 9, text=3, text_first=True), Grid(7, 3, 4))
 # a quarter of the pairs of 9x16x16 tokens, or what comes near it
@@ -44,7 +45,7 @@ def test_a_pattern_reads_content_for_an_estimate_alone(name):
         rectified.plan(GRIDS[0])
     q, k, _ = coherent(Grid(3, 5, 7))
     with pytest.raises(ValueError, match="has 105 tokens but the plan is for 110"):
-        rectified.plan(GRIDS[0], q, k)
+        rectified.plan(GRIDS[0], Reading(q, k))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -58,9 +59,10 @@ def test_a_rectified_pattern_adds_what_it_does_not_read(name, grid):
         key_mask[1, grid.text_start + 2] = False
     given = {"scale": 0.3, "key_mask": key_mask}
     method = create_method(name, **SMALL[name], rectify=True)
-    plan = method.plan(grid, q, k, **given)
+    plan = method.plan(grid, Reading(q, k, **given))
     pattern = create_method(name, **SMALL[name]).plan(grid)
     assert (plan.mask() == pattern.mask()).all() and plan.sharpness == pattern.sharpness
+    assert plan.density == pattern.density
 
     scale = 0.3 * pattern.sharpness
     content, mask = Content(grid, pattern.layout, q, k, scale, key_mask), pattern.mask()[0, 0]
@@ -93,9 +95,9 @@ def test_a_sample_is_estimated_alone(name):
     grid = GRIDS[0]
     q, k, _ = coherent(grid)
     method = create_method(name, **SMALL[name], rectify=True)
-    together = method.plan(grid, q, k)
+    together = method.plan(grid, Reading(q, k))
     for b in range(2):
-        alone = method.plan(grid, q[b : b + 1], k[b : b + 1])
+        alone = method.plan(grid, Reading(q[b : b + 1], k[b : b + 1]))
         torch.testing.assert_close(alone.rest[0], together.rest[b])
         torch.testing.assert_close(alone.gain[0], together.gain[b])
 
@@ -106,8 +108,7 @@ def test_an_estimate_reduces_the_error_on_the_bundled_model(name):
         queries, found = torch.arange(2, seen.grid.num_tokens, 11), []
         for rectify in (False, True):
             method = create_method(name, **QUARTER[name], rectify=rectify)
-            told = {"scale": seen.scale} if rectify else {}
-            plan = method.plan(seen.grid, seen.q, seen.k, **told)
+            plan = method.plan(seen.grid, seen.reading)
             given = {"scale": seen.scale, "queries": queries}
             found.append(fidelity(seen.q, seen.k, seen.v, plan, **given))
         assert found[1].output_error.mean() < found[0].output_error.mean()

@@ -5,9 +5,9 @@ import torch
 
 from tests.content_cases import coherent, slow_trust, tokens_of
 from tests.recorded import recorded
-from vidattn.content import Content, tiles
+from vidattn.content import Content
 from vidattn.fidelity import fidelity
-from vidattn.grid import Grid
+from vidattn.grid import Grid, tile_layout_on
 from vidattn.methods import create_method
 from vidattn.plan import Plan
 from vidattn.rectification import trust
@@ -21,7 +21,7 @@ def case(grid):
     k, key_mask = k[:, ::2] + 1, torch.ones(2, grid.num_tokens, dtype=torch.bool)
     if grid.text:
         key_mask[1, grid.text_start + 3] = False
-    content = Content(grid, tiles(grid, (1, 4, 4), q.device), q, k, 0.3, key_mask)
+    content = Content(grid, tile_layout_on(grid, (1, 4, 4), q.device), q, k, 0.3, key_mask)
     blocks = torch.rand(2, 4, content.num_blocks, content.num_blocks) < 0.4
     blocks[..., 0] = True
     return content, blocks, content.shares.masked_fill(blocks, 0)
@@ -56,7 +56,7 @@ def test_one_pattern_may_serve_all_samples_and_heads():
 def test_an_estimate_is_trusted_where_keys_of_a_block_are_alike_and_not_where_it_is_opposite():
     grid = Grid(4, 4, 4)
     q, k = (torch.randn(1, 2, 4, 8).repeat_interleave(16, 2) for _ in range(2))
-    content = Content(grid, tiles(grid, (1, 4, 4), q.device), q, k, 0.3)
+    content = Content(grid, tile_layout_on(grid, (1, 4, 4), q.device), q, k, 0.3)
     blocks = torch.eye(4, dtype=torch.bool)[None, None]
     rest = content.shares.masked_fill(blocks, 0)
     torch.testing.assert_close(factor(content, blocks, rest), torch.ones(1, 2))
@@ -74,6 +74,6 @@ def test_rectified_layers_of_the_bundled_model_are_better(name):
         errors = []
         for rectify in (False, True):
             method = create_method(name, density=0.25, rectify=rectify).at(sight.layer)
-            plan = method.plan(sight.grid, sight.q, sight.k, scale=sight.scale)
+            plan = method.plan(sight.grid, sight.reading)
             errors.append(fidelity(sight.q, sight.k, sight.v, plan, scale=sight.scale).output_error)
         assert errors[1].mean() < errors[0].mean()

@@ -4,13 +4,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.content_cases import coherent
 from vidattn.attention import attend
 from vidattn.calibration import Calibrator
 from vidattn.grid import Grid
-from vidattn.head_plan import HeadPlan
 from vidattn.methods import create_method, list_methods
+from vidattn.reading import Reading
 
 GRID = Grid(3, 4, 6, text=5)
 
@@ -41,15 +42,14 @@ def made(name, q, k):
     method = create_method(name)
     if name != "paro" and name != "dense":
         method = create_method(name, rectify=True)
-    return method.plan(GRID, q, k)
+    return method.plan_with_memory(GRID, Reading(q, k))
 
 
-def tensors_of(plan):
-    parts = plan.plans if isinstance(plan, HeadPlan) else (plan,)
-    for part in parts:
+def tensors_of(plan, memory):
+    yield from memory
+    for part, samples, heads in plan.parts():
         yield from (part.layout.order, part.lists.row_start, part.lists.key_block)
-        yield from (x for x in (part.gain, part.rest, *part.memory) if x is not None)
-    yield from plan.memory
+        yield from (x for x in (part.gain, part.rest, samples, heads) if isinstance(x, Tensor))
 
 
 @pytest.mark.parametrize("state", sorted(STATES.keys() - {"deterministic", "other threads"}))
@@ -58,8 +58,8 @@ def test_plans_depend_on_no_state(name, state):
     q, k, v = coherent(GRID)
     expected = made(name, q, k)
     with STATES[state]():
-        plan = made(name, q, k)
-    for ours, right in zip(tensors_of(plan), tensors_of(expected), strict=True):
+        plan, memory = made(name, q, k)
+    for ours, right in zip(tensors_of(plan, memory), tensors_of(*expected), strict=True):
         assert ours.dtype == right.dtype and ours.device == right.device
         torch.testing.assert_close(ours, right)
     # of use in training, however they were made
@@ -73,17 +73,17 @@ def test_plans_depend_on_no_state(name, state):
 @pytest.mark.parametrize("state", [x for x in STATES if "autocast" not in x])
 def test_attention_depends_on_no_state(state, backend):
     q, k, v = coherent(GRID)
-    plan = made("topk", q, k)
+    plan, _ = made("topk", q, k)
     expected = attend(q, k, v, plan, backend=backend, return_lse=True)
     with STATES[state]():
-        found = attend(q, k, v, made("topk", q, k), backend=backend, return_lse=True)
+        found = attend(q, k, v, made("topk", q, k)[0], backend=backend, return_lse=True)
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 def test_what_attention_finds_out_in_inference_mode_serves_in_training(backend):
     q, k, v = coherent(GRID)
-    plans = [made(name, q, k) for name in ("topk", "strided", "neighborhood", "cluster")]
+    plans = [made(name, q, k)[0] for name in ("topk", "strided", "neighborhood", "cluster")]
     with torch.inference_mode():
         for plan in plans:
             attend(q, k, v, plan, backend=backend)

@@ -8,8 +8,9 @@ from tests.waits import Waits
 from vidattn.attention import attend
 from vidattn.grid import Grid
 from vidattn.kernels.block_segments import segments
+from vidattn.listing import BLOCKS_AT_ONCE
 from vidattn.methods import create_method
-from vidattn.plan import BLOCKS_AT_ONCE
+from vidattn.reading import Reading
 
 # more rows of lists than are taken together on a CPU
 GRID, HEADS = Grid(7, 24, 40), 8
@@ -30,9 +31,9 @@ def prepare(plan):
 def test_a_search_waits_less_than_ten_times():
     q, k = torch.randn(2, 1, HEADS, GRID.num_tokens, 8)
     method = create_method("topk", density=0.3)
-    method.plan(GRID, q, k)
+    method.plan(GRID, Reading(q, k))
     with Waits() as waits, torch.no_grad():
-        plan = method.plan(GRID, q, k)
+        plan = method.plan(GRID, Reading(q, k))
         prepare(plan)
     assert 0 < waits.count < 10, waits.found
 

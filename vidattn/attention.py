@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from vidattn.engines import BACKENDS, ENGINES, QUANTISED, choose, taken
-from vidattn.head_plan import HeadPlan
 from vidattn.inputs import check_inputs
 from vidattn.kernels.compensation import compensate
 from vidattn.kernels.dense import dense_attention
 from vidattn.kernels.pooling import block_means
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Index, Plan
 from vidattn.registry import unknown
 from vidattn.steady import cast_by_autocast
 
@@ -25,7 +24,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan | HeadPlan,
+    plan: AnyPlan,
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
@@ -72,7 +71,7 @@ def attend(
     """
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
-    if not isinstance(plan, Plan | HeadPlan):
+    if not isinstance(plan, AnyPlan):
         raise ValueError(f"plan must be one, as vidattn.plan makes it, got {type(plan).__name__}")
     check_inputs(plan.grid, (q, k, v), scale, key_mask)
     if _is_in_other_state(q.device.type):
@@ -80,12 +79,17 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if plan.device != q.device:
         plan = plan.to(q.device)
-    options = {"scale": scale, "key_mask": key_mask, "backend": backend, "need_lse": return_lse}
-    if isinstance(plan, HeadPlan):
-        out, lse = _attend_by_heads(q, k, v, plan, options)
-    else:
-        out, lse = _attend(q, k, v, plan, **options)
-    return (out, lse) if return_lse else out
+    plan.check_counts(*q.shape[:2])
+    options = {"scale": scale, "backend": backend, "need_lse": return_lse}
+    outs, lses = [], []
+    for part, samples, heads in plan.parts():
+        given = (_of_part(x, samples, heads, q.shape[1]) for x in (q, k, v))
+        mask = None if key_mask is None else key_mask[samples].flatten(0, -2)
+        out, lse = _attend(*given, part, key_mask=mask, **options)
+        outs.append(out)
+        lses.append(lse)
+    out = plan.put_back(outs)
+    return (out, plan.put_back(lses)) if return_lse else out
 
 
 def _is_in_other_state(device: str) -> bool:
@@ -112,7 +116,7 @@ def engines_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan | HeadPlan,
+    plan: AnyPlan,
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
@@ -123,51 +127,17 @@ def engines_of(
     "pytorch" is PyTorch's own attention, which dense plans run on.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plans = plan.plans if isinstance(plan, HeadPlan) else (plan,)
     names = {
-        _engine((q, k, v, one.lists), one, backend, _options(one, scale, key_mask, False))
-        for one in plans
+        _engine((q, k, v, part.lists), part, backend, _options(part, scale, key_mask, False))
+        for part, *_ in plan.parts()
     }
     return tuple(sorted(names))
 
 
-def _attend_by_heads(
-    q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, options: dict
-) -> tuple[Tensor, Tensor | None]:
-    """Every group of heads by its own plan."""
-    if plan.num_heads != q.shape[1]:
-        raise ValueError(f"the plan is for {plan.num_heads} heads, q has {q.shape[1]}")
-    if plan.by_sample and len(plan.plan_of_head) != q.shape[0]:
-        raise ValueError(f"the plan is for {len(plan.plan_of_head)} samples, q has {q.shape[0]}")
-    groups = q.shape[1] // k.shape[1]
-    if plan.by_sample:
-        return _attend_by_samples(q, k, v, plan, options)
-    parts = [
-        _attend(q[:, heads], k[:, heads // groups], v[:, heads // groups], part, **options)
-        for part, heads in zip(plan.plans, plan.heads)
-    ]
-    # the heads stand in the order of the plans: put them back
-    back = torch.cat(plan.heads).argsort()
-    outs, lses = zip(*parts)
-    out = torch.cat(outs, dim=1)[:, back]
-    return out, torch.cat(lses, dim=1)[:, back] if options["need_lse"] else None
-
-
-def _attend_by_samples(
-    q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, options: dict
-) -> tuple[Tensor, Tensor | None]:
-    """Every head of every sample by its own plan, each as a sample of one head."""
-    groups, key_mask = q.shape[1] // k.shape[1], options["key_mask"]
-    parts = []
-    for part, rows in zip(plan.plans, plan.heads):
-        sample, head = rows // q.shape[1], rows % q.shape[1]
-        given = (q[sample, head], k[sample, head // groups], v[sample, head // groups])
-        mask = None if key_mask is None else key_mask[sample]
-        parts.append(_attend(*(x[:, None] for x in given), part, **options | {"key_mask": mask}))
-    back = torch.cat(plan.heads).argsort()
-    outs, lses = zip(*parts)
-    out = torch.cat(outs)[back].view(q.shape)
-    return out, torch.cat(lses)[back].view(q.shape[:3]) if options["need_lse"] else None
+def _of_part(x: Tensor, samples: Index, heads: Index, num_heads: int) -> Tensor:
+    """What some of H query heads, of some samples, attend with of queries, keys or values."""
+    is_all = isinstance(heads, slice)
+    return x if is_all else x[samples, heads // (num_heads // x.shape[1])]
 
 
 def _attend(
@@ -181,7 +151,6 @@ def _attend(
     backend: str,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    _check_lists(q, plan)
     _check_gradient(q, k, v, plan)
     call, options = (q, k, v, plan.lists), _options(plan, scale, key_mask, need_lse)
     name = _engine(call, plan, backend, options)
@@ -243,12 +212,3 @@ def _compensation(v: Tensor, plan: Plan, key_mask: Tensor | None, num_heads: int
     means, _ = block_means(v, plan.layout.order, plan.layout.block, key_mask)
     rest = plan.rest.to(means.dtype)
     return plan.gain, rest @ means.repeat_interleave(num_heads // v.shape[1], dim=1)
-
-
-def _check_lists(q: Tensor, plan: Plan) -> None:
-    lists = plan.lists
-    if lists.batch not in (1, q.shape[0]) or lists.heads not in (1, q.shape[1]):
-        raise ValueError(
-            f"the plan is for {lists.batch} samples and {lists.heads} heads, q has {q.shape[0]} "
-            f"and {q.shape[1]}: each must be equal, or 1 in the plan"
-        )

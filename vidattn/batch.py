@@ -13,46 +13,43 @@ import torch
 from vidattn.grid import Layout
 from vidattn.head_plan import HeadPlan
 from vidattn.kernels.block_lists import BlockLists
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
 
 
-def stack(plans: Sequence[Plan | HeadPlan], num_heads: int) -> Plan | HeadPlan:
+def stack(plans: Sequence[AnyPlan], num_heads: int) -> AnyPlan:
     """The plan in which every sample of a batch follows its own.
 
     Args:
         plans: one for each sample, of ``num_heads`` heads, in the order of the samples.
     """
-    if len(plans) == 1:
-        return plans[0]
-    memory = tuple(x for plan in plans for x in plan.memory)
     first = plans[0]
-    if all(isinstance(plan, Plan) and _goes_with(plan, first) for plan in plans):
-        return replace(_together(plans), memory=memory)
+    if len(plans) == 1:
+        return first
+    if all(plan.parts()[0][0] is plan and _goes_with(plan, first) for plan in plans):
+        return _together(plans)
     groups: list[tuple[list[Plan], list[int]]] = []
     for sample, plan in enumerate(plans):
         for part, heads in _by_head(plan, num_heads):
             rows = [sample * num_heads + head for head in heads]
             # rows of a plan stand in ascending order
             fits = (x for x in groups if _goes_with(part, x[0][0]) and x[1][-1] < rows[0])
-            parts, of_parts = next(fits, ([], []))
-            if not parts:
-                groups.append((parts, of_parts))
-            parts.append(part)
-            of_parts += rows
+            alike, of_alike = next(fits, ([], []))
+            if not alike:
+                groups.append((alike, of_alike))
+            alike.append(part)
+            of_alike += rows
     plan_of_row = torch.empty(len(plans) * num_heads, dtype=torch.long)
     for number, (_, rows) in enumerate(groups):
         plan_of_row[rows] = number
-    parts = tuple(_together(parts) for parts, _ in groups)
-    return HeadPlan(parts, plan_of_row.view(-1, num_heads).to(first.device), memory)
+    found = tuple(_together(alike) for alike, _ in groups)
+    return HeadPlan(found, plan_of_row.view(-1, num_heads).to(first.device))
 
 
-def _by_head(plan: Plan | HeadPlan, num_heads: int) -> Iterator[tuple[Plan, list[int]]]:
+def _by_head(plan: AnyPlan, num_heads: int) -> Iterator[tuple[Plan, list[int]]]:
     """The plans of one sample with the heads that follow them, which are samples of these plans."""
-    if isinstance(plan, HeadPlan):
-        groups = [(part, heads.tolist()) for part, heads in zip(plan.plans, plan.heads)]
-    else:
-        groups = [(plan, list(range(num_heads)))]
-    for part, heads in groups:
+    every = torch.arange(num_heads, device=plan.device)
+    for part, _, index in plan.parts():
+        heads = every[index].flatten().tolist()
         lists, count = part.lists, len(heads)
         if lists.heads != count:
             lists = lists.of_heads(torch.zeros(count, dtype=torch.long, device=part.device))
@@ -61,7 +58,7 @@ def _by_head(plan: Plan | HeadPlan, num_heads: int) -> Iterator[tuple[Plan, list
             for x in (part.gain, part.rest)
         )
         lists = replace(lists, batch=count, heads=1)
-        yield replace(part, lists=lists, gain=gain, rest=rest, memory=()), heads
+        yield replace(part, lists=lists, gain=gain, rest=rest), heads
 
 
 def _goes_with(plan: Plan, other: Plan) -> bool:

@@ -124,9 +124,11 @@ def _lineage(tree: ast.Module, node: ast.ClassDef) -> list[tuple[ast.Module, ast
 
 
 def _fields(tree: ast.Module, node: ast.ClassDef) -> Iterator[Option]:
-    """The fields that a dataclass declares itself."""
+    """The fields that a dataclass declares itself, but those that a run sets."""
     for line in node.body:
         if not isinstance(line, ast.AnnAssign) or "ClassVar" in ast.unparse(line.annotation):
+            continue
+        if line.value is not None and ast.unparse(line.value).startswith("run_state("):
             continue
         hint = eval(compile(ast.Expression(line.annotation), "", "eval"), {}, _Names(tree))
         default = "" if line.value is None else _words(line.value)
@@ -161,11 +163,11 @@ def _words(value: ast.expr) -> str:
 
 
 def _reads_content(node: ast.ClassDef) -> Iterator[bool | None]:
+    """Whether a class says it reads content, None where that takes some working out."""
     for line in node.body:
-        if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == "reads_content":
-            yield ast.literal_eval(line.value)
-        elif isinstance(line, ast.FunctionDef) and line.name == "reads_content":
-            yield None
+        if isinstance(line, ast.FunctionDef) and line.name == "reads_content":
+            value = line.body[-1].value
+            yield value.value if isinstance(value, ast.Constant) else None
 
 
 def _paragraphs(node: ast.Module | ast.ClassDef) -> list[str]:

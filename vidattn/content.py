@@ -1,4 +1,4 @@
-"""Methods that read queries and keys: their common options, and what one call tells them.
+"""Queries and keys of one call as a method looks at them: in blocks, with figures about these.
 
 Letters: B batch, H query heads, K key heads, S tokens, D head dim, n slots to a block, nv video
 blocks, nb all blocks.
@@ -6,12 +6,9 @@ blocks, nb all blocks.
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
-from typing import ClassVar
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +16,11 @@ from torch import Tensor
 
 from vidattn.batch import stack
 from vidattn.engines import MASSES, choose
-from vidattn.grid import Grid, Layout, Size, tile_layout, usual_tile
-from vidattn.head_plan import HeadPlan
+from vidattn.grid import Grid, Layout
 from vidattn.inputs import check_inputs
 from vidattn.kernels.pooling import block_means
-from vidattn.method import Method, as_size
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
+from vidattn.reading import Memory, Reading
 from vidattn.rectification import is_coherent, trust
 
 
@@ -40,9 +36,8 @@ class Content:
         k: (B, K, S, D), H a multiple of K.
         scale: factor of the scores.
         key_mask: (B, S) bool, False for keys that nobody may read.
-        last: what the same method planned for the same place at an earlier step.
+        last: what the same method remembered of each sample when it planned for the same place.
         rectify: whether ``plan`` adds an estimate of what is not read.
-        first: number of the first sample in the batch that ``last`` was planned for.
     """
 
     grid: Grid
@@ -51,57 +46,58 @@ class Content:
     k: Tensor
     scale: float
     key_mask: Tensor | None = None
-    last: Plan | HeadPlan | None = None
+    last: Memory = ()
     rectify: bool = False
-    first: int = 0
 
     @classmethod
     def of(
         cls,
         grid: Grid,
         layout_on: Callable[[torch.device], Layout],
-        q: Tensor | None,
-        k: Tensor | None,
-        scale: float | None,
-        key_mask: Tensor | None,
-        *beside: object,
+        reading: Reading | None,
+        *,
+        rectify: bool = False,
     ) -> Content:
-        """The content of a call, without its gradients; without a scale, it is that of D.
+        """The content of a call, without its gradients.
 
         A sample none of whose keys may be read is looked at as if all might: its output is 0.
 
         Raises:
-            ValueError: q and k missing, or anything that does not fit together or the grid.
+            ValueError: no reading, or anything in it that does not fit together or the grid.
         """
-        if q is None or k is None:
+        if reading is None or reading.q is None or reading.k is None:
             raise ValueError("this method reads content: give q and k, (B, H, S, D)")
+        q, k, scale, key_mask = reading.q, reading.k, reading.scale, reading.key_mask
         check_inputs(grid, (q, k), scale, key_mask)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         if key_mask is not None:
             key_mask = key_mask | ~key_mask.any(-1, keepdim=True)
         dtype = torch.promote_types(q.dtype, k.dtype)
-        given = (q.detach().to(dtype), k.detach().to(dtype), scale, key_mask)
-        return cls(grid, layout_on(q.device), *given, *beside)
+        q, k = q.detach().to(dtype), k.detach().to(dtype)
+        return cls(grid, layout_on(q.device), q, k, scale, key_mask, reading.last, rectify)
 
     @property
     def memory(self) -> Tensor | None:
-        """What ``last`` remembers of this sample."""
-        held = () if self.last is None else self.last.memory
-        return held[self.first] if len(held) > self.first else None
+        """What is remembered of the first sample."""
+        return self.last[0] if self.last else None
 
-    def by_sample(self, search: Callable[[Content], Plan | HeadPlan]) -> Plan | HeadPlan:
-        """The plan of all samples by a search in each of them alone.
+    def by_sample(
+        self, search: Callable[[Content], tuple[AnyPlan, Tensor | None]]
+    ) -> tuple[AnyPlan, Memory]:
+        """The plan of all samples by a search in each of them alone, with what these remember.
 
         So what a sample reads never depends on its company, not even by a rounding error.
         """
-        return stack([search(sample) for sample in self.samples()], self.q.shape[1])
+        plans, memories = zip(*map(search, self.samples()))
+        memory = tuple(x for x in memories if x is not None)
+        return stack(plans, self.q.shape[1]), memory
 
     def samples(self) -> Iterator[Content]:
         """The content of one sample after the other."""
         for b in range(len(self.q)):
             one = slice(b, b + 1)
             mask = None if self.key_mask is None else self.key_mask[one]
-            yield replace(self, q=self.q[one], k=self.k[one], key_mask=mask, first=self.first + b)
+            yield replace(self, q=self.q[one], k=self.k[one], key_mask=mask, last=self.last[one])
 
     def on(self, layout: Layout) -> Content:
         """The same content in the blocks of another layout."""
@@ -214,13 +210,7 @@ class Content:
             mass = engine.block_mass(self.q, self.k, lse, *given, **options)
         return mass[:, :, : self.num_blocks], lse
 
-    def plan(
-        self,
-        blocks: Tensor,
-        *,
-        shares: Tensor | None = None,
-        memory: tuple[Tensor, ...] = (),
-    ) -> Plan:
+    def plan(self, blocks: Tensor, *, shares: Tensor | None = None) -> Plan:
         """The plan that reads some blocks of the video, rectified where the method is.
 
         Every block reads itself, whatever the search chose.
@@ -229,9 +219,8 @@ class Content:
             blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block.
             shares: (B, H, nv, nv) of attention from block to block, where the method knows better
                 than ``shares`` of this.
-            memory: what the next plan for this place starts from (see ``Plan``).
         """
-        plan = Plan.from_blocks(self.grid, self.layout, blocks | self.own, memory=memory)
+        plan = Plan.from_blocks(self.grid, self.layout, blocks | self.own)
         return self.rectified(plan, shares)
 
     def rectified(self, plan: Plan, shares: Tensor | None = None) -> Plan:
@@ -260,91 +249,3 @@ class Content:
     def _for_queries(self, x: Tensor) -> Tensor:
         """(B, K, ...) of the keys as (B, H, ...)."""
         return x.repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContentMethod(Method):
-    """A method that reads queries and keys; a subclass says in ``search`` who reads whom.
-
-    Every sample is planned on its own, every block of queries reads at least itself, and ties are
-    broken by the number of a block or head.
-
-    Args:
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all; a
-            fraction is 1 step where nobody knows how many there are.
-        rectify: add an estimate of what is not read to the output.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    reads_content: ClassVar[bool] = True
-
-    tile: Size | None = None
-    every: int | float = 1
-    rectify: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.tile is not None:
-            as_size("tile", self.tile)
-        share = isinstance(self.every, float) and 0 < self.every <= 1
-        if not (share or type(self.every) is int and self.every >= 1):
-            raise ValueError(
-                "every must be a number of steps of at least 1, or a fraction of them above 0.0 "
-                f"and at most 1.0, got {self.every!r}: 1 plans anew at every step"
-            )
-
-    @abstractmethod
-    def search(self, content: Content) -> Plan | HeadPlan:
-        """The plan of one sample; ``content.plan`` makes it from the blocks to read."""
-
-    def tile_of(self, grid: Grid) -> Size:
-        """Tokens of one block along (t, h, w)."""
-        return usual_tile(grid.size) if self.tile is None else as_size("tile", self.tile)
-
-    def layout(self, grid: Grid, device: torch.device) -> Layout:
-        """The blocks that ``search`` is given."""
-        return tiles(grid, self.tile_of(grid), device)
-
-    def plan(
-        self,
-        grid: Grid,
-        q: Tensor | None = None,
-        k: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        key_mask: Tensor | None = None,
-        last: Plan | HeadPlan | None = None,
-    ) -> Plan | HeadPlan:
-        """Who reads whom, for every sample and head of ``q`` on its own.
-
-        Args:
-            q: (B, H, S, D).
-            k: (B, K, S, D), H a multiple of K.
-            scale: factor of the scores; D ** -0.5 by default.
-            key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
-            last: the plan for the same place (layer and pass) at an earlier step, if there is one.
-
-        Raises:
-            ValueError: q and k missing, anything that does not fit together or the grid, or a grid
-                that the method cannot serve.
-        """
-        self.check(grid)
-        given = (partial(self.layout, grid), q, k, scale, key_mask, last, self.rectify)
-        return Content.of(grid, *given).by_sample(self.search)
-
-    def keeps(self, made: int, now: int, num_steps: int | None) -> bool:
-        """Whether fewer than ``every`` steps have gone by."""
-        steps = self.every
-        if isinstance(steps, float):
-            # 0.4 * 50 and its like must not be rounded up to one more
-            steps = math.ceil(steps * (num_steps or 0) - 1e-9) or 1
-        return now < made + steps
-
-
-@lru_cache(maxsize=32)
-def tiles(grid: Grid, tile: Size, device: torch.device, chunk: Size | None = None) -> Layout:
-    """``tile_layout`` on a device, made once."""
-    return tile_layout(grid, tile, chunk=chunk).to(device)

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidattn.head_plan import HeadPlan
-from vidattn.measure import speedup_bound
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
 from vidattn.visible import visible_keys
+from vidattn.work import speedup_bound
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +26,7 @@ MAP_CELLS = 420
 
 
 def draw(
-    plans: Mapping[str, Plan | HeadPlan],
+    plans: Mapping[str, AnyPlan],
     *,
     query: int | None = None,
     head: int = 0,
@@ -62,10 +61,10 @@ def draw(
     for row, (title, plan) in enumerate(plans.items()):
         token = middle_token(plan) if query is None else query
         figures = _figures(plan)
-        plan, row_head = plan.of_head(head) if isinstance(plan, HeadPlan) else (plan, head)
+        plan = plan.of_row(0, head)
         left, right = (figure.add_subplot(rows[row, column]) for column in (0, 1))
-        _draw_blocks(left, plan, row_head)
-        _draw_frames(right, plan, token, row_head)
+        _draw_blocks(left, plan)
+        _draw_frames(right, plan, token)
         box = rows[row, :].get_position(figure)
         y = box.y1 + 0.12 / height
         heading = figure.text(box.x0, y, title, size=13, weight="bold", color=INK)
@@ -79,7 +78,7 @@ def draw(
     return figure
 
 
-def middle_token(plan: Plan | HeadPlan) -> int:
+def middle_token(plan: AnyPlan) -> int:
     """The token in the middle of the video, by its place in the sequence."""
     t, h, w = plan.grid.size
     return plan.grid.video_start + ((t // 2) * h + h // 2) * w + w // 2
@@ -129,8 +128,8 @@ def _rgb(color: str) -> np.ndarray:
     return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
 
 
-def _draw_blocks(axes: Axes, plan: Plan, head: int) -> None:
-    full, part = (x.numpy()[..., None] for x in block_map(plan, head=head))
+def _draw_blocks(axes: Axes, plan: Plan) -> None:
+    full, part = (x.numpy()[..., None] for x in block_map(plan))
     picture = _rgb(EMPTY) * (1 - full - part) + _rgb(FULL) * full + _rgb(PARTIAL) * part
     smooth = "nearest" if len(full) < 160 else "antialiased"
     axes.imshow(picture.clip(0, 1), interpolation=smooth)
@@ -145,8 +144,8 @@ def _draw_blocks(axes: Axes, plan: Plan, head: int) -> None:
     axes.set_ylabel("blocks of queries", color=FAINT, size=8.5)
 
 
-def _draw_frames(axes: Axes, plan: Plan, query: int, head: int) -> None:
-    grid, read = plan.grid, keys_of(plan, query, head)
+def _draw_frames(axes: Axes, plan: Plan, query: int) -> None:
+    grid, read = plan.grid, keys_of(plan, query)
     video = read[grid.video_start : grid.video_start + grid.num_video_tokens].view(grid.size)
     columns = _columns(grid.t, grid.h, grid.w)
     rows = -(-grid.t // columns)
@@ -205,7 +204,7 @@ def _columns(t: int, h: int, w: int, aspect: float = 2.9) -> int:
     return max(range(1, t + 1), key=scale)
 
 
-def _figures(plan: Plan | HeadPlan) -> str:
+def _figures(plan: AnyPlan) -> str:
     grid = plan.grid
     text = f" + {grid.text} text" if grid.text else ""
     return (

@@ -6,15 +6,14 @@ block, nb blocks, E listed blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vidattn.head_plan import HeadPlan
 from vidattn.kernels.pooling import block_means
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
+from vidattn.sampled import sampled_attention, sampled_scores
 from vidattn.visible import visible_keys
 
 # scores in flight
@@ -39,7 +38,7 @@ def fidelity(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plan | HeadPlan,
+    plan: AnyPlan,
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
@@ -60,20 +59,20 @@ def fidelity(
     """
     queries = torch.arange(q.shape[2], device=q.device) if queries is None else queries
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = q.shape[1] // k.shape[1]
-    recall, error = q.new_empty(2, *q.shape[:2], dtype=torch.float32)
-    for part, sample, head in _members(plan, q):
-        mask = None if key_mask is None else key_mask[sample].flatten(0, -2)
-        k_of, v_of = (x[sample, head // group].float() for x in (k, v))
-        found = _fidelity(q[sample, head].float(), k_of, v_of, part, scale, mask, queries)
-        recall[sample, head], error[sample, head] = found
-    return Fidelity(recall, error)
+    key_head = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
+    found = []
+    for part, samples, heads in plan.parts():
+        mask = None if key_mask is None else key_mask[samples].flatten(0, -2)
+        k_of, v_of = (x[samples, key_head[heads]].float() for x in (k, v))
+        given = (q[samples, heads].float(), k_of, v_of)
+        found.append(_fidelity(*given, part, scale, mask, queries))
+    return Fidelity(*map(plan.put_back, zip(*found)))
 
 
 def recall(
     q: Tensor,
     k: Tensor,
-    plan: Plan | HeadPlan,
+    plan: AnyPlan,
     queries: Tensor,
     *,
     scale: float | None = None,
@@ -92,32 +91,17 @@ def recall(
         (B, H) float32 share of dense attention's mass on the pairs that are read.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = q.shape[1] // k.shape[1]
     kept = q.new_zeros(q.shape[:2], dtype=torch.float32)
     step = max(1, BUDGET // (q.shape[0] * q.shape[1] * q.shape[2]))
     for some in queries.split(step):
-        rows = q[:, :, some].unflatten(1, (-1, group))
-        scores = (scale * rows @ k[:, :, None].mT).flatten(1, 2).float()
-        if key_mask is not None:
-            scores.masked_fill_(~key_mask[:, None, None], -torch.inf)
-        weights = scores.softmax(-1)
-        for part, sample, head in _members(plan, q):
-            read = weights[sample, head] * visible_keys(part, some)
-            kept[sample, head] += read.sum((2, 3))
+        weights = sampled_attention(q, k, some, scale=scale, key_mask=key_mask)
+        kept += plan.put_back(
+            [
+                (weights[samples, heads] * visible_keys(part, some)).sum((2, 3))
+                for part, samples, heads in plan.parts()
+            ]
+        )
     return kept / len(queries)
-
-
-def _members(plan: Plan | HeadPlan, q: Tensor) -> Iterator[tuple[Plan, slice | Tensor, Tensor]]:
-    """Every plan with the samples and the heads that follow it, an index of (B, H, ...)."""
-    if not isinstance(plan, HeadPlan):
-        yield plan, slice(None), torch.arange(q.shape[1], device=q.device)
-        return
-    for part, rows in zip(plan.plans, plan.heads):
-        if plan.by_sample:
-            # each as a sample of one head
-            yield part, rows[:, None] // q.shape[1], rows[:, None] % q.shape[1]
-        else:
-            yield part, slice(None), rows
 
 
 def _fidelity(q, k, v, plan: Plan, scale: float, key_mask, queries: Tensor) -> tuple:
@@ -128,9 +112,7 @@ def _fidelity(q, k, v, plan: Plan, scale: float, key_mask, queries: Tensor) -> t
     mass, error, size = q.new_zeros(3, *q.shape[:2])
     step = max(1, BUDGET // (q.shape[0] * q.shape[1] * q.shape[2]))
     for some in queries.split(step):
-        scores = scale * q[:, :, some] @ k.mT
-        if key_mask is not None:
-            scores.masked_fill_(~key_mask[:, None, None], -torch.inf)
+        scores = sampled_scores(q, k, some, scale=scale, key_mask=key_mask)
         weights = scores.softmax(-1)
         visible, dense = visible_keys(plan, some), weights @ v
         mass += (weights * visible).sum((2, 3))

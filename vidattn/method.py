@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import ClassVar, get_type_hints
 
-from torch import Tensor
-
 from vidattn.config import convert
 from vidattn.grid import Grid, Size
-from vidattn.head_plan import HeadPlan
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
+from vidattn.reading import Memory, Reading
 from vidattn.steady import steadily
 
 
@@ -26,30 +24,44 @@ class Method(ABC):
         ValueError: an option of another type than its hint.
     """
 
-    # whether plan() needs q and k; see vidattn/content.py and vidattn/pattern.py
-    reads_content: ClassVar[bool] = False
     # whether what a head reads hangs on its number, so that plan() must see all heads of a layer
     numbers_heads: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: object):
         super().__init_subclass__(**options)
-        if "plan" in cls.__dict__:
-            # what is read must not depend on autocast, inference mode or the default dtype
-            cls.plan = steadily(cls.plan)
+        # what is read must not depend on autocast, inference mode or the default dtype
+        for name in {"plan", "plan_with_memory"} & cls.__dict__.keys():
+            setattr(cls, name, steadily(getattr(cls, name)))
 
     def __post_init__(self):
         hints = _hints(type(self))
-        for field in fields(self):
-            convert(getattr(self, field.name), hints[field.name], field.name)
+        for each in fields(self):
+            convert(getattr(self, each.name), hints[each.name], each.name)
+
+    @classmethod
+    def options(cls) -> dict[str, Field]:
+        """The fields that a caller may set, by name: all but those made by ``run_state``."""
+        return {x.name: x for x in fields(cls) if x.metadata.get("is_option", True)}
+
+    @property
+    def reads_content(self) -> bool:
+        """Whether ``plan`` needs a reading."""
+        return False
 
     @abstractmethod
-    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan | HeadPlan:
-        """Who reads whom on ``grid``.
+    def plan(self, grid: Grid, reading: Reading | None = None) -> AnyPlan:
+        """Who reads whom on ``grid``, for every sample and head of a reading on its own.
 
-        A method that reads content is given ``q`` (B, H, S, D) and ``k`` (B, K, S, D), H a multiple
-        of K, plans every sample and head of ``q`` on its own, and may be told more (see
-        ``ContentMethod.plan``).
+        Raises:
+            ValueError: a reading that is missing or does not fit the grid, or a grid that the
+                method cannot serve.
         """
+
+    def plan_with_memory(
+        self, grid: Grid, reading: Reading | None = None
+    ) -> tuple[AnyPlan, Memory]:
+        """The plan, with what the next plan for the same place starts from (``Reading.last``)."""
+        return self.plan(grid, reading), ()
 
     def check(self, grid: Grid) -> None:  # noqa: B027
         """Raise ValueError where ``plan`` would, whatever it is given, because of the grid.
@@ -71,9 +83,7 @@ class Method(ABC):
         Raises:
             ValueError: a share out of range.
         """
-        if any(field.name == "density" for field in fields(self)):
-            return replace(self, density=density)
-        return None
+        return replace(self, density=density) if "density" in self.options() else None
 
     def by_head(self) -> Method:
         """The method with nothing shared among the heads of a layer: the same one by default."""
@@ -95,6 +105,11 @@ class Method(ABC):
         Steps count from 0; ``num_steps`` is None where nobody knows how many there will be.
         """
         return False
+
+
+def run_state(default: int) -> int:
+    """A field that ``Method.at`` or ``Method.in_step`` sets as a model runs, so no option."""
+    return field(default=default, metadata={"is_option": False})
 
 
 @lru_cache(maxsize=64)

@@ -8,13 +8,13 @@ from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from vidattn.content import Content
-from vidattn.grid import Grid, Size, usual_tile
-from vidattn.head_plan import HeadPlan
+from vidattn.grid import Grid, Size
 from vidattn.method import Method, as_size
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
+from vidattn.reading import Reading
+from vidattn.tile_size import usual_tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +55,16 @@ class PatternMethod(Method):
             return as_size("tile", self.tile)
         return usual_tile(grid.size, 64 if self.is_exact and not self.rectify else None)
 
-    def plan(
-        self,
-        grid: Grid,
-        q: Tensor | None = None,
-        k: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        key_mask: Tensor | None = None,
-        last: Plan | HeadPlan | None = None,
-    ) -> Plan:
-        """The pattern, with an estimate of what it does not read if there is to be one.
-
-        Args:
-            q, k, scale, key_mask: as in ``ContentMethod.plan``, read for the estimate alone.
-            last: is of no use.
-
-        Raises:
-            ValueError: an estimate without q and k, or those of another length than the grid.
-        """
+    def plan(self, grid: Grid, reading: Reading | None = None) -> AnyPlan:
+        """The pattern, with an estimate of what it does not read if there is to be one."""
         self.check(grid)
         if not self.rectify:
             return self.pattern(grid)
         made = partial(_pattern, self, grid)
-        given = (lambda device: made(device).layout, q, k, scale, key_mask, None, True)
-        content = Content.of(grid, *given)
+        content = Content.of(grid, lambda device: made(device).layout, reading, rectify=True)
         plan = made(content.q.device)
         content = replace(content, scale=content.scale * plan.sharpness)
-        return content.by_sample(lambda sample: sample.rectified(plan))
+        return content.by_sample(lambda sample: (sample.rectified(plan), None))[0]
 
 
 @lru_cache(maxsize=32)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vidattn.grid import Layout, sample
+from vidattn.grid import Layout
 from vidattn.kernels.pooling import block_deviations
 from vidattn.plan import Plan
+from vidattn.sampled import sample, sampled_attention
 from vidattn.visible import visible_keys
 
 # queries that an estimate is judged by
@@ -79,16 +80,12 @@ def trust(
     Returns:
         (B, H), 0 where the estimate makes no difference.
     """
-    grid, layout, group = plan.grid, plan.layout, q.shape[1] // k.shape[1]
+    grid, layout = plan.grid, plan.layout
     queries = grid.video_start + sample(grid.num_video_tokens, NUM_SAMPLES).to(q.device)
     keys = k.to(means.dtype)
     fit = size = 0
     for some in queries.split(ROWS_AT_ONCE):
-        rows = q[:, :, some].to(means.dtype).unflatten(1, (-1, group))
-        scores = (scale * rows @ keys[:, :, None].mT).flatten(1, 2)
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
-        weights = scores.softmax(-1)
+        weights = sampled_attention(q, keys, some, scale=scale, key_mask=key_mask)
         kept = weights * visible_keys(plan, some)
         left = rest[:, :, layout.slot_of_token[some] // layout.block]
         kept = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)

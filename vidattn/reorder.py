@@ -9,15 +9,14 @@ Letters: B batch, H query heads, K key heads, S tokens, D head dim, nv video blo
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vidattn.grid import Grid, raster_layout
-from vidattn.head_plan import HeadPlan, join
+from vidattn.head_plan import HeadPlan
 from vidattn.kernels.block_weights import block_weights
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
 from vidattn.selection import select_share
 
 # the axes t, h, w from the one that changes least to the one that changes most
@@ -100,15 +99,12 @@ def select_blocks(grid: Grid, mass: Tensor, block: int, density: float) -> Tenso
     return select_share(scores, pairs, density).view(mass.shape) | own
 
 
-def ordered_plan(
-    grid: Grid, blocks: Tensor, block: int, orders: Tensor, memory: tuple[Tensor, ...] = ()
-) -> Plan | HeadPlan:
+def ordered_plan(grid: Grid, blocks: Tensor, block: int, orders: Tensor) -> AnyPlan:
     """The plan in which each head reads its blocks, and every block itself, in its order.
 
     Args:
         blocks: (B|1, H, nv, nv) bool.
         orders: (H,) int64, indices into ``ORDERS``.
-        memory: what the next plan for this place starts from.
     """
     plans, groups = [], []
     blocks = blocks | torch.eye(blocks.shape[-1], dtype=torch.bool, device=blocks.device)
@@ -117,5 +113,4 @@ def ordered_plan(
         layout = raster_layout(grid, block, ORDERS[index]).to(blocks.device)
         plans.append(Plan.from_blocks(grid, layout, blocks[:, heads]))
         groups.append(heads.tolist())
-    plan = plans[0] if len(plans) == 1 else join(plans, groups)
-    return replace(plan, memory=memory)
+    return plans[0] if len(plans) == 1 else HeadPlan.join(plans, groups)

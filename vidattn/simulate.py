@@ -15,15 +15,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from vidattn.gpus import Gpu, break_even
 from vidattn.grid import Grid, Size
-from vidattn.head_plan import HeadPlan
-from vidattn.measure import visited_share
 from vidattn.method import Method
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
+from vidattn.reading import Reading
 from vidattn.video_models import VideoModel
+from vidattn.work import visited_share
 
 TERA = 1e12
 # tokens of a block that kernels run well: fewer rows read keys and values too often
@@ -60,13 +60,12 @@ class Counts:
     is_dense: bool
 
 
-def count(plan: Plan | HeadPlan, tile: Size | None = None) -> Counts:
+def count(plan: AnyPlan, tile: Size | None = None) -> Counts:
     """The exact counts of a plan."""
     grid, pairs, video = plan.grid, plan.grid.num_tokens**2, plan.grid.num_video_tokens**2
     density, share = plan.density, visited_share(plan)
-    parts = [(plan, 1)]
-    if isinstance(plan, HeadPlan):
-        parts = [(part, len(heads)) for part, heads in zip(plan.plans, plan.heads)]
+    every = torch.arange(plan.num_heads, device=plan.device)
+    parts = [(part, every[heads].numel()) for part, _, heads in plan.parts()]
     num_heads = sum(heads for _, heads in parts)
     listed = partial = slots = slot_pairs = 0.0
     for part, heads in parts:
@@ -98,8 +97,7 @@ def candidate_tiles(method: Method, grid: Grid) -> list[Size]:
 
     Empty for a method without a ``tile`` option, or whose tile is set.
     """
-    names = {field.name for field in dataclasses.fields(method)}
-    if "tile" not in names or method.tile is not None:
+    if "tile" not in method.options() or method.tile is not None:
         return []
     longest = [min(LONGEST_EDGE, 2 ** (extent - 1).bit_length()) for extent in grid.size]
     edges = [[2**i for i in range(edge.bit_length())] for edge in longest]
@@ -121,17 +119,15 @@ def _accepts(method: Method, tile: Size) -> bool:
     return True
 
 
-def count_tiles(
-    method: Method, grid: Grid, q: Tensor | None = None, k: Tensor | None = None
-) -> Iterable[Counts]:
+def count_tiles(method: Method, grid: Grid, reading: Reading | None = None) -> Iterable[Counts]:
     """The counts of a method with every tile worth trying, and with its own choice, which is last.
 
     Args:
-        q, k: (B, H, S, D) for methods that read content.
+        reading: for methods that read content.
     """
     for tile in candidate_tiles(method, grid):
-        yield count(dataclasses.replace(method, tile=tile).plan(grid, q, k), tile)
-    yield count(method.plan(grid, q, k), getattr(method, "tile", None))
+        yield count(dataclasses.replace(method, tile=tile).plan(grid, reading), tile)
+    yield count(method.plan(grid, reading), getattr(method, "tile", None))
 
 
 @dataclass(frozen=True)

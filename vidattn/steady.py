@@ -22,8 +22,8 @@ def steadily(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **given: Arguments.kwargs) -> Result:
-        tensors = (x for x in (*args, *given.values()) if isinstance(x, Tensor))
-        with _steady({"cpu", *(x.device.type for x in tensors)}):
+        devices = (getattr(x, "device", None) for x in (*args, *given.values()))
+        with _steady({"cpu", *(x.type for x in devices if x is not None)}):
             return function(*args, **given)
 
     return run

@@ -10,15 +10,14 @@ import torch
 from fuzzing.cases import DTYPES, Case, Wrong
 from fuzzing.definitions import triple, window_axis
 from fuzzing.inputs import Inputs, make_inputs, score_scale
-from fuzzing.oracle import TOLERANCE, Answer, Reading, attention, off_by, read_plan
+from fuzzing.oracle import TOLERANCE, Answer, Truth, attention, off_by, read_plan
 from fuzzing.plans import make_plan
 from fuzzing.quantised import ROUGHNESS, rounded_attention
 from fuzzing.states import WITHOUT_GRADIENT, within
 from torch import Tensor
 
 import vidattn
-from vidattn.head_plan import HeadPlan, select_heads
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
 
 
 def check_attend(case: Case) -> None:
@@ -26,40 +25,40 @@ def check_attend(case: Case) -> None:
     inputs = make_inputs(case)
     with within(case.states):
         plan = make_plan(case, inputs)
-    reading = read_plan(plan, case.batch, case.heads)
-    check_mask(plan, reading)
-    check_heads(case, plan, reading)
+    truth = read_plan(plan, case.batch, case.heads)
+    check_mask(plan, truth)
+    check_heads(case, plan, truth)
     if case.precision:
         plan = plan.with_precision(case.precision)
-    check_results(case, inputs, plan, reading)
+    check_results(case, inputs, plan, truth)
 
 
-def check_mask(plan: Plan | HeadPlan, reading: Reading) -> None:
+def check_mask(plan: AnyPlan, truth: Truth) -> None:
     """Raise Wrong unless ``plan.mask()`` and its densities are those of its lists."""
     mask, grid = plan.mask(), plan.grid
-    if not torch.equal(mask.expand_as(reading.mask), reading.mask):
+    if not torch.equal(mask.expand_as(truth.mask), truth.mask):
         raise Wrong("mask() is not what the lists say")
     video = slice(grid.video_start, grid.video_start + grid.num_video_tokens)
     text = slice(grid.text_start, grid.text_start + grid.text)
     if not (mask[:, :, text].all() and mask[..., text].all()):
         raise Wrong("text does not read, and is not read by, everything")
-    between = reading.mask[..., video, video].double()
+    between = truth.mask[..., video, video].double()
     if between.numel() and abs(plan.density - between.mean().item()) > 1e-9:
         raise Wrong("density is not that of the mask", f"{plan.density}, {between.mean()}")
     if not plan.density - 1e-9 <= plan.visited_density <= 1 + 1e-9:
         raise Wrong("visited density is below density", plan.visited_density)
 
 
-def check_heads(case: Case, plan: Plan | HeadPlan, reading: Reading) -> None:
+def check_heads(case: Case, plan: AnyPlan, truth: Truth) -> None:
     """Raise Wrong unless the plan of some heads is theirs."""
     heads = sorted(Random(case.seed).sample(range(case.heads), (case.heads + 1) // 2))
-    mask = reading.mask.expand(-1, case.heads, -1, -1)[:, heads]
-    some = read_plan(select_heads(plan, heads), len(mask), len(heads)).mask
+    mask = truth.mask.expand(-1, case.heads, -1, -1)[:, heads]
+    some = read_plan(plan.select_heads(heads), len(mask), len(heads)).mask
     if not torch.equal(some.expand_as(mask), mask):
         raise Wrong("the plan of some heads is not theirs", heads)
 
 
-def check_results(case: Case, inputs: Inputs, plan: Plan | HeadPlan, reading: Reading) -> None:
+def check_results(case: Case, inputs: Inputs, plan: AnyPlan, truth: Truth) -> None:
     """Raise Wrong unless output, log-sum-exp and gradients are right."""
     options = {"scale": case.scale, "key_mask": inputs.key_mask, "backend": case.engine}
     leaves = [x.detach().requires_grad_(case.gradients) for x in (inputs.q, inputs.k, inputs.v)]
@@ -75,7 +74,7 @@ def check_results(case: Case, inputs: Inputs, plan: Plan | HeadPlan, reading: Re
             lse = found["lse"]
             pulled = pulled + (lse.masked_fill(lse == -torch.inf, 0) * pulls[1]).sum()
         found |= dict(zip(("dq", "dk", "dv"), torch.autograd.grad(pulled, leaves)))
-    given = (inputs.q, inputs.k, inputs.v, reading, score_scale(case), inputs.key_mask)
+    given = (inputs.q, inputs.k, inputs.v, truth, score_scale(case), inputs.key_mask)
     if case.precision:
         answer = rounded_attention(*given, plan, case.precision)
         compare(answer, found, ROUGHNESS[case.precision] + _tolerance(case))
@@ -158,7 +157,7 @@ def _compare_neighborhood(case, inputs, leaves, table, found) -> None:
         index = (away + torch.tensor(rule["window"]) - 1).clamp_min(0)
         index = torch.minimum(index, torch.tensor(exact.shape[1:]) - 1)
         bias = torch.nn.functional.pad(exact[(slice(None), *index.unbind(-1))], (0, case.grid.text))
-    reading = Reading(mask[None, None], None, None, None, 1.0)
+    truth = Truth(mask[None, None], None, None, None, 1.0)
     q = inputs.q[:, :, :n]
     pulls = None
     if case.gradients:
@@ -169,7 +168,7 @@ def _compare_neighborhood(case, inputs, leaves, table, found) -> None:
         found |= dict(zip(("dq", "dk", "dv", "dbias"), grads))
         found["dq"] = found["dq"][:, :, :n]
     answer = attention(
-        q, inputs.k, inputs.v, reading, score_scale(case), None, pulls, bias=bias, table=exact
+        q, inputs.k, inputs.v, truth, score_scale(case), None, pulls, bias=bias, table=exact
     )
     compare(answer, found, _tolerance(case))
 

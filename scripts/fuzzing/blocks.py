@@ -11,8 +11,7 @@ from fuzzing.cases import Case
 from fuzzing.inputs import Inputs, score_scale
 from torch import Tensor
 
-from vidattn.head_plan import HeadPlan
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
 
 # as sure as float32 can be of a difference
 SURE = 1e-4
@@ -108,11 +107,9 @@ class Blocks:
         return self.sums(away) / self.sums(counted[self.video].double()).clamp_min(1)[:, None]
 
 
-def blocks_of(case: Case, inputs: Inputs, plan: Plan | HeadPlan, b: int, h: int) -> Blocks:
+def blocks_of(case: Case, inputs: Inputs, plan: AnyPlan, b: int, h: int) -> Blocks:
     """One head of one sample in the blocks of what it follows."""
-    if isinstance(plan, HeadPlan):
-        table = plan.plan_of_head
-        plan = plan.plans[int(table[b, h] if table.dim() == 2 else table[h])]
+    plan = plan.of_row(b, h)
     grid, n, layout = case.grid, case.grid.num_video_tokens, plan.layout
     video = slice(grid.video_start, grid.video_start + n)
     order = layout.order.long().view(-1, layout.block) - video.start

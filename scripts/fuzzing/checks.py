@@ -27,9 +27,9 @@ def check_compiled(case: Case) -> None:
 
     torch.compiler.reset()
     out = torch.compile(call, backend="eager", fullgraph=True)(*given)
-    reading = read_plan(plan, case.batch, case.heads)
+    truth = read_plan(plan, case.batch, case.heads)
     scale = case.dim**-0.5 if case.scale is None else case.scale
-    answer = attention(*given, reading, scale, inputs.key_mask)
+    answer = attention(*given, truth, scale, inputs.key_mask)
     attending.compare(answer, {"out": out}, TOLERANCE[case.torch_dtype])
 
 

@@ -1,6 +1,5 @@
 """Valid options of every method, at random; one that is not known here gets a density."""
 
-import dataclasses
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -14,7 +13,7 @@ DENSITIES = (0.02, 0.1, 0.25, 0.4, 0.6, 0.9, 1.0)
 
 def draw_options(rng: Random, name: str, grid: Grid) -> Options:
     """Options that the method says it takes, on this grid or any other."""
-    known = {field.name for field in dataclasses.fields(method_class(name))}
+    known = method_class(name).options()
     options = _BY_METHOD.get(name, _any if "density" in known else _none)(rng, grid)
     if "tile" in known and name != "radial" and rng.random() < 0.6:
         options["tile"] = tuple(rng.choice((1, 1, 2, 3, 4)) for _ in range(3))

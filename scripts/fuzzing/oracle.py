@@ -13,9 +13,8 @@ import torch
 from fuzzing.cases import Wrong
 from torch import Tensor
 
-from vidattn.head_plan import HeadPlan
 from vidattn.kernels.box import Box
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
 
 # relative root mean square, outputs and gradients alike
 TOLERANCE = {
@@ -29,7 +28,7 @@ FLOAT32, ROUNDINGS = 2.0**-24, 8
 
 
 @dataclass
-class Reading:
+class Truth:
     """What a plan says, token by token; the first two axes are 1 where it says so for all."""
 
     mask: Tensor  # (B|1, H|1, S, S) bool, query by key
@@ -39,14 +38,14 @@ class Reading:
     sharpness: Tensor | float  # factor of the scale, (1|B, H, 1, 1) where heads differ
 
 
-def read_plan(plan: Plan | HeadPlan, batch: int, heads: int) -> Reading:
+def read_plan(plan: AnyPlan, batch: int, heads: int) -> Truth:
     """What a plan says to samples and heads."""
     if isinstance(plan, Plan):
         return _read_one(plan)
     table = plan.plan_of_head if plan.plan_of_head.dim() == 2 else plan.plan_of_head[None]
     parts = [_read_one(x) for x in plan.plans]
     tokens, width = plan.grid.num_tokens, max(x.member.shape[2] for x in parts)
-    whole = Reading(
+    whole = Truth(
         torch.zeros(batch, heads, tokens, tokens, dtype=torch.bool),
         torch.ones(batch, heads, tokens, 1, dtype=torch.float64),
         torch.zeros(batch, heads, tokens, width, dtype=torch.float64),
@@ -75,7 +74,7 @@ def _pick(x: Tensor, b: int, h: int) -> Tensor:
     return x[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0]
 
 
-def _read_one(plan: Plan) -> Reading:
+def _read_one(plan: Plan) -> Truth:
     lists, n, nb = plan.lists, plan.layout.block, plan.layout.order.numel() // plan.layout.block
     order, tokens = plan.layout.order.long(), plan.grid.num_tokens
     counts = lists.row_start[1:] - lists.row_start[:-1]
@@ -101,7 +100,7 @@ def _read_one(plan: Plan) -> Reading:
     gain = None if plan.gain is None else plan.gain.double()[..., of_token, None]
     rest = None if plan.rest is None else plan.rest.double()[..., of_token, :]
     member = (of_token == torch.arange(nb)[:, None])[None, None]
-    return Reading(mask, gain, rest, member, plan.sharpness)
+    return Truth(mask, gain, rest, member, plan.sharpness)
 
 
 def _in_box(box: Box, query: Tensor, key: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ class Answer:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, reading: Reading, scale: float, key_mask: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, truth: Truth, scale: float, key_mask: Tensor | None,
     pulls: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None,
     table: Tensor | None = None,
 ) -> Answer:  # fmt: skip
@@ -142,11 +141,11 @@ def attention(
         pulls: gradients of the output (B, H, S, D) and of the log-sum-exp (B, H, S).
         bias: (H, S, S) float64 added to the scores, made of the leaf ``table``.
     """
-    scale = scale * reading.sharpness
+    scale = scale * truth.sharpness
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     group = q.shape[1] // k.shape[1]
     queries, (keys, values) = leaves[0], (x.repeat_interleave(group, 1) for x in leaves[1:])
-    mask = reading.mask
+    mask = truth.mask
     if key_mask is not None:
         mask = mask & key_mask[:, None, None]
     scores = scale * queries @ keys.mT
@@ -160,12 +159,12 @@ def attention(
     weights = raw / torch.where(total > 0, total, 1)
     lse = torch.where(total > 0, total, 1).log()[..., 0] + top[..., 0]
     # (B, H, S, S) what each value enters each output with
-    mix = weights if reading.gain is None else weights * reading.gain
-    if reading.rest is not None:
-        member = reading.member.double()
+    mix = weights if truth.gain is None else weights * truth.gain
+    if truth.rest is not None:
+        member = truth.member.double()
         if key_mask is not None:
             member = member * key_mask[:, None, None]
-        mix = mix + reading.rest @ (member / member.sum(-1, keepdim=True).clamp_min(1))
+        mix = mix + truth.rest @ (member / member.sum(-1, keepdim=True).clamp_min(1))
     out = mix @ values
     empty = (total == 0)[..., 0]
     found = {"out": out.detach(), "lse": lse.detach().masked_fill(empty, -torch.inf)}

@@ -11,7 +11,7 @@ from fuzzing import definitions, rectifying, selections
 from fuzzing.attending import check_mask, check_results
 from fuzzing.cases import Case, Wrong
 from fuzzing.inputs import Inputs, make_inputs
-from fuzzing.oracle import Reading, read_plan
+from fuzzing.oracle import Truth, read_plan
 from fuzzing.plans import make_plan, method_of
 from fuzzing.radial import Radial
 from fuzzing.states import within
@@ -25,18 +25,18 @@ def check_pattern(case: Case) -> None:
     inputs = make_inputs(case)
     with within(case.states):
         plan = make_plan(case, inputs)
-    reading = read_plan(plan, case.batch, case.heads)
-    check_mask(plan, reading)
-    _check_defined(case, plan, reading)
+    truth = read_plan(plan, case.batch, case.heads)
+    check_mask(plan, truth)
+    _check_defined(case, plan, truth)
     if "rectify" in case.options:
-        rectifying.check_estimate(case, inputs, plan, reading)
-    check_results(case, inputs, plan, reading)
+        rectifying.check_estimate(case, inputs, plan, truth)
+    check_results(case, inputs, plan, truth)
 
 
-def _check_defined(case: Case, plan: Plan, reading: Reading) -> None:
+def _check_defined(case: Case, plan: Plan, truth: Truth) -> None:
     grid, method = case.grid, method_of(case)
     video = slice(grid.video_start, grid.video_start + grid.num_video_tokens)
-    seen = reading.mask[..., video, video]
+    seen = truth.mask[..., video, video]
     if case.method == "strided":
         _check_strided(case, method, seen)
         return
@@ -157,30 +157,30 @@ def check_content(case: Case) -> None:
     inputs = make_inputs(case)
     with within(case.states):
         plan = make_plan(case, inputs)
-    reading = read_plan(plan, case.batch, case.heads)
-    check_mask(plan, reading)
-    mask = reading.mask.expand(case.batch, case.heads, -1, -1)
+    truth = read_plan(plan, case.batch, case.heads)
+    check_mask(plan, truth)
+    mask = truth.mask.expand(case.batch, case.heads, -1, -1)
     if case.options.get("density") == 1.0 and case.options.get("select") != "topk":
         readable = True if inputs.key_mask is None else inputs.key_mask[:, None, None]
         if left := (~mask & readable).sum():
             raise Wrong("a full budget leaves something out", f"{left} pairs")
     if case.states:
-        _check_same(case, make_plan(case, inputs), plan, reading, "planning depends on the state")
+        _check_same(case, make_plan(case, inputs), plan, truth, "planning depends on the state")
     _check_alone(case, inputs, mask)
     selections.check_selection(case, inputs, plan, mask)
     if "rectify" in case.options or case.method == "rectified":
-        rectifying.check_estimate(case, inputs, plan, reading)
-    check_results(case, inputs, plan, reading)
+        rectifying.check_estimate(case, inputs, plan, truth)
+    check_results(case, inputs, plan, truth)
     if not mask.diagonal(dim1=2, dim2=3).all():
         raise Wrong("a query does not read its own block")
 
 
-def _check_same(case, other, plan, reading: Reading, what: str) -> None:
+def _check_same(case, other, plan, truth: Truth, what: str) -> None:
     again = read_plan(other, case.batch, case.heads)
-    if not torch.equal(again.mask, reading.mask):
-        raise Wrong(what, f"{(again.mask != reading.mask).sum()} pairs differ")
+    if not torch.equal(again.mask, truth.mask):
+        raise Wrong(what, f"{(again.mask != truth.mask).sum()} pairs differ")
     for name in ("gain", "rest"):
-        a, b = getattr(again, name), getattr(reading, name)
+        a, b = getattr(again, name), getattr(truth, name)
         if (a is None) != (b is None):
             raise Wrong(what, f"only one has {name}")
         if a is not None and (a.shape != b.shape or ((a - b).abs() > 1e-4).any()):

@@ -1,5 +1,6 @@
 """The plan of a case: that of a method, or one made by hand of blocks, of a rule, or by head."""
 
+from dataclasses import replace
 from random import Random
 
 import torch
@@ -7,10 +8,11 @@ from fuzzing.cases import Case, Refused
 from fuzzing.inputs import Inputs
 
 from vidattn.grid import Grid, frame_layout, raster_layout, tile_layout
-from vidattn.head_plan import HeadPlan, join
+from vidattn.head_plan import HeadPlan
 from vidattn.method import Method
 from vidattn.methods import create_method
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
+from vidattn.reading import Reading
 
 MADE = ("blocks", "rule", "by head", "by sample")
 # what a method says when a density cannot be had on a grid
@@ -18,11 +20,13 @@ OUT_OF_REACH = ("out of reach", "cannot go down to density")
 
 
 def method_of(case: Case) -> Method:
-    """The method with its options."""
-    return create_method(case.method, **case.options)
+    """The method with its options, as the layer uses it that is drawn with them."""
+    options = dict(case.options)
+    layer = options.pop("layer", 0)
+    return create_method(case.method, **options).at(layer)
 
 
-def make_plan(case: Case, inputs: Inputs) -> Plan | HeadPlan:
+def make_plan(case: Case, inputs: Inputs) -> AnyPlan:
     """The plan of a case.
 
     Raises:
@@ -34,11 +38,9 @@ def make_plan(case: Case, inputs: Inputs) -> Plan | HeadPlan:
     try:
         if not method.reads_content:
             return method.plan(case.grid)
-        given = {"scale": case.scale, "key_mask": inputs.key_mask}
-        plan = method.plan(case.grid, inputs.q, inputs.k, **given)
-        return (
-            method.plan(case.grid, inputs.q, inputs.k, **given, last=plan) if case.again else plan
-        )
+        reading = Reading(inputs.q, inputs.k, case.scale, inputs.key_mask)
+        plan, memory = method.plan_with_memory(case.grid, reading)
+        return method.plan(case.grid, replace(reading, last=memory)) if case.again else plan
     except ValueError as error:
         if case.options.get("density") and any(x in str(error) for x in OUT_OF_REACH):
             raise Refused(str(error)) from None
@@ -86,7 +88,7 @@ def _by_head(case: Case) -> HeadPlan:
     heads = list(range(case.heads))
     mine = sorted(rng.sample(heads, rng.randint(0, len(heads))))
     groups = [x for x in (mine, [head for head in heads if head not in mine]) if x]
-    return join([_for_heads(rng, case, len(group)) for group in groups], groups)
+    return HeadPlan.join([_for_heads(rng, case, len(group)) for group in groups], groups)
 
 
 def _for_heads(rng: Random, case: Case, count: int) -> Plan:

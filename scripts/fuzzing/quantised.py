@@ -3,11 +3,10 @@
 Letters: B batch, H query heads, K key heads, S tokens, D head dim.
 """
 
-from fuzzing.oracle import Answer, Reading, attention
+from fuzzing.oracle import Answer, Truth, attention
 from torch import Tensor
 
-from vidattn.head_plan import HeadPlan
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
 
 # A number on the edge of two integers may become either; the weights of a row, which stay exact
 # here, are rounded to one of 127 parts, or of 15, of the largest near by.
@@ -16,8 +15,8 @@ LEVELS = {"int8": 127, "int8_qk_int4_pv": 7}
 
 
 def rounded_attention(
-    q: Tensor, k: Tensor, v: Tensor, reading: Reading, scale: float, key_mask: Tensor | None,
-    plan: Plan | HeadPlan, precision: str,
+    q: Tensor, k: Tensor, v: Tensor, truth: Truth, scale: float, key_mask: Tensor | None,
+    plan: AnyPlan, precision: str,
 ) -> Answer:  # fmt: skip
     """Attention of queries, keys and values that integers stand for; weights stay exact.
 
@@ -37,18 +36,18 @@ def rounded_attention(
     rough_v = v.repeat_interleave(group, 1)
     if precision in LEVELS:
         rough_v = _rounded(rough_v, LEVELS[precision], 2)
-    answer = attention(rough_q, rough_k, rough_v, reading, scale, key_mask)
+    answer = attention(rough_q, rough_k, rough_v, truth, scale, key_mask)
     back = (q * mean.repeat_interleave(group, 1)).sum(-1) * scale
-    answer.values["lse"] = answer.values["lse"] + back * _flat(reading)
+    answer.values["lse"] = answer.values["lse"] + back * _flat(truth)
     return answer
 
 
-def _flat(reading: Reading) -> Tensor | float:
-    sharpness = reading.sharpness
+def _flat(truth: Truth) -> Tensor | float:
+    sharpness = truth.sharpness
     return sharpness[..., 0] if isinstance(sharpness, Tensor) else sharpness
 
 
-def _blocks_of_head(plan: Plan | HeadPlan, b: int, heads: int) -> list[list[list[int]]]:
+def _blocks_of_head(plan: AnyPlan, b: int, heads: int) -> list[list[list[int]]]:
     """For every head the tokens of each block."""
     if isinstance(plan, Plan):
         return [_blocks(plan)] * heads

@@ -6,17 +6,17 @@ Letters: B batch, H query heads, S tokens, D head dim, nv video blocks.
 from fuzzing.blocks import Blocks, blocks_of
 from fuzzing.cases import Case, Wrong
 from fuzzing.inputs import Inputs
-from fuzzing.oracle import Reading
+from fuzzing.oracle import Truth
 from torch import Tensor
 
 
-def check_estimate(case: Case, inputs: Inputs, plan, reading: Reading) -> None:
+def check_estimate(case: Case, inputs: Inputs, plan, truth: Truth) -> None:
     """Raise Wrong unless gains and estimates hang together and follow the block means."""
-    if reading.gain is None or reading.rest is None:
+    if truth.gain is None or truth.rest is None:
         if case.options.get("rectify"):
             raise Wrong("a rectified plan estimates nothing")
         return
-    gain, rest = reading.gain[..., 0], reading.rest
+    gain, rest = truth.gain[..., 0], truth.rest
     if not gain.numel():
         return
     if not (gain.isfinite().all() and rest.isfinite().all()):
@@ -25,7 +25,7 @@ def check_estimate(case: Case, inputs: Inputs, plan, reading: Reading) -> None:
         raise Wrong("an estimate is no share of attention")
     if (gain - (1 - rest.sum(-1))).abs().max() > 1e-4:
         raise Wrong("what is read and what is estimated do not add up to one")
-    mask = reading.mask.expand(case.batch, case.heads, -1, -1)
+    mask = truth.mask.expand(case.batch, case.heads, -1, -1)
     for b in range(case.batch):
         for h in range(case.heads):
             row = rest[b if len(rest) > 1 else 0, h if rest.shape[1] > 1 else 0]

@@ -3,7 +3,6 @@
 Letters: B batch, H query heads, K key heads, S tokens, D head dim.
 """
 
-import dataclasses
 import typing
 from collections.abc import Callable
 from random import Random
@@ -17,6 +16,7 @@ from fuzzing.plans import make_plan
 import vidattn
 from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods, method_class
+from vidattn.reading import Reading
 
 NAN, INF = float("nan"), float("inf")
 # by the type of an option: values of which none is one
@@ -42,7 +42,7 @@ def draw_bad(rng: Random) -> tuple[str, str, dict[str, Any]]:
         return rng.choice(list(_CONTENT)), rng.choice(_content_methods()), {}
     name = rng.choice(list_methods())
     hints = typing.get_type_hints(method_class(name))
-    fields = [x.name for x in dataclasses.fields(method_class(name)) if x.name not in PATHS]
+    fields = [x for x in method_class(name).options() if x not in PATHS]
     if not fields:
         return "no such option", name, {"densty": "densty"}
     option = rng.choice(fields)
@@ -118,8 +118,7 @@ def _prepare(case: Case) -> tuple[Callable[[], object], list[Any]]:
 
 def _plan_with_options(case: Case, inputs: Inputs) -> object:
     method = create_method(case.method, **case.options)
-    given = (inputs.q, inputs.k) if method.reads_content else ()
-    return method.plan(case.grid, *given)
+    return method.plan(case.grid, Reading(inputs.q, inputs.k))
 
 
 _GRIDS: dict[str, Callable[[], object]] = {

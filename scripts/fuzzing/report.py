@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from vidattn.commands.output import write_json
-from vidattn.measure import hardware
+from vidattn.hardware import hardware
 
 PAGE = """\
 # Fuzzing

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -164,6 +164,4 @@ class Sparse:
 
 
 def _density(method: Method) -> float | None:
-    if "density" not in {field.name for field in fields(method)}:
-        return None
-    return method.density
+    return method.density if "density" in method.options() else None

@@ -8,6 +8,7 @@ from vidattn.fidelity import recall
 from vidattn.grid import Grid
 from vidattn.methods.adaspa import AdaSpa, spread_density
 from vidattn.methods.topk import TopK
+from vidattn.reading import Reading
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
 TILE = (2, 4, 4)
@@ -25,7 +26,8 @@ def test_rows_hold_the_blocks_with_most_attention(grid):
     key_mask = torch.ones(2, grid.num_tokens, dtype=torch.bool)
     if grid.text:
         key_mask[1, grid.text_start + grid.text - 2 : grid.text_start + grid.text] = False
-    plan = AdaSpa(tile=TILE, density=0.3, recall=None).plan(grid, q, k, key_mask=key_mask)
+    method = AdaSpa(tile=TILE, density=0.3, recall=None)
+    plan, memory = method.plan_with_memory(grid, Reading(q, k, key_mask=key_mask))
     weights, rows = dense_weights(q, k, 0.25, key_mask), rows_of(plan)
     sizes = [len(tokens_of(plan.layout, j)) for j in range(plan.layout.num_video_blocks)]
     for b in range(2):
@@ -35,30 +37,26 @@ def test_rows_hold_the_blocks_with_most_attention(grid):
                 found = set(rows[b, h, i].nonzero().flatten().tolist())
                 assert found == by_tokens(masses, sizes, 0.3, i)
     lse = (0.25 * q.double() @ k.double().mT).masked_fill(~key_mask[:, None, None], -torch.inf)
-    torch.testing.assert_close(
-        torch.cat(plan.memory).double(), lse.logsumexp(-1), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(torch.cat(memory).double(), lse.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_later_search_takes_over_the_sums_of_the_one_before():
     grid = GRIDS[0]
     q, k, _ = coherent(grid)
     method = AdaSpa(tile=TILE, density=0.3, recall=None)
-    first = method.plan(grid, q, k)
+    first, memory = method.plan_with_memory(grid, Reading(q, k))
     moved = q + 0.3 * torch.randn_like(q)
-    second = method.plan(grid, moved, k, last=first)
-    assert torch.equal(torch.cat(second.memory), torch.cat(first.memory))
-    weights = (
-        0.25 * moved.double() @ k.double().mT - torch.cat(first.memory).double()[..., None]
-    ).exp()
+    second, later = method.plan_with_memory(grid, Reading(moved, k, last=memory))
+    assert torch.equal(torch.cat(later), torch.cat(memory))
+    weights = (0.25 * moved.double() @ k.double().mT - torch.cat(memory)[..., None]).exp()
     sizes = [len(tokens_of(first.layout, j)) for j in range(first.layout.num_video_blocks)]
     for i in range(len(sizes)):
         masses = masses_of_row(weights[1, 2], first.layout, i)
         found = set(rows_of(second)[1, 2, i].nonzero().flatten().tolist())
         assert found == by_tokens(masses, sizes, 0.3, i)
     # of another batch there is nothing to take over
-    other = method.plan(grid, moved[:1], k[:1], last=first)
-    assert other.memory[0].shape[0] == 1
+    _, other = method.plan_with_memory(grid, Reading(moved[:1], k[:1], last=memory))
+    assert other[0].shape[0] == 1
 
 
 @pytest.mark.parametrize(("density", "moved"), [(0.2, 0.1), (0.8, 0.2)])
@@ -79,7 +77,7 @@ def test_spreading_keeps_the_density_and_helps_the_worst_head():
     # 90 tiles, of which a tenth, a fifth and three tenths are whole numbers
     options = {"density": 0.2, "tile": (2, 3, 1)}
     methods = AdaSpa(**options, recall=0.5), AdaSpa(**options, recall=None), TopK(**options)
-    spread, even, pooled = (method.plan(grid, q, k) for method in methods)
+    spread, even, pooled = (method.plan(grid, Reading(q, k)) for method in methods)
     assert spread.density == pytest.approx(0.2) and even.density == pytest.approx(0.2)
     rows = rows_of(spread).double().mean((0, 2, 3))
     assert rows.min() < 0.15 and rows.max() > 0.25

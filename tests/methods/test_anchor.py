@@ -9,6 +9,7 @@ from tests.content_cases import coherent, tokens_of
 from tests.grids import AWKWARD
 from vidattn.grid import Grid
 from vidattn.methods import create_method
+from vidattn.reading import Reading
 
 GRIDS = [g for g in AWKWARD if g.num_video_tokens < 150]
 TILE, SCALE = (2, 2, 2), 0.3
@@ -66,7 +67,7 @@ def test_blocks_follow_the_definition(grid, options):
     k, key_mask = k[:, ::2], torch.ones(2, grid.num_tokens, dtype=torch.bool)
     if grid.num_video_tokens > 50:
         key_mask[1, grid.video_start : grid.video_start + 60 : 3] = False
-    plan = method.plan(grid, q, k, scale=SCALE, key_mask=key_mask)
+    plan = method.plan(grid, Reading(q, k, scale=SCALE, key_mask=key_mask))
     nv, nb, lists = plan.layout.num_video_blocks, plan.layout.num_blocks, plan.lists
     blocks = torch.zeros(lists.batch * lists.heads * nb, nb, dtype=torch.bool)
     blocks[lists.row_of_entry, lists.key_block.long()] = True
@@ -80,20 +81,22 @@ def test_a_sample_is_planned_alone():
     grid = Grid(3, 7, 9, text=3)
     q, k, _ = coherent(grid)
     method = create_method("anchor", density=0.5, near=1, tile=TILE)
-    together = method.plan(grid, q, k).mask()
+    together = method.plan(grid, Reading(q, k)).mask()
     assert 0.4 < together.double().mean() < 0.7
     for b in range(2):
-        assert torch.equal(method.plan(grid, q[b : b + 1], k[b : b + 1]).mask()[0], together[b])
+        assert torch.equal(
+            method.plan(grid, Reading(q[b : b + 1], k[b : b + 1])).mask()[0], together[b]
+        )
 
 
 def test_density_is_met_and_full_budget_is_dense():
     grid = Grid(9, 12, 10)
     q, k, _ = coherent(grid)
     for density in (0.25, 0.6):
-        plan = create_method("anchor", density=density, near=0, tile=TILE).plan(grid, q, k)
+        plan = create_method("anchor", density=density, near=0, tile=TILE).plan(grid, Reading(q, k))
         assert plan.density == pytest.approx(density, rel=0.02)
-    assert create_method("anchor", density=1.0).plan(grid, q, k).is_dense
-    assert create_method("anchor", theta=1e9, tile=TILE).plan(grid, q, k).is_dense
+    assert create_method("anchor", density=1.0).plan(grid, Reading(q, k)).is_dense
+    assert create_method("anchor", theta=1e9, tile=TILE).plan(grid, Reading(q, k)).is_dense
 
 
 def test_what_softmax_ignores_changes_nothing():
@@ -101,8 +104,10 @@ def test_what_softmax_ignores_changes_nothing():
     q, k, _ = coherent(grid)
     q, k = q.double(), k.double()
     method = create_method("anchor", theta=2.0, tile=TILE)
-    plan = method.plan(grid, q, k)
-    assert plan.density < 0.9 and torch.equal(plan.mask(), method.plan(grid, q, k + 3).mask())
+    plan = method.plan(grid, Reading(q, k))
+    assert plan.density < 0.9 and torch.equal(
+        plan.mask(), method.plan(grid, Reading(q, k + 3)).mask()
+    )
 
 
 @pytest.mark.parametrize(

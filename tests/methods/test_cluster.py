@@ -12,6 +12,7 @@ from tests.kernels.attention_cases import relative_rms, results
 from vidattn.grid import Grid
 from vidattn.methods import create_method
 from vidattn.methods.cluster import k_means
+from vidattn.reading import Reading
 
 GRIDS = [g for g in AWKWARD if g.num_video_tokens < 150]
 SMALL = {"tile": (1, 2, 4), "block": 4}
@@ -76,7 +77,7 @@ def test_clusters_and_pairs_follow_the_definition(grid, options):
     method = create_method("cluster", iterations=3, **SMALL, **options)
     q, k, _ = (x.double() for x in coherent(grid, heads=2, dim=8))
     k = k[:, :1]
-    plan = method.plan(grid, q, k, scale=0.3)
+    plan = method.plan(grid, Reading(q, k, scale=0.3))
     mask = plan.mask()
     assert mask.shape[:2] == (2, 2)
     for b, h in itertools.product(range(2), range(2)):
@@ -98,32 +99,35 @@ def test_a_cluster_without_features_stays():
 def test_a_later_step_begins_where_the_last_one_ended():
     grid = Grid(3, 5, 7)
     q, k, _ = coherent(grid)
-    long = create_method("cluster", iterations=6, **SMALL).plan(grid, q, k)
+    long = create_method("cluster", iterations=6, **SMALL)
+    long, ends = long.plan_with_memory(grid, Reading(q, k))
     method = create_method("cluster", iterations=4, warm_iterations=2, **SMALL)
-    first = method.plan(grid, q, k)
-    second = method.plan(grid, q, k, last=first)
-    assert len(first.memory) == 2 and len(first.memory[0]) == 3
-    torch.testing.assert_close(second.memory, long.memory)
+    _, memory = method.plan_with_memory(grid, Reading(q, k))
+    second, later = method.plan_with_memory(grid, Reading(q, k, last=memory))
+    assert len(memory) == 2 and len(memory[0]) == 3
+    torch.testing.assert_close(later, ends)
     assert torch.equal(second.mask(), long.mask())
     # what belongs to another number of heads is of no use
-    alone = method.plan(grid, q[:, :1], k[:, :1], last=first)
-    torch.testing.assert_close(alone.memory[0], first.memory[0][:1])
+    _, alone = method.plan_with_memory(grid, Reading(q[:, :1], k[:, :1], last=memory))
+    torch.testing.assert_close(alone[0], memory[0][:1])
 
 
 def test_a_sample_is_planned_alone():
     grid = Grid(3, 5, 7, text=3)
     q, k, _ = coherent(grid)
     method = create_method("cluster", density=0.4, **SMALL)
-    together = method.plan(grid, q, k).mask()
+    together = method.plan(grid, Reading(q, k)).mask()
     for b in range(2):
-        assert torch.equal(method.plan(grid, q[b : b + 1], k[b : b + 1]).mask()[0], together[b])
+        assert torch.equal(
+            method.plan(grid, Reading(q[b : b + 1], k[b : b + 1])).mask()[0], together[b]
+        )
 
 
 def test_full_budget_is_dense():
     grid = Grid(3, 5, 7, text=3)
     q, k, _ = coherent(grid)
     for options in ({"density": 1.0}, {"mass": 1.0}, {"least": 1.0}):
-        assert create_method("cluster", **SMALL, **options).plan(grid, q, k).is_dense
+        assert create_method("cluster", **SMALL, **options).plan(grid, Reading(q, k)).is_dense
 
 
 @pytest.mark.parametrize("rectify", [False, True])
@@ -132,7 +136,7 @@ def test_it_is_run_right(rectify):
     q, k, v = coherent(grid, heads=2)
     inputs = [x.double() for x in (q, k, v, torch.randn_like(v))] + [torch.randn(v.shape[:3])]
     method = create_method("cluster", density=0.3, rectify=rectify, **SMALL)
-    plan = method.plan(grid, *inputs[:2])
+    plan = method.plan(grid, Reading(*inputs[:2]))
     for ours, right in zip(results(inputs, plan, "torch"), results(inputs, plan, "reference")):
         assert relative_rms(ours, right) < 1e-7
 

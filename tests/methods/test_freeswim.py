@@ -9,9 +9,9 @@ import torch
 from tests.grids import AWKWARD
 from tests.kernels import attention_cases as cases
 from vidattn.attention import attend
+from vidattn.fidelity import fidelity
 from vidattn.grid import Grid
-from vidattn.head_plan import HeadPlan, select_heads
-from vidattn.measure import recall
+from vidattn.head_plan import HeadPlan
 from vidattn.methods import create_method, plan
 from vidattn.methods.freeswim import sharpness
 
@@ -67,12 +67,15 @@ def test_a_training_resolution_is_dense_attention():
 
 def test_recall_is_that_of_the_pairs():
     grid = Grid(3, 5, 7)
-    q, k = cases.random_inputs(grid, heads=2, key_heads=2)[:2]
+    q, k, v = cases.random_inputs(grid, heads=2, key_heads=2)[:3]
     sharp, plain = (plan("freeswim", grid, window=(4, 3), sharpen=x) for x in (True, False))
-    assert recall(q, k, sharp) == pytest.approx(recall(q, k, plain))
     both = HeadPlan((sharp, plain), torch.tensor([0, 1]))
-    assert recall(q, k, both) == pytest.approx(recall(q, k, plain))
-    assert select_heads(both, (0,)).plans[0].sharpness == sharp.sharpness
+    expected = fidelity(q, k, v, plain).recall
+    for made in (sharp, both, both.unsharpened()):
+        torch.testing.assert_close(fidelity(q, k, v, made).recall, expected)
+    assert both.select_heads((0,)).plans[0].sharpness == sharp.sharpness
+    assert [x.sharpness for x in both.unsharpened().plans] == [1, 1]
+    assert plain.unsharpened() is plain
 
 
 def test_sharpness():

@@ -14,6 +14,7 @@ from vidattn.attention import attend
 from vidattn.calibration import Calibrator, load_calibration
 from vidattn.grid import Grid, raster_layout
 from vidattn.methods import create_method
+from vidattn.reading import Reading
 from vidattn.reorder import ORDERS, SPARSE, order_mass, order_scores
 
 GRID, PADDED = Grid(3, 5, 7), Grid(3, 4, 5, text=6, text_first=True)
@@ -80,8 +81,8 @@ def kept(plan, orders, head, sample):
 def test_the_blocks_with_the_most_attention_are_kept(grid):
     q, k, key_mask = inputs(grid)
     method = create_method("paro", density=0.4, block=BLOCK)
-    plan = method.plan(grid, q, k, scale=0.3, key_mask=key_mask)
-    orders = torch.stack(plan.memory)
+    plan, memory = method.plan_with_memory(grid, Reading(q, k, scale=0.3, key_mask=key_mask))
+    orders = torch.stack(memory)
     for sample in range(2):
         mask = None if key_mask is None else key_mask[sample, None]
         alone = q[sample, None], k[sample, None]
@@ -116,7 +117,7 @@ def test_an_order_gathers_attention():
     q = k = torch.stack(keys)[None] * 4
     orders = order_scores(grid, q, k, 8, scale=1.0).argmax(0)
     assert [ORDERS[i][-1] for i in orders] == [0, 1, 2]
-    plan = create_method("paro", density=0.07, block=8).plan(grid, q, k, scale=1.0)
+    plan = create_method("paro", density=0.07, block=8).plan(grid, Reading(q, k, scale=1.0))
     raster = Calibrator("x", 1, 0.07, 1, 8)
     raster._orders[0] = torch.zeros(3, dtype=torch.long)
     raster.add(0, 0, grid, q, k, scale=1.0)
@@ -130,15 +131,15 @@ def test_an_order_gathers_attention():
 
 def test_a_full_density_reads_all():
     q, k, _ = inputs(GRID)
-    assert create_method("paro", density=1.0, block=BLOCK).plan(GRID, q, k).is_dense
+    assert create_method("paro", density=1.0, block=BLOCK).plan(GRID, Reading(q, k)).is_dense
 
 
 def test_steps_share_orders_and_late_ones_the_mask():
     method = create_method("paro", early=2, block=BLOCK)
     q, k, _ = inputs(GRID)
-    first = method.plan(GRID, q, k)
-    second = method.plan(GRID, k.flip(2), q, last=first)
-    assert torch.equal(torch.cat(first.memory), torch.cat(second.memory))
+    first, memory = method.plan_with_memory(GRID, Reading(q, k))
+    second, later = method.plan_with_memory(GRID, Reading(k.flip(2), q, last=memory))
+    assert len(memory) == 2 and all(map(torch.equal, memory, later))
     assert not torch.equal(first.mask(), second.mask())
     assert [method.keeps(0, 1, 9), method.keeps(1, 2, 9), method.keeps(1, 7, 9)] == [
         False,
@@ -150,12 +151,12 @@ def test_steps_share_orders_and_late_ones_the_mask():
 @torch.no_grad()
 def test_products_are_rounded_block_by_block():
     q, k, v = coherent(GRID)
-    exact = create_method("paro", block=BLOCK).plan(GRID, q, k)
+    exact, orders = create_method("paro", block=BLOCK).plan_with_memory(GRID, Reading(q, k))
     expected, errors = attend(q, k, v, exact), []
     for precision in ("int8", "int8_qk_int4_pv"):
-        plan = create_method("paro", block=BLOCK, precision=precision).plan(GRID, q, k)
-        assert torch.equal(plan.mask(), exact.mask())
-        assert torch.equal(plan.memory[0], exact.memory[0])
+        method = create_method("paro", block=BLOCK, precision=precision)
+        plan, same = method.plan_with_memory(GRID, Reading(q, k))
+        assert torch.equal(plan.mask(), exact.mask()) and all(map(torch.equal, same, orders))
         errors.append(relative_rms(attend(q, k, v, plan), expected))
     # 8 and 4 bits
     assert 1e-4 < errors[0] < 0.03 < errors[1] < 0.3

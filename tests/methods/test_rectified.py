@@ -11,6 +11,7 @@ from vidattn.attention import attend
 from vidattn.content import Content
 from vidattn.grid import Grid
 from vidattn.methods.rectified import Rectified
+from vidattn.reading import Reading
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 5, 13)]
 TILE = (1, 4, 4)
@@ -34,7 +35,7 @@ def is_always_read(grid, i, j, near, first_frame):
 def test_rows_hold_what_is_critical(grid, options):
     q, k, _ = coherent(grid)
     method = Rectified(tile=TILE, **options)
-    plan = method.plan(grid, q, k)
+    plan = method.plan(grid, Reading(q, k))
     rows, nv = rows_of(plan), plan.layout.num_video_blocks
     blocks = [tokens_of(plan.layout, j) for j in range(nv)]
     for b in range(2):
@@ -64,15 +65,15 @@ def test_rows_hold_what_is_critical(grid, options):
 def test_it_is_rectified_unless_told_otherwise():
     grid = GRIDS[0]
     q, k, _ = coherent(grid)
-    plan = Rectified(tile=TILE, density=0.1).plan(grid, q, k)
+    plan = Rectified(tile=TILE, density=0.1).plan(grid, Reading(q, k))
     assert plan.rest is not None and plan.rest.any()
-    assert Rectified(tile=TILE, rectify=False).plan(grid, q, k).gain is None
+    assert Rectified(tile=TILE, rectify=False).plan(grid, Reading(q, k)).gain is None
 
 
 def test_ragged_tiles_are_rectified_like_the_others(monkeypatch):
     grid = Grid(9, 9, 9)
     q, k, v = coherent(grid, batch=1, heads=4, noise=0.1, waves=1.0)
-    ours = Rectified(tile=(2, 4, 4), near=None).plan(grid, q, k)
+    ours = Rectified(tile=(2, 4, 4), near=None).plan(grid, Reading(q, k))
     layout, rows = ours.layout, rows_of(ours)
     content = Content(grid, layout, q, k, 0.25, rectify=True)
     # the formula of others: empty slots count as zeros in every mean, blocks all alike, and what

@@ -10,13 +10,14 @@ from tests.grids import AWKWARD, PUBLISHED
 from vidattn.grid import Grid
 from vidattn.methods import create_method
 from vidattn.methods.strided import share_of_tile
+from vidattn.reading import Reading
 from vidattn.tiles import tile_counts
 
 
 def plan_of(grid: Grid, heads: int, *, layer: int = 0, **options):
     """The plan of a layer; of q and k only the shape is read."""
     q = torch.zeros(1, heads, grid.num_tokens, 1)
-    return create_method("strided", **options).at(layer).plan(grid, q, q)
+    return create_method("strided", **options).at(layer).plan(grid, Reading(q, q))
 
 
 @pytest.mark.parametrize("grid", [g for g in AWKWARD if g.num_video_tokens < 150], ids=str)
@@ -87,7 +88,7 @@ def test_one_plan_serves_all_steps_unless_content_is_read():
 def test_rectification_estimates_what_is_not_read():
     grid = Grid(3, 5, 7)
     q, k, _ = coherent(grid)
-    plan = create_method("strided", near=0, tile=(1, 2, 2), rectify=True).plan(grid, q, k)
+    plan = create_method("strided", near=0, tile=(1, 2, 2), rectify=True).plan(grid, Reading(q, k))
     assert plan.rest.sum() > 0 and plan.gain.shape[:2] == (2, 3)
 
 

@@ -10,6 +10,7 @@ from tests.recorded import recorded
 from vidattn.fidelity import recall
 from vidattn.grid import Grid
 from vidattn.methods.svg import Svg
+from vidattn.reading import Reading
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 5, 13)]
 TILE = (1, 4, 4)
@@ -55,7 +56,7 @@ def nearest_first(grid, layout, way, density, sink):
 @pytest.mark.parametrize("sink", [False, True, None])
 def test_every_head_reads_its_best_blocks(grid, sink):
     q, k = two_kinds(grid)
-    plan = Svg(tile=TILE, density=0.4, sink=sink, rows=10**6).plan(grid, q, k)
+    plan = Svg(tile=TILE, density=0.4, sink=sink, rows=10**6).plan(grid, Reading(q, k))
     rows, weights = rows_of(plan), dense_weights(q, k, 0.25)
     sinks = [False, True] if sink is None else [sink]
     patterns = [
@@ -83,7 +84,7 @@ def test_heads_are_told_apart_sample_by_sample():
     q, k = two_kinds(grid)
     kinds = []
     for rows in (16, 10**6):
-        plan = Svg(rows=rows).plan(grid, q, k)
+        plan = Svg(rows=rows).plan(grid, Reading(q, k))
         kinds.append(rows_of(plan)[:, :, 0])
     assert torch.equal(*kinds)
     assert not torch.equal(kinds[0][0, 0], kinds[0][0, 1])
@@ -94,7 +95,7 @@ def test_random_numbers_stay_where_they_are():
     grid = GRIDS[0]
     q, k = two_kinds(grid)
     before = torch.get_rng_state()
-    Svg().plan(grid, q, k)
+    Svg().plan(grid, Reading(q, k))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -126,7 +127,7 @@ def test_recall_is_that_of_the_bands_or_more(share, sink):
         # the better of the two for every head, whatever their profile would have found
         theirs.append(torch.einsum("hrs,prs->ph", weights, masks).amax(0) / len(queries))
         density = bands(grid, share, sink)[0].double().mean().item()
-        plan = Svg(density=density).plan(grid, seen.q, seen.k, scale=seen.scale)
+        plan = Svg(density=density).plan(grid, seen.reading)
         assert plan.density == pytest.approx(density, abs=0.01)
         ours.append(recall(seen.q, seen.k, plan, queries, scale=seen.scale)[0])
     ours, theirs = (torch.stack(x).double().mean(-1) for x in (ours, theirs))

@@ -15,11 +15,12 @@ from tests.content_cases import (
     tokens_of,
 )
 from tests.recorded import recorded
-from vidattn.content import Content, tiles
+from vidattn.content import Content
 from vidattn.fidelity import recall
-from vidattn.grid import Grid
+from vidattn.grid import Grid, tile_layout_on
 from vidattn.methods.topk import TopK
 from vidattn.plan import Plan
+from vidattn.reading import Reading
 from vidattn.selection import select_count, select_share
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
@@ -39,7 +40,7 @@ def shares_of_row(q, k, layout, nv, b, h, i):
 @pytest.mark.parametrize("options", [{"density": 0.3}, {"mass": 0.7}], ids=str)
 def test_rows_hold_the_best_blocks(grid, options):
     q, k, _ = coherent(grid)
-    plan = TopK(tile=TILE, **options).plan(grid, q, k)
+    plan = TopK(tile=TILE, **options).plan(grid, Reading(q, k))
     rows, nv = rows_of(plan), plan.layout.num_video_blocks
     for b in range(2):
         for h in range(3):
@@ -65,11 +66,11 @@ def test_recall_is_that_of_others_or_more(density):
     # a mean of keys that no softmax sees
     k = k + 2
     weights = dense_weights(q, k, 0.25)
-    layout = tiles(grid, (2, 4, 4), q.device)
+    layout = tile_layout_on(grid, (2, 4, 4), q.device)
     content = Content(grid, layout, q, k, 0.25)
     blocks = select_share(peer_scores(content), content.tokens, density)
     theirs = Plan.from_blocks(grid, layout, blocks)
-    ours = TopK(density=density, tile=(2, 4, 4)).plan(grid, q, k)
+    ours = TopK(density=density, tile=(2, 4, 4)).plan(grid, Reading(q, k))
     assert abs(ours.density - theirs.density) < 0.02
     assert recall_of(ours, weights) > recall_of(theirs, weights) + 0.1
 
@@ -87,7 +88,7 @@ def test_recall_is_that_of_spargeattn_or_more_on_the_bundled_model(density):
         mass = weights.unflatten(-1, (-1, 64)).sum(-1)
         theirs = (mass * chosen[:, :, some // 128]).sum(-1).mean()
         same = chosen.double().mean().item()
-        plan = TopK(density=same).plan(seen.grid, seen.q, seen.k, scale=seen.scale)
+        plan = TopK(density=same).plan(seen.grid, seen.reading)
         assert plan.density == pytest.approx(same, abs=0.01)
         assert recall(seen.q, seen.k, plan, some, scale=seen.scale).mean() > theirs
 

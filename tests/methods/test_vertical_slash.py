@@ -8,8 +8,10 @@ import torch
 from tests.content_cases import coherent, dense_weights
 from tests.grids import AWKWARD
 from tests.kernels.attention_cases import relative_rms, results
-from vidattn.grid import Grid, sample
+from vidattn.grid import Grid
 from vidattn.methods import create_method
+from vidattn.reading import Reading
+from vidattn.sampled import sample
 
 GRIDS = [g for g in AWKWARD if g.num_video_tokens < 150]
 TILE, BLOCK = (1, 1, 2), 2
@@ -93,7 +95,7 @@ def striking(grid: Grid, heads: int):
 def test_lines_follow_the_definition(grid, options):
     method = create_method("vertical_slash", tile=TILE, samples=60, **options)
     q, k, _ = striking(grid, 2)
-    mask = method.plan(grid, q, k, scale=0.4).mask()
+    mask = method.plan(grid, Reading(q, k, scale=0.4)).mask()
     weights = dense_weights(q, k, 0.4)
     counts = []
     for b, h in itertools.product(range(2), range(2)):
@@ -110,9 +112,9 @@ def test_padded_text_is_not_looked_at():
     key_mask = torch.ones(2, grid.num_tokens, dtype=torch.bool)
     key_mask[:, -9:] = False
     method = create_method("vertical_slash", tile=TILE)
-    mask = method.plan(grid, q, k, key_mask=key_mask).mask()
+    mask = method.plan(grid, Reading(q, k, key_mask=key_mask)).mask()
     k[:, :, -9:] += 100
-    assert torch.equal(method.plan(grid, q, k, key_mask=key_mask).mask(), mask)
+    assert torch.equal(method.plan(grid, Reading(q, k, key_mask=key_mask)).mask(), mask)
 
 
 def test_samples_are_spread_over_everything():
@@ -125,20 +127,20 @@ def test_density_is_met_and_full_budget_is_dense():
     grid = Grid(9, 12, 10)
     q, k, _ = striking(grid, 3)
     for density in (0.25, 0.6):
-        plan = create_method("vertical_slash", density=density, tile=TILE).plan(grid, q, k)
+        plan = create_method("vertical_slash", density=density, tile=TILE).plan(grid, Reading(q, k))
         assert plan.density == pytest.approx(density, rel=0.03)
     for vertical in (0.0, 0.5):
         method = create_method("vertical_slash", density=1.0, vertical=vertical, tile=TILE)
-        assert method.plan(grid, q, k).mask().all()
+        assert method.plan(grid, Reading(q, k)).mask().all()
 
 
 def test_a_sample_is_planned_alone():
     grid = Grid(3, 5, 7, text=3)
     q, k, _ = striking(grid, 2)
     method = create_method("vertical_slash", tile=TILE, density=0.4)
-    together = method.plan(grid, q, k).mask()
+    together = method.plan(grid, Reading(q, k)).mask()
     for b in range(2):
-        mask = method.plan(grid, q[b : b + 1], k[b : b + 1]).mask()
+        mask = method.plan(grid, Reading(q[b : b + 1], k[b : b + 1])).mask()
         assert torch.equal(mask[0], together[b])
 
 
@@ -148,7 +150,7 @@ def test_it_is_run_right(rectify):
     q, k, v = striking(grid, 2)
     inputs = [q, k[:, :1], v[:, :1], torch.randn_like(q), torch.randn(q.shape[:3])]
     method = create_method("vertical_slash", tile=TILE, rectify=rectify)
-    plan = method.plan(grid, *inputs[:2])
+    plan = method.plan(grid, Reading(*inputs[:2]))
     for ours, right in zip(results(inputs, plan, "torch"), results(inputs, plan, "reference")):
         assert relative_rms(ours, right) < 1e-7
 

@@ -12,6 +12,7 @@ from tests.waits import Waits
 from vidattn.grid import Grid
 from vidattn.methods import create_method
 from vidattn.methods.vmoba import _chunks
+from vidattn.reading import Reading
 
 SMALL = [g for g in AWKWARD if g.num_video_tokens < 150]
 
@@ -93,7 +94,7 @@ def test_pairs_are_those_of_the_definition(grid, granularity, partition, options
     )
     q, k, _ = (x.double() for x in coherent(grid, heads=2, dim=8, noise=1.0))
     k = k[:, :1]
-    plan = method.plan(grid, q, k)
+    plan = method.plan(grid, Reading(q, k))
     expected = oracle(method, plan, grid, q, k)
     assert torch.equal(plan.mask(), expected)
     video = slice(grid.video_start, grid.video_start + grid.num_video_tokens)
@@ -114,9 +115,11 @@ def test_a_sample_is_planned_alone(granularity):
     grid = Grid(3, 5, 7, text=3)
     q, k, _ = coherent(grid)
     method = create_method("vmoba", chunks=9, partition="cube", granularity=granularity)
-    together = method.plan(grid, q, k).mask()
+    together = method.plan(grid, Reading(q, k)).mask()
     for b in range(2):
-        assert torch.equal(method.plan(grid, q[b : b + 1], k[b : b + 1]).mask()[0], together[b])
+        assert torch.equal(
+            method.plan(grid, Reading(q[b : b + 1], k[b : b + 1])).mask()[0], together[b]
+        )
 
 
 @pytest.mark.parametrize("granularity", ["block", "query"])
@@ -125,7 +128,7 @@ def test_full_budget_is_dense(granularity, options):
     grid = Grid(3, 5, 7, text=3)
     q, k, _ = coherent(grid)
     method = create_method("vmoba", chunks=9, granularity=granularity, **options)
-    assert method.plan(grid, q, k).is_dense
+    assert method.plan(grid, Reading(q, k)).is_dense
 
 
 @pytest.mark.parametrize("granularity", ["block", "query"])
@@ -135,7 +138,7 @@ def test_output_and_gradients_are_those_of_masked_attention(granularity):
     inputs = [q, k, v, torch.randn_like(v), torch.randn(v.shape[:3])]
     exact = [x.double() for x in inputs]
     plan = create_method("vmoba", chunks=9, partition="cube", granularity=granularity).plan(
-        grid, q, k
+        grid, Reading(q, k)
     )
     assert plan.density < 0.9
     expected = results(exact, plan, "reference")
@@ -156,7 +159,7 @@ def test_chunks_are_numbered_once_for_a_device():
 def test_the_gate_has_no_gradient():
     grid = Grid(2, 4, 4)
     q, k, _ = (x.requires_grad_() for x in coherent(grid))
-    plan = create_method("vmoba", rectify=True, chunks=4).plan(grid, q, k)
+    plan = create_method("vmoba", rectify=True, chunks=4).plan(grid, Reading(q, k))
     assert not plan.rest.requires_grad
 
 

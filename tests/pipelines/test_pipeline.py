@@ -10,6 +10,7 @@ import torch
 import vidattn
 from tests.pipelines import tiny_pipes
 from tests.pipelines.tiny_pipes import run_joint, run_wan
+from vidattn.grid import Grid
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines.patch import find_handle
 
@@ -50,8 +51,8 @@ def test_text_is_told_from_video():
     with vidattn.patch(pipe, "neighborhood", **OPTIONS) as handle:
         run_joint(pipe)
     assert handle.report().grids == (
-        "Grid(t=3, h=5, w=7, text=2, text_first=False)",
-        "Grid(t=3, h=5, w=7, text=6, text_first=False)",
+        Grid(3, 5, 7, text=2),
+        Grid(3, 5, 7, text=6),
     )
 
 
@@ -117,7 +118,7 @@ def test_report(wan):
     assert first.name == "transformer.blocks.0.attn1" and first.density is None
     assert second.density == pytest.approx(density)
     assert report.density == pytest.approx((1 + density) / 2)
-    assert report.grids == ("Grid(t=5, h=5, w=7, text=0, text_first=False)",)
+    assert report.grids == (Grid(5, 5, 7),)
     parts = [report.transformer_ms, report.vae_ms, report.text_encoder_ms, report.rest_ms]
     assert all(part > 0 for part in parts)
     assert sum(parts) == pytest.approx(report.total_ms)

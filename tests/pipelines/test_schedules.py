@@ -11,6 +11,7 @@ from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_pipes import run_wan
 from vidattn.methods import create_method
 from vidattn.pipelines import site
+from vidattn.reading import Reading
 from vidattn.schedule import DenseGuard, Model, Rule, Schedule
 
 NEAR, RADIAL = create_method("neighborhood", window=3), create_method("radial", near=0, sink=False)
@@ -68,7 +69,7 @@ def test_content_is_read_of_the_heads_that_follow():
     assert Rarely.searches == [(0, 1), (0, 1), (1, 1), (1, 1)]
     q, k, plan = seen[0]
     grid = plan.grid
-    assert torch.equal(plan.mask()[:, 1:], Nearest().plan(grid, q[:, 1:], k[:, 1:]).mask())
+    assert torch.equal(plan.mask()[:, 1:], Nearest().plan(grid, Reading(q[:, 1:], k[:, 1:])).mask())
     assert torch.equal(plan.mask()[0, 0], NEAR.plan(grid).mask()[0, 0])
 
 

@@ -11,9 +11,9 @@ import vidattn
 from tests.pipelines.sparse import COGVIDEOX, WAN, call_at, outputs, patch
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents
-from vidattn.content import ContentMethod
+from vidattn.content_method import ContentMethod
+from vidattn.fidelity import fidelity
 from vidattn.grid import raster_layout
-from vidattn.measure import recall
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines.site import Site
 
@@ -116,7 +116,7 @@ class Nearest(ContentMethod):
         self.calls.append(content.grid)
         content = content.on(raster_layout(content.grid, 8))
         scores = content.scores
-        return content.plan(scores >= scores.median(-1, keepdim=True).values)
+        return content.plan(scores >= scores.median(-1, keepdim=True).values), None
 
 
 @pytest.mark.parametrize("key", [WAN, COGVIDEOX, "HunyuanVideoFramepackTransformer3DModel"])
@@ -171,19 +171,20 @@ def test_plans_are_kept_as_long_as_the_method_says():
 def test_the_report_says_how_much_the_last_searches_kept(monkeypatch):
     monkeypatch.setattr("vidattn.pipelines.plans.NUM_SAMPLES", 10**5)
     model, case, seen = build(WAN), TINY[WAN], []
-    plan = Rarely.plan
+    plan = Rarely.plan_with_memory
 
-    def spy(self, grid, q, k, **given):
-        seen.append((self.layer, q, k, plan(self, grid, q, k, **given)))
-        return seen[-1][-1]
+    def spy(self, grid, reading):
+        made, memory = plan(self, grid, reading)
+        seen.append((self.layer, fidelity(reading.q, reading.k, reading.k, made).recall.mean()))
+        return made, memory
 
-    monkeypatch.setattr(Rarely, "plan", spy)
+    monkeypatch.setattr(Rarely, "plan_with_memory", spy)
     with vidattn.patch(model, Rarely(), dense_layers=0) as handle:
         call_at(handle, WAN, model, (900.0, 600.0, 300.0), passes=2)
     for number, layer in enumerate(handle.report().layers):
         assert (layer.num_sparse, layer.num_searches) == (6, 4)
         # both passes of the third step
-        recalls = [recall(q, k, made) for i, q, k, made in seen[-4:] if i == number]
+        recalls = [float(recall) for i, recall in seen[-4:] if i == number]
         assert layer.recall == pytest.approx(sum(recalls) / 2, abs=1e-5) and layer.recall < 0.99
         assert f" 4   {layer.recall:.3f} " in str(handle.report())
     with patch(model) as handle:
@@ -216,7 +217,7 @@ def test_kept_plans_are_those_of_the_same_pass():
 
 @dataclass(frozen=True)
 class Told(Nearest):
-    """Notes what it is told; the plan carries the number of the search."""
+    """Notes what it is told, and remembers the number of the search."""
 
     told: ClassVar[list] = []
 
@@ -224,7 +225,7 @@ class Told(Nearest):
         self.told.append(content)
         number = 1 + (0 if content.memory is None else int(content.memory))
         blocks = torch.ones(1, 1, content.num_blocks, content.num_blocks, dtype=torch.bool)
-        return content.plan(blocks, memory=(torch.tensor(number),))
+        return content.plan(blocks), torch.tensor(number)
 
 
 # text of 6 with 3 of padding, behind 2 tokens of an image in the second

@@ -17,6 +17,7 @@ import vidattn
 from tests.pipelines.sparse import COGVIDEOX, WAN, check, outputs, patch
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents
+from vidattn.grid import Grid
 from vidattn.pipelines.patch import find_handle
 
 
@@ -31,9 +32,9 @@ def test_grid_follows_the_resolution(wan):
         for frames, height, width in ((3, 11, 15), (1, 4, 6), (5, 9, 8)):
             TINY[WAN].call(wan, hidden_states=latents(4, frames, height, width))
     assert handle.report().grids == (
-        "Grid(t=1, h=2, w=3, text=0, text_first=False)",
-        "Grid(t=3, h=5, w=7, text=0, text_first=False)",
-        "Grid(t=5, h=4, w=4, text=0, text_first=False)",
+        Grid(1, 2, 3),
+        Grid(3, 5, 7),
+        Grid(5, 4, 4),
     )
 
 

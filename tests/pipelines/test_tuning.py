@@ -8,12 +8,12 @@ from tests.pipelines.sparse import WAN
 from tests.pipelines.test_site import Nearest
 from tests.pipelines.tiny import TINY, build
 from vidattn.grid import Grid
-from vidattn.head_plan import select_heads
 from vidattn.kernels import reference
 from vidattn.methods import create_method
 from vidattn.methods.dense import Dense
 from vidattn.pipelines import site
 from vidattn.pipelines.tuning import Probe, candidates_at
+from vidattn.reading import Reading
 from vidattn.schedule import DenseGuard, Model
 
 NEAR, FAR = create_method("neighborhood", window=3), create_method("neighborhood", window=(1, 5, 7))
@@ -45,7 +45,7 @@ def run(probe, key=WAN, times=(500.0,)):
 def test_losses_are_those_of_masked_attention():
     seen, losses = run(Probe(FIXED, (), NO_GUARD, {0}))
     assert losses.candidates == (NEAR, FAR, Nearest(), Dense())
-    assert losses.places == (("transformer", 0), ("transformer", 1))
+    assert losses.layers == (("transformer", 0), ("transformer", 1))
     assert losses.models == {"transformer": Model(WAN, 2, 2)} and not losses.refusals
     grid = Grid(3, 5, 7)
     for layer, q, k, v in seen:
@@ -54,7 +54,7 @@ def test_losses_are_those_of_masked_attention():
         dense, _ = reference.masked_attention(*exact, torch.ones(1, 1, 105, 105).bool(), scale)
         weights = (scale * exact[0] @ exact[1].mT).softmax(-1)
         for number, method in enumerate(losses.candidates):
-            plan = method.plan(grid, *((q, k) if method.reads_content else ()))
+            plan = method.plan(grid, Reading(q, k))
             out, _ = reference.masked_attention(*exact, plan.mask().expand(2, 2, -1, -1), scale)
             error = (out - dense).square().sum((0, 2, 3)) / dense.square().sum()
             recall = (weights * plan.mask()).sum(-1).mean((0, 2))
@@ -64,7 +64,7 @@ def test_losses_are_those_of_masked_attention():
             torch.testing.assert_close(
                 losses.recalls[number, layer], recall, rtol=1e-4, atol=1e-6, check_dtype=False
             )
-            densities = [select_heads(plan, (head,)).density for head in range(2)]
+            densities = [plan.select_heads((head,)).density for head in range(2)]
             assert losses.densities[number, layer].tolist() == pytest.approx(densities)
 
 
@@ -79,7 +79,7 @@ def test_heads_are_tried_on_their_own_unless_that_is_asked_for():
 
 def test_guards_and_steps_are_left_out():
     _, losses = run(Probe({NEAR: []}, (), DenseGuard(1, 0), {1}), times=(900.0, 600.0))
-    assert losses.places == (("transformer", 1),)
+    assert losses.layers == (("transformer", 1),)
     with pytest.raises(ValueError, match="no layer attended .* leave nothing sparse"):
         run(Probe({NEAR: []}, (), DenseGuard(2, 0), {0}))
 

@@ -121,10 +121,10 @@ def test_the_searches_of_a_generation_are_counted(monkeypatch):
     seconds = iter([2.0, 4.0])
     monkeypatch.setattr(bench, "cpu_seconds", lambda function, rounds: next(seconds))
     grid = Grid(2, 8, 8)
-    row = bench.search(method, grid, bench.smooth_content(grid, 16), dense_s=10.0, rounds=1)
+    row = bench.search(method, grid, bench.smooth_reading(grid, 16), dense_s=10.0, rounds=1)
     # one of 2 seconds, two of 4
     assert row["num_searches"] == 3 and row["overhead"] == pytest.approx(10 / 500)
     # in every way that layers cut the video
     seconds = iter([1.0, 4.0, 2.0, 5.0, 3.0, 6.0])
-    row = bench.search(create_method("vmoba"), grid, bench.smooth_content(grid, 16), 10.0, 1)
+    row = bench.search(create_method("vmoba"), grid, bench.smooth_reading(grid, 16), 10.0, 1)
     assert (row["first_s"], row["later_s"]) == (2.0, 5.0)

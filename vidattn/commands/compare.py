@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import zlib
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from vidattn.commands.record import hardware_line, record
 from vidattn.commands.request import Request
 from vidattn.commands.serve import Outlook, foresee
 from vidattn.commands.warn import warn, warn_about
+from vidattn.grid import Grid
 from vidattn.video import beside, write_video
 
 # of the name of a clip, below what file systems allow
@@ -230,8 +230,7 @@ def _engines(clips: Sequence[Clip]) -> str:
     return f"; the sparse ones ran on the engine {' and '.join(names)}" if names else ""
 
 
-def _grid_words(grid: str) -> str:
-    """A grid as its report writes it, in plain words."""
-    t, h, w, text = (int(x) for x in re.findall(r"=(\d+)", grid))
-    beside = f" + {text} text" if text else ""
-    return f"{t * h * w:,} video tokens ({t}x{h}x{w}){beside}"
+def _grid_words(grid: Grid) -> str:
+    """A grid in plain words."""
+    beside = f" + {grid.text} text" if grid.text else ""
+    return f"{grid.num_video_tokens:,} video tokens ({grid.t}x{grid.h}x{grid.w}){beside}"

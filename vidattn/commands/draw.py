@@ -6,15 +6,15 @@ import argparse
 import re
 
 import torch
-from torch import Tensor
 
 from vidattn.commands.output import write_atomically
 from vidattn.draw import draw
 from vidattn.grid import Grid
-from vidattn.measure import speedup_bound
 from vidattn.method import Method
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
+from vidattn.reading import Reading
 from vidattn.table import fill, table
+from vidattn.work import speedup_bound
 
 MADE_UP = "queries and keys made up"
 
@@ -43,19 +43,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nwrote {args.path}")
 
 
-def plan_of(method: Method, grid: Grid) -> Plan:
+def plan_of(method: Method, grid: Grid) -> AnyPlan:
     """The plan of a method; one that reads content is shown a smooth stand-in for it."""
-    q = k = smooth_content(grid) if method.reads_content else None
-    return method.plan(grid, q, k)
+    return method.plan(grid, smooth_reading(grid) if method.reads_content else None)
 
 
-def smooth_content(grid: Grid, dim: int = 64) -> Tensor:
-    """(1, 1, S, D) features that vary smoothly over the video, so that near tokens are alike."""
+def smooth_reading(grid: Grid, dim: int = 64) -> Reading:
+    """Queries and keys alike that vary smoothly over the video, so that near tokens are alike."""
     generator = torch.Generator().manual_seed(0)
     waves = torch.randn(3, dim, generator=generator) * 2
     phase = torch.rand(dim, generator=generator) * 6.3
     places = grid.coords().float() / torch.tensor(grid.size)
-    return (3 * torch.cos(places @ waves + phase))[None, None]
+    features = (3 * torch.cos(places @ waves + phase))[None, None]
+    return Reading(features, features)
 
 
 def _three(flag: str, text: str) -> tuple[int, int, int]:
@@ -74,7 +74,7 @@ def _token(grid: Grid, place: tuple[int, int, int]) -> int:
     return grid.video_start + (t * grid.h + h) * grid.w + w
 
 
-def _print_figures(plans: dict[str, Plan]) -> None:
+def _print_figures(plans: dict[str, AnyPlan]) -> None:
     head = ["method", "tokens", "density", "visited", "blocks", "plan\nMiB", "speed-up\nat most"]
     rows = []
     for label, plan in plans.items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vidattn.measure import ms_ssim, psnr, ssim
+from vidattn.likeness import ms_ssim, psnr, ssim
 from vidattn.perception.flow import warp_error
 from vidattn.perception.fvd import fvd
 from vidattn.perception.lpips import lpips

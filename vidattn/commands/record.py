@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from vidattn.commands.folder import is_bundled
 from vidattn.commands.request import Request
-from vidattn.measure import hardware
+from vidattn.hardware import hardware
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 

@@ -117,13 +117,15 @@ def _check_sizes(pipe: object, request: Request, defaults: Mapping[str, int]) ->
 
 
 def spatial_multiple(pipe: object) -> int:
-    """What height and width must be multiples of: VAE factor times patch edge."""
+    """What height and width must be multiples of: VAE factor times patch edge, or more."""
+    # brings in PyTorch, which flags are read without
+    from vidattn.pipelines.family import find_family
+
     model = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
     patch = getattr(getattr(model, "config", None), "patch_size", None) or 1
     edge = patch if isinstance(patch, int) else patch[-1]
-    multiple = spatial_factor(pipe) * edge
-    # Wan asks for 16 whatever its parts need
-    return math.lcm(multiple, 16) if type(pipe).__name__.startswith("Wan") else multiple
+    family = find_family(model)
+    return math.lcm(spatial_factor(pipe) * edge, family.pixels if family else 1)
 
 
 def spatial_factor(pipe: object) -> int:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import re
 
-from vidattn.commands.draw import smooth_content
+from vidattn.commands.draw import smooth_reading
 from vidattn.commands.output import write_json
 from vidattn.gpus import Gpu
 from vidattn.grid import Grid, Size
@@ -76,8 +76,8 @@ def _three(flag: str, text: str) -> Size:
 
 
 def _count(method: Method, grid: Grid) -> list[Counts]:
-    q = smooth_content(grid) if method.reads_content else None
-    return list(count_tiles(method, grid, q, q))
+    reading = smooth_reading(grid) if method.reads_content else None
+    return list(count_tiles(method, grid, reading))
 
 
 def _show(

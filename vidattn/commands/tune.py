@@ -17,7 +17,7 @@ from vidattn.commands.request import Request
 from vidattn.commands.serve import Outlook, foresee
 from vidattn.commands.warn import warn_about
 from vidattn.grid import Grid
-from vidattn.measure import psnr
+from vidattn.likeness import psnr
 from vidattn.method import Method
 from vidattn.methods import label, list_methods
 from vidattn.pipelines.patch import patch

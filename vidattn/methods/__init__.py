@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import typing
@@ -12,9 +11,9 @@ from torch import Tensor
 from vidattn.catalog import list_methods
 from vidattn.config import describe_type, show_value, takes_words
 from vidattn.grid import Grid
-from vidattn.head_plan import HeadPlan
 from vidattn.method import Method
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan
+from vidattn.reading import Reading
 from vidattn.registry import unknown
 
 
@@ -41,7 +40,7 @@ def create_method(name: str, **options: object) -> Method:
         ValueError: no such method, no such option (the nearest are listed), or a bad value.
     """
     cls = method_class(name)
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = cls.options()
     hints = typing.get_type_hints(cls)
     for option, value in options.items():
         if option not in known:
@@ -65,9 +64,9 @@ def label(method: Method) -> str:
     'radial:density=0.3'
     """
     options = [
-        f"{field.name}={show_value(getattr(method, field.name))}"
-        for field in dataclasses.fields(method)
-        if getattr(method, field.name) != field.default
+        f"{name}={show_value(getattr(method, name))}"
+        for name, field in method.options().items()
+        if getattr(method, name) != field.default
     ]
     return ":".join([name_of(method), *([",".join(options)] if options else [])])
 
@@ -81,7 +80,7 @@ def plan(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     **options: object,
-) -> Plan | HeadPlan:
+) -> AnyPlan:
     """The plan of a method on a grid.
 
     Args:
@@ -103,7 +102,7 @@ def plan(
     if not method.reads_content:
         if scale is not None or key_mask is not None:
             raise ValueError(f"method {name!r} reads no content: give attend scale and key_mask")
-        return method.plan(grid, q, k)
+        return method.plan(grid)
     if q is None or k is None:
         raise ValueError(f"method {name!r} reads content: give q and k, (B, H, S, D)")
-    return method.plan(grid, q, k, scale=scale, key_mask=key_mask)
+    return method.plan(grid, Reading(q, k, scale, key_mask))

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
 from vidattn.method import check_share
 from vidattn.plan import Plan
 from vidattn.selection import select_share
@@ -32,9 +33,7 @@ class AdaSpa(ContentMethod):
         density: kept share of the video pairs, mean over the heads, above 0 and at most 1.
         recall: share of its attention that a head has to keep before it gives half its blocks to
             the head that keeps least; none leaves all heads alike.
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
         every: denoising steps from one search to the next, as a count or a fraction of them all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range.
@@ -53,7 +52,7 @@ class AdaSpa(ContentMethod):
         """The method with one density for all heads."""
         return replace(self, recall=None)
 
-    def search(self, content: Content) -> Plan:
+    def search(self, content: Content) -> tuple[Plan, Tensor]:
         """The best blocks of every row by their mass, with the densities of the heads."""
         lse = content.memory
         if lse is not None and lse.shape != content.q.shape[:3]:
@@ -69,7 +68,7 @@ class AdaSpa(ContentMethod):
             recall = 1 - lost / content.grid.num_video_tokens
             density = spread_density(recall, self.density, self.recall)
             blocks = select_share(scores, tokens, density[..., None, None])
-        return content.plan(blocks, shares=shares, memory=(lse,))
+        return content.plan(blocks, shares=shares), lse
 
 
 def spread_density(recall: Tensor, density: float, enough: float) -> Tensor:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
 from vidattn.grid import Size
 from vidattn.kernels.pooling import best_scores
 from vidattn.method import as_size, check_share
@@ -40,9 +41,6 @@ class Anchor(ContentMethod):
             gets half of it, the anchors first, and the rest sets ``theta`` for every head. The
             anchors, which are always kept, may exceed it.
         near: tiles up to this distance on every axis, a (t, h, w) tuple or one number, are anchors.
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range.
@@ -61,7 +59,7 @@ class Anchor(ContentMethod):
         check_share("density", self.density)
         as_size("near", self.near, least=0)
 
-    def search(self, content: Content) -> Plan:
+    def search(self, content: Content) -> tuple[Plan, None]:
         """The anchors, and the blocks whose best score is close to theirs."""
         counts = tile_counts(content.grid.size, self.tile_of(content.grid))
         anchors = _anchors(counts, as_size("near", self.near, least=0)).to(content.q.device)
@@ -75,7 +73,7 @@ class Anchor(ContentMethod):
         )[..., : content.num_blocks]
         top = best.masked_fill(~anchors, -torch.inf).amax(-1, keepdim=True)
         if self.density is None:
-            return content.plan(anchors | (best >= top - self.theta))
+            return content.plan(anchors | (best >= top - self.theta)), None
         # the best blocks of every row, and for every head those that the smallest theta takes
         rank = (best - top).nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf).flatten(-2)
         pairs = (content.tokens[:, None] * content.tokens).flatten().double()
@@ -86,7 +84,7 @@ class Anchor(ContentMethod):
         if self.density == 1:
             need = torch.full_like(need, torch.inf)
         blocks = select_until(rank, pairs, need, always)
-        return content.plan(blocks.view(best.shape))
+        return content.plan(blocks.view(best.shape)), None
 
 
 def _anchors(counts: Size, near: Size) -> Tensor:

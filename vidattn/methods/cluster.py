@@ -19,12 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod
-from vidattn.grid import Grid, Size, block_tokens, usual_tile, with_text
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
+from vidattn.grid import Grid, Size, with_text
 from vidattn.head_plan import HeadPlan
 from vidattn.method import as_size, check_share
 from vidattn.plan import Plan
 from vidattn.selection import select_count, select_mass, select_share
+from vidattn.tile_size import block_tokens, usual_tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,6 @@ class Cluster(ContentMethod):
             of the tile when not given.
         tile: tokens along (t, h, w) of the tile that a cluster begins as, so there are as many
             clusters as tiles; twice the usual block when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range.
@@ -76,8 +76,8 @@ class Cluster(ContentMethod):
             return as_size("tile", self.tile)
         return usual_tile(grid.size, 2 * block_tokens(grid.size))
 
-    def search(self, content: Content) -> HeadPlan:
-        """A plan for every head."""
+    def search(self, content: Content) -> tuple[HeadPlan, Tensor]:
+        """A plan for every head, and where its clusters ended."""
         tile_of_token = content.layout.slot_of_token[_video(content.grid)] // content.layout.block
         shape = (content.num_blocks, 2 * content.q.shape[-1])
         rows = list(content.rows())
@@ -92,7 +92,7 @@ class Cluster(ContentMethod):
             plans.append(self._plan(row, label))
             ends.append(centers)
         number = torch.arange(len(rows), device=content.q.device)
-        return HeadPlan(tuple(plans), number, (torch.stack(ends),))
+        return HeadPlan(tuple(plans), number), torch.stack(ends)
 
     def _plan(self, row: Content, label: Tensor) -> Plan:
         """The plan of one head from the cluster of each token."""

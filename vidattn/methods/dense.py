@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vidattn.grid import Grid, raster_layout
 from vidattn.method import Method
 from vidattn.plan import Plan
+from vidattn.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Method):
     """Full attention over the whole sequence."""
 
-    def plan(self, grid: Grid, q: Tensor | None = None, k: Tensor | None = None) -> Plan:
+    def plan(self, grid: Grid, reading: Reading | None = None) -> Plan:
         """All pairs, in blocks of 128 tokens."""
         layout = raster_layout(grid, 128)
         nv = layout.num_video_blocks

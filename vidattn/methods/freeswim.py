@@ -28,8 +28,6 @@ class FreeSwim(PatternMethod):
     Args:
         window: rows and columns of the training resolution in tokens; (30, 52) is 480 x 832 of Wan.
         sharpen: whether to sharpen the scores, which is done only on grids above the window.
-        tile: tokens of one block along each axis; chosen for the grid when not given.
-        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range.

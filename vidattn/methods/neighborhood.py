@@ -14,9 +14,10 @@ import torch
 
 from vidattn.grid import Grid, Size
 from vidattn.kernels.box import check_packable
+from vidattn.listing import Window
 from vidattn.method import as_size
 from vidattn.pattern import PatternMethod
-from vidattn.plan import Plan, Window
+from vidattn.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,6 @@ class Neighborhood(PatternMethod):
         stride: queries that share one window, as in blocked attention; at most ``window``.
         dilation: distance between the keys of a window.
         causal: whether a query reads only keys at or before its own position on the axis.
-        tile: tokens of one block along each axis; chosen for the grid when not given.
-        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range.

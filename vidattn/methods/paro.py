@@ -19,10 +19,10 @@ from torch import Tensor
 from vidattn.calibration import Calibration, load_calibration
 from vidattn.content import Content
 from vidattn.grid import Grid, raster_layout
-from vidattn.head_plan import HeadPlan
 from vidattn.kernels.quantise import PRECISIONS
-from vidattn.method import Method, check_share
-from vidattn.plan import Plan
+from vidattn.method import Method, check_share, run_state
+from vidattn.plan import AnyPlan
+from vidattn.reading import Memory, Reading
 from vidattn.registry import unknown
 from vidattn.reorder import order_mass, order_scores, ordered_plan, select_blocks
 
@@ -39,8 +39,6 @@ class Paro(Method):
         block: tokens of one block, without a file.
         precision: of the products: "int8_qk", "int8", or "int8_qk_int4_pv"; that of the tensors
             when not given. Only the forward pass has them.
-        layer: whose part of the calibration file is used; ``patch`` sets it.
-        step: likewise, the denoising step.
 
     Raises:
         ValueError: a value out of range, or a file that is none; from ``plan``, a file for another
@@ -52,16 +50,17 @@ class Paro(Method):
     early: int = 3
     block: int = 64
     precision: str | None = None
-    layer: int = 0
-    step: int = 0
+    # whose part of the file is used
+    layer: int = run_state(0)
+    step: int = run_state(0)
 
     def __post_init__(self):
         super().__post_init__()
         check_share("density", self.density)
-        for name, least in (("early", 1), ("block", 1), ("layer", 0), ("step", 0)):
+        for name in ("early", "block"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
         if self.calibration is not None:
@@ -100,34 +99,23 @@ class Paro(Method):
         """Whether the plan is past the early steps, which each have their own."""
         return now > made >= self.early - 1
 
-    def plan(
-        self,
-        grid: Grid,
-        q: Tensor | None = None,
-        k: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        key_mask: Tensor | None = None,
-        last: Plan | HeadPlan | None = None,
-    ) -> Plan | HeadPlan:
-        """The blocks of every head, from the file or from ``q`` and ``k``.
+    def plan(self, grid: Grid, reading: Reading | None = None) -> AnyPlan:
+        """The blocks of every head, from the file or from queries and keys."""
+        return self.plan_with_memory(grid, reading)[0]
 
-        Args:
-            q: (B, H, S, D).
-            k: (B, K, S, D), H a multiple of K.
-            scale: factor of the scores; D ** -0.5 by default.
-            key_mask: (B, S) bool, False for keys that nobody may read.
-            last: the plan for the same place at an earlier step, whose orders are kept.
-        """
+    def plan_with_memory(
+        self, grid: Grid, reading: Reading | None = None
+    ) -> tuple[AnyPlan, Memory]:
+        """The plan, with the orders of the heads."""
         self.check(grid)
         if self.calibration is not None:
-            return self._from_file(grid).with_precision(self.precision)
-        layout_on = raster_layout(grid, self.block).to
-        content = Content.of(grid, layout_on, q, k, scale, key_mask, last)
-        return content.by_sample(self._search).with_precision(self.precision)
+            return self._from_file(grid).with_precision(self.precision), ()
+        content = Content.of(grid, raster_layout(grid, self.block).to, reading)
+        plan, orders = content.by_sample(self._search)
+        return plan.with_precision(self.precision), orders
 
-    def _search(self, content: Content) -> Plan | HeadPlan:
-        """The blocks of one sample in the orders of its heads."""
+    def _search(self, content: Content) -> tuple[AnyPlan, Tensor]:
+        """The blocks of one sample in the orders of its heads, and these."""
         grid, q, k = content.grid, content.q, content.k
         given = {"scale": content.scale, "key_mask": content.key_mask}
         orders = content.memory
@@ -135,14 +123,14 @@ class Paro(Method):
             orders = order_scores(grid, q, k, self.block, **given).argmax(0)
         mass = order_mass(grid, q, k, self.block, orders, **given)
         blocks = select_blocks(grid, mass, self.block, self.density)
-        return ordered_plan(grid, blocks, self.block, orders, memory=(orders,))
+        return ordered_plan(grid, blocks, self.block, orders), orders
 
     def check(self, grid: Grid) -> None:
         """Refuse another grid, or more layers, than the file is for."""
         if self.calibration is not None:
             self._file_for(grid)
 
-    def _from_file(self, grid: Grid) -> Plan | HeadPlan:
+    def _from_file(self, grid: Grid) -> AnyPlan:
         found = self._file_for(grid)
         blocks = found.masks[min(self.step, len(found.masks) - 1), self.layer]
         return ordered_plan(grid, blocks[None], found.block, found.orders[self.layer])

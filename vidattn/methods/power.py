@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.grid import Grid, Size, block_tokens, tile_layout, usual_tile
+from vidattn.grid import Grid, Size, tile_layout
 from vidattn.method import as_size, check_share
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
+from vidattn.tile_size import block_tokens, usual_tile
 from vidattn.tiles import axis_share, by_tile, distances, fit_reach, tile_counts, within
 
 
@@ -37,7 +38,6 @@ class Power(PatternMethod):
             it as whole tiles allow.
         tile: tokens of one block along (t, h, w); chosen for the grid when not given, and smaller
             where the powers alone would exceed ``density``.
-        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below what the powers keep.

@@ -25,11 +25,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.grid import Grid, Layout, Size, block_tokens, frame_layout, tile_layout, usual_tile
+from vidattn.grid import Grid, Layout, Size, frame_layout, tile_layout
 from vidattn.method import as_size, check_share
 from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
 from vidattn.registry import unknown
+from vidattn.tile_size import block_tokens, usual_tile
 
 # share of a density that frames read whole may take; on the bundled model windows put the rest to
 # better use
@@ -53,7 +54,6 @@ class Radial(PatternMethod):
         sink: whether every frame reads the first frame whole. When not given true, or with a
             density only where that leaves as much.
         tile: tokens of one block along (t, h, w), with t = 1; chosen for the grid when not given.
-        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below what one block, or a

@@ -17,7 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
 from vidattn.grid import Size
 from vidattn.method import check_share
 from vidattn.plan import Plan
@@ -35,9 +36,6 @@ class Rectified(ContentMethod):
         mass: share of the pooled attention to the video that the blocks of a row hold at least.
         near: blocks up to this many tiles away on every axis are read; none for no such rule.
         first_frame: whether the blocks of the first frame read each other.
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range.
@@ -56,13 +54,13 @@ class Rectified(ContentMethod):
         if self.near is not None and self.near < 0:
             raise ValueError(f"near must be a number of tiles, at least 0, or None: {self.near}")
 
-    def search(self, content: Content) -> Plan:
+    def search(self, content: Content) -> tuple[Plan, None]:
         """The blocks that are always read first, then the best."""
         counts = tile_counts(content.grid.size, self.tile_of(content.grid))
         always = _always(counts, self.near, self.first_frame, content.q.device)
         scores = content.scores.masked_fill(always | content.own, torch.inf)
         blocks = always | select_share(scores, content.tokens, self.density)
-        return content.plan(blocks | select_mass(content.shares, self.mass))
+        return content.plan(blocks | select_mass(content.shares, self.mass)), None
 
 
 @lru_cache(maxsize=16)

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
-from vidattn.grid import Grid, Size, block_tokens
+from vidattn.grid import Grid, Size
 from vidattn.kernels.box import check_packable
+from vidattn.listing import Window
 from vidattn.method import as_size, check_share
 from vidattn.pattern import PatternMethod
-from vidattn.plan import Plan, Window
+from vidattn.plan import Plan
+from vidattn.tile_size import block_tokens
 from vidattn.tiles import fit_reach, tile_counts
 
 TILE = (6, 8, 8)
@@ -37,7 +39,6 @@ class SlidingTile(PatternMethod):
             to it as whole tiles allow.
         tile: tokens of a tile along (t, h, w); (6, 8, 8) when not given, halved along an axis of
             fewer than four such tiles; on a grid of fewer than 8,192 tokens, the usual block.
-        rectify: add an estimate of what is not read to the output, from queries and keys.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below that of one tile.

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
 from vidattn.grid import Grid, Size
-from vidattn.method import as_size, check_share
+from vidattn.method import as_size, check_share, run_state
 from vidattn.plan import Plan
 from vidattn.tiles import axis_share, fit_reach, tile_counts, within
 
@@ -37,10 +38,7 @@ class Strided(ContentMethod):
             other in every head.
         density: kept share of the video pairs, between 0 and 1; sets ``near`` to come as close to
             it as whole tiles allow.
-        layer: number of the layer, which a patched model fills in; it shifts the shares.
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
         every: denoising steps that one plan serves where ``rectify`` is on; else one serves all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range; from ``plan``, a density below that of the stride.
@@ -51,16 +49,13 @@ class Strided(ContentMethod):
     stride: int | None = None
     near: int | Size = 1
     density: float | None = None
-    layer: int = 0
+    # it shifts the shares
+    layer: int = run_state(0)
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("stride", 1), ("layer", 0)):
-            value = getattr(self, name)
-            if name == "stride" and value is None:
-                continue
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.stride is not None and self.stride < 1:
+            raise ValueError(f"stride must be an integer of at least 1, got {self.stride!r}")
         as_size("near", self.near, least=0)
         check_share("density", self.density)
 
@@ -83,14 +78,14 @@ class Strided(ContentMethod):
         """Refuse a density below that of the stride."""
         self._near_on(grid)
 
-    def search(self, content: Content) -> Plan:
+    def search(self, content: Content) -> tuple[Plan, None]:
         """Whole tiles, by the number of the head."""
         counts = tile_counts(content.grid.size, self.tile_of(content.grid))
         num_heads = content.q.shape[1]
         shares = (self.layer * num_heads + torch.arange(num_heads)) % self.strides
         strided = share_of_tile(counts, self.strides) == shares[:, None]
         blocks = (strided[:, None] | within(counts, self._near_on(content.grid)))[None]
-        return content.plan(blocks.to(content.q.device))
+        return content.plan(blocks.to(content.q.device)), None
 
     def _near_on(self, grid: Grid) -> Size:
         """Tiles that the window reaches along each axis."""

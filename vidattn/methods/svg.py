@@ -23,11 +23,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, tiles
-from vidattn.grid import Grid, Size, fit_tile, sample
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
+from vidattn.grid import Grid, Size, tile_layout_on
 from vidattn.method import check_share
 from vidattn.plan import Plan
+from vidattn.sampled import sample, sampled_attention
 from vidattn.selection import select_share
+from vidattn.tile_size import fit_tile
 from vidattn.tiles import by_tile, distances, tile_counts
 
 # sampled queries whose scores are in memory together
@@ -45,9 +48,6 @@ class Svg(ContentMethod):
         rows: queries whose dense attention decides.
         sink: whether every frame reads the first frame whole, which counts as a part of the
             density; every head for itself when not given.
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range.
@@ -70,12 +70,12 @@ class Svg(ContentMethod):
         tile = (1, 8, 8) if grid.h * grid.w >= LARGE else (1, 2, 4)
         return fit_tile((1, grid.h, grid.w), tile)
 
-    def search(self, content: Content) -> Plan:
+    def search(self, content: Content) -> tuple[Plan, None]:
         """The pattern of each head."""
         grid, sinks = content.grid, (False, True) if self.sink is None else (self.sink,)
         patterns = _patterns(grid, self.tile_of(grid), self.density, sinks, content.q.device)
         best = _kept(content, patterns, self.rows).argmax(0)
-        return content.plan(patterns[best])
+        return content.plan(patterns[best]), None
 
 
 @lru_cache(maxsize=16)
@@ -106,7 +106,8 @@ def nearest(grid: Grid, tile: Size, keys: tuple[Tensor, ...], density: float, si
     if sink:
         far[:, : counts[1] * counts[2]] = -1
     far.fill_diagonal_(-2)
-    return select_share(-far, tiles(grid, tile, far.device).tokens_per_block[: len(far)], density)
+    tokens = tile_layout_on(grid, tile, far.device).tokens_per_block[: len(far)]
+    return select_share(-far, tokens, density)
 
 
 def _kept(content: Content, patterns: Tensor, rows: int) -> Tensor:
@@ -115,14 +116,10 @@ def _kept(content: Content, patterns: Tensor, rows: int) -> Tensor:
     token = grid.video_start + sample(grid.num_video_tokens, rows).to(content.q.device)
     row = layout.slot_of_token[token] // layout.block
     slots = layout.order[: num_blocks * layout.block].long()
-    # (B, K, H / K, S, D)
-    q = content.q.unflatten(1, (content.k.shape[1], -1))
-    kept = 0
+    given, kept = {"scale": content.scale, "key_mask": content.key_mask}, 0
     for some, blocks in zip(token.split(ROWS_AT_ONCE), row.split(ROWS_AT_ONCE)):
-        scores = content.scale * (q[:, :, :, some] @ content.k[:, :, None].mT).flatten(1, 2).float()
-        if content.key_mask is not None:
-            scores = scores.masked_fill(~content.key_mask[:, None, None], -torch.inf)
-        shares = scores.softmax(-1)[..., slots.clamp_min(0)].masked_fill(slots < 0, 0)
+        shares = sampled_attention(content.q, content.k, some, **given)
+        shares = shares[..., slots.clamp_min(0)].masked_fill(slots < 0, 0)
         shares = shares.unflatten(-1, (num_blocks, -1)).sum(-1)
         kept = kept + torch.einsum("bhrj,prj->pbh", shares, patterns[:, blocks].to(shares.dtype))
     return kept

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vidattn.content import Content, ContentMethod
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
 from vidattn.method import check_share
 from vidattn.plan import Plan
 from vidattn.selection import select_mass, select_share
@@ -27,9 +28,6 @@ class TopK(ContentMethod):
         density: kept share of the video pairs, above 0 and at most 1.
         mass: share of the pooled attention to the video that the blocks of a row are to hold, in
             place of a density.
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range.
@@ -43,9 +41,9 @@ class TopK(ContentMethod):
         check_share("density", self.density)
         check_share("mass", self.mass)
 
-    def search(self, content: Content) -> Plan:
+    def search(self, content: Content) -> tuple[Plan, None]:
         """The first blocks of every row by their scores."""
         if self.mass is not None:
-            return content.plan(select_mass(content.shares, self.mass))
+            return content.plan(select_mass(content.shares, self.mass)), None
         scores = content.scores.masked_fill(content.own, torch.inf)
-        return content.plan(select_share(scores, content.tokens, self.density))
+        return content.plan(select_share(scores, content.tokens, self.density)), None

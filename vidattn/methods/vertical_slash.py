@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod
-from vidattn.grid import Size, sample, with_text
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
+from vidattn.grid import Size, with_text
 from vidattn.head_plan import HeadPlan
 from vidattn.method import check_share
-from vidattn.plan import Plan
+from vidattn.plan import AnyPlan, Plan
+from vidattn.sampled import sample, sampled_attention
 from vidattn.selection import select_until
 from vidattn.tiles import tile_counts
 
@@ -36,9 +38,6 @@ class VerticalSlash(ContentMethod):
             case.
         vertical: share of the density that vertical lines may take at most, 0 for none.
         samples: queries whose attention is looked at.
-        tile: tokens of one block along (t, h, w); chosen for the grid when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range.
@@ -58,7 +57,7 @@ class VerticalSlash(ContentMethod):
         if not isinstance(self.samples, int) or self.samples < 1:
             raise ValueError(f"samples must be an integer of at least 1, got {self.samples!r}")
 
-    def search(self, content: Content) -> Plan | HeadPlan:
+    def search(self, content: Content) -> tuple[AnyPlan, None]:
         """The lines that hold the most attention for the pairs they cost."""
         N, block = content.grid.num_video_tokens, content.layout.block
         offset = offsets(tile_counts(content.grid.size, self.tile_of(content.grid)))
@@ -81,13 +80,13 @@ class VerticalSlash(ContentMethod):
         lines = Diagonals.of(content, offset, samples, attention, ~is_column)
         kept = lines.select(budget - ((2 * N - count) * count)[..., None].double())
         if not bool(count.any()):
-            return content.plan(kept[..., offset])
+            return content.plan(kept[..., offset]), None
         heads = zip(
             content.rows(), kept.flatten(0, 1), ranked.flatten(0, 1), count.flatten().tolist()
         )
         plans = [_with_columns(row, x[offset], tokens[:n]) for row, x, tokens, n in heads]
         number = torch.arange(len(plans), device=count.device)
-        return HeadPlan(tuple(plans), number.view(count.shape))
+        return HeadPlan(tuple(plans), number.view(count.shape)), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,13 +174,9 @@ def _with_columns(row: Content, blocks: Tensor, columns: Tensor) -> Plan:
 
 def attention_of(content: Content, samples: Tensor) -> Tensor:
     """(B, H, R, N) share of attention that R queries of the video give each of its N keys."""
-    q, k, start = content.q, content.k, content.grid.video_start
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    grouped = q[:, :, start + samples].to(dtype).reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-    scores = content.scale * grouped @ k.to(dtype).mT
-    if content.key_mask is not None:
-        scores.masked_fill_(~content.key_mask[:, None, None], -torch.inf)
-    shares = scores.softmax(-1).view(*q.shape[:2], len(samples), -1)
+    given = {"scale": content.scale, "key_mask": content.key_mask}
+    start = content.grid.video_start
+    shares = sampled_attention(content.q, content.k, start + samples, **given)
     return shares[..., start : start + content.grid.num_video_tokens]
 
 

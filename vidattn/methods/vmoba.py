@@ -25,13 +25,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content, ContentMethod, tiles
-from vidattn.grid import Grid, Layout, Size, block_tokens, usual_tile
+from vidattn.content import Content
+from vidattn.content_method import ContentMethod
+from vidattn.grid import Grid, Layout, Size, tile_layout_on
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.method import as_size, check_share
 from vidattn.plan import Plan
 from vidattn.registry import unknown
 from vidattn.selection import select_count, select_until
+from vidattn.tile_size import block_tokens, usual_tile
 
 PARTITIONS = ("time", "space", "cube")
 SELECTIONS = ("global", "query", "topk")
@@ -54,8 +56,6 @@ class VMoBA(ContentMethod):
         granularity: "block" or "query", who chooses.
         chunks: into how many chunks, roughly, the video is cut.
         tile: tokens of one block along (t, h, w); chosen for the chunks when not given.
-        every: denoising steps that one plan serves, as a count or a fraction of them all.
-        rectify: add an estimate of what is not read to the output.
 
     Raises:
         ValueError: a value out of range.
@@ -102,7 +102,7 @@ class VMoBA(ContentMethod):
 
     def layout(self, grid: Grid, device: torch.device) -> Layout:
         """Tiles that lie in one chunk each."""
-        return tiles(grid, self.tile_of(grid), device, self.chunk_of(grid))
+        return tile_layout_on(grid, self.tile_of(grid), device, self.chunk_of(grid))
 
     def chunk_of(self, grid: Grid) -> Size:
         """Tokens of a chunk along (t, h, w); those at the far edges may be smaller."""
@@ -117,7 +117,7 @@ class VMoBA(ContentMethod):
         edge = max(1, round((h * w / self.chunks) ** 0.5))
         return t, min(edge, h), min(edge, w)
 
-    def search(self, content: Content) -> Plan:
+    def search(self, content: Content) -> tuple[Plan, None]:
         """The chunks that every query, or block of queries, chooses."""
         grid = content.grid
         sizes = grid.size, self.tile_of(grid), self.chunk_of(grid)
@@ -133,8 +133,8 @@ class VMoBA(ContentMethod):
         own = home[:, None] == torch.arange(num_chunks, device=home.device)
         kept = self._select(queries @ keys.mT, weights, own, tokens)
         if self.granularity == "block":
-            return content.plan(kept[..., chunk])
-        return _by_query(content, kept & (weights > 0)[:, None], chunk)
+            return content.plan(kept[..., chunk]), None
+        return _by_query(content, kept & (weights > 0)[:, None], chunk), None
 
     def _select(self, gates: Tensor, weights: Tensor, own: Tensor, tokens: Tensor) -> Tensor:
         """(B, H, Q, C) bool from the gates of Q queries, or blocks of them, and C chunks.

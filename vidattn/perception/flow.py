@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidattn.measure import pictures
+from vidattn.likeness import pictures
 from vidattn.perception.weights import load_weights
 
 # RAFT pools its features, an eighth of a frame, three times

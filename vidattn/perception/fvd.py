@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidattn.measure import pictures
+from vidattn.likeness import pictures
 from vidattn.perception.i3d import I3D, LEAST_FRAMES, NUM_CLASSES, SIDE_PX
 from vidattn.perception.weights import load_weights
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidattn.measure import pictures
+from vidattn.likeness import pictures
 from vidattn.perception.weights import load_weights
 
 # mean and spread of ImageNet in [-1, 1]

@@ -1,4 +1,4 @@
-"""What is known about one forward pass, and what a transformer did in one generation."""
+"""What a transformer did in one generation, layer by layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tally:
     parts: Counter[tuple[Part, ...]] = field(default_factory=Counter)
     # and what they ran on
     engines: Counter[str] = field(default_factory=Counter)
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    time: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def num_calls(self) -> int:
@@ -41,7 +41,7 @@ class Tally:
         engines: tuple[str, ...],
     ) -> None:
         """Count a call that began at ``start``: sparse with a density, or dense with a reason."""
-        self.watch.add(start, device)
+        self.time.add(start, device)
         if density is None:
             self.num_dense[why] += 1
         else:
@@ -80,7 +80,7 @@ class Diary:
     """What one transformer has done in one generation."""
 
     num_passes: int = 0
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    time: Stopwatch = field(default_factory=Stopwatch)
     grids: set[Grid] = field(default_factory=set)
     # by layer
     tallies: dict[int, Tally] = field(default_factory=lambda: defaultdict(Tally))

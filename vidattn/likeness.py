@@ -1,22 +1,12 @@
-"""What a sparse run is judged by: likeness of two videos, attention mass kept, work and time.
+"""Likeness of two videos.
 
-Letters: F frames, C channels, B batch, H heads, S tokens, D head dim.
+Letters: F frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-from dataclasses import replace
-from pathlib import Path
-
 import torch
 from torch import Tensor
-
-from vidattn.attention import attend
-from vidattn.head_plan import HeadPlan
-from vidattn.methods import plan as plan_of
-from vidattn.plan import Plan
 
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW_PX = 11
@@ -131,84 +121,3 @@ def pictures(*videos: Tensor) -> list[Tensor]:
             )
         scaled.append(x)
     return scaled
-
-
-def recall(q: Tensor, k: Tensor, plan: Plan | HeadPlan, *, scale: float | None = None) -> float:
-    """The share of dense attention's mass that lies on the pairs a plan keeps, mean over queries.
-
-    It follows from two log-sum-exps, so memory stays that of attention.
-
-    Args:
-        q: (B, H, S, D) queries in sequence order.
-        k: (B, Hk, S, D) keys.
-        scale: factor of the scores; D ** -0.5 by default.
-
-    Raises:
-        ValueError: shapes that do not fit the plan.
-    """
-    dense = plan_of("dense", plan.grid)
-    kept, every = (
-        attend(q, k, k, x, scale=scale, backend=_lse_engine(q), return_lse=True)[1]
-        for x in (unsharpened(plan), dense)
-    )
-    return (kept - every).double().exp().mean().item()
-
-
-def unsharpened(plan: Plan | HeadPlan) -> Plan | HeadPlan:
-    """The plan with the scale of dense attention; itself where it has that."""
-    if isinstance(plan, HeadPlan):
-        plans = tuple(map(unsharpened, plan.plans))
-        return plan if plans == plan.plans else HeadPlan(plans, plan.plan_of_head)
-    return plan if plan.sharpness == 1 else replace(plan, sharpness=1.0)
-
-
-def _lse_engine(q: Tensor) -> str:
-    return "torch" if q.device.type == "cpu" else "auto"
-
-
-def visited_share(plan: Plan) -> float:
-    """Pairs an engine computes over all pairs of the sequence, text included."""
-    video, total = plan.grid.num_video_tokens**2, plan.grid.num_tokens**2
-    return (plan.visited_density * video + total - video) / total
-
-
-def attention_flops(plan: Plan, *, heads: int, head_dim: int) -> float:
-    """Floating-point operations of one forward call on one sample, 4 per pair and dimension."""
-    return 4.0 * visited_share(plan) * plan.grid.num_tokens**2 * heads * head_dim
-
-
-def speedup_bound(plan: Plan, attention_share: float = 1.0) -> float:
-    """The most a plan can speed up a run whose dense attention takes a share of the time.
-
-    It assumes sparse attention as fast per pair as dense attention, so no measurement beats it by
-    much; with the default share it is about attention alone.
-
-    Raises:
-        ValueError: a share outside (0, 1].
-    """
-    if not 0 < attention_share <= 1:
-        raise ValueError(f"attention_share must be above 0 and at most 1, got {attention_share}")
-    return 1 / (1 - attention_share + attention_share * visited_share(plan))
-
-
-def hardware() -> dict[str, str | int | None]:
-    """The machine a figure was measured on."""
-    gpu = None
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-    return {
-        "cpu": _cpu_name(),
-        "num_cores": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "system": platform.platform(terse=True),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,0 +1,53 @@
+"""Finds the video among tokens that are told apart by their positions alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vidattn.pipelines.family import Place
+
+
+def longest_video(coords: Tensor) -> Place:
+    """The longest stretch of whole frames in which time moves forward.
+
+    Args:
+        coords: (3, S) positions (t, h, w) of the tokens, each frame in raster order.
+    """
+    t, h, w = coords.cpu()
+    forward = (h[1:] > h[:-1]) | (h[1:] == h[:-1]) & (w[1:] > w[:-1])
+    forward &= t[1:] == t[:-1]
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), (~forward).nonzero().flatten() + 1])
+    lengths = torch.diff(starts, append=torch.tensor([t.numel()]))
+    goes_on = (t[starts][1:] > t[starts][:-1]) & (lengths[1:] == lengths[:-1])
+    run_of_frame = torch.cat([torch.zeros(1, dtype=torch.long), (~goes_on).long().cumsum(0)])
+    run = torch.bincount(run_of_frame, weights=lengths.double()).argmax()
+    frames = (run_of_frame == run).nonzero().flatten()
+    first, length = starts[frames[0]].item(), lengths[frames[0]].item()
+    width = (h[first : first + length] == h[first]).sum().item()
+    return Place((frames.numel(), length // width, width), first)
+
+
+def last_video(rows: Tensor, positions: Tensor, times: Tensor) -> Place:
+    """The whole frames that end a sequence, of one raster and one noise level, as time moves on.
+
+    Args:
+        rows: (N,) where the tokens of videos stand in the sequence, in rising order.
+        positions: (N, 3) their (t, h, w), each frame in raster order.
+        times: (N,) noise level of each.
+    """
+    t, h, w = positions.T
+    is_next = (rows.diff() == 1) & (times.diff() == 0)
+    forward = is_next & (t.diff() == 0)
+    forward &= (h.diff() > 0) | (h.diff() == 0) & (w.diff() > 0)
+    starts = torch.cat([torch.zeros(1).long(), 1 + (~forward).nonzero()[:, 0]])
+    first = int(starts[-1])
+    length, num_frames = len(rows) - first, 1
+    frame = positions[first:, 1:]
+    for start in starts.flip(0)[1:].tolist():
+        goes_on = start + length == first and bool(is_next[first - 1]) and bool(t[start] < t[first])
+        if not goes_on or not torch.equal(positions[start:first, 1:], frame):
+            break
+        first, num_frames = start, num_frames + 1
+    width = int((frame[:, 0] == frame[0, 0]).sum())
+    return Place((num_frames, length // width, width), int(rows[first]))

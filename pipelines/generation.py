@@ -36,7 +36,7 @@ class Generation:
         walks, thread = self._walks.setdefault(loop.times, {}), threading.get_ident()
         walk = walks.get(thread)
         if walk is None or not walk.has(loop):
-            walk = walks[thread] = Walk(loop, walk is None or walk.index != loop.index)
+            walk = walks[thread] = Walk(loop, walk)
         walk.follow(loop)
         return walk
 

@@ -22,14 +22,16 @@ PIPELINES = (DiffusionPipeline, ModularPipeline)
 _CALL = "_vidattn_call"
 # what the loops call the entry that they are at
 _ENTRIES = {"t", "sigma"}
+# pipelines that walk through all times of their scheduler but the last
+_LEAVES_LAST = ("LTXI2VLongMultiPromptPipeline",)
 
 
 class Loop(NamedTuple):
     """A denoising loop in the middle of a step.
 
     Args:
-        times: what it walks through, one entry for each evaluation of the scheduler, or the state
-            of the block that holds them.
+        times: what it walks through, one entry for each evaluation of the scheduler, or what holds
+            it: the state of a block, or the scheduler of a walk in stages.
         time: the entry that it is at, one for every walk; None where walks share entries.
         index: the number of that entry.
         total: of entries.
@@ -78,10 +80,23 @@ def _loop(names: Mapping[str, object]) -> Loop | None:
     for times, is_whole in _candidates(names):
         index = _index(time, times)
         if index is not None:
+            total = len(times) - any(x.__name__ in _LEAVES_LAST for x in type(owner).__mro__)
             order = getattr(_scheduler(names), "order", 1)
             is_trusted = isinstance(owner, (*PIPELINES, ModularPipelineBlocks))
-            return Loop(times, time, index, len(times), order, is_whole, is_trusted)
+            loop = Loop(times, time, index, total, order, is_whole, is_trusted)
+            return _through_all_stages(loop, names)
     return _loop_over_sigmas(names)
+
+
+def _through_all_stages(loop: Loop, names: Mapping[str, object]) -> Loop:
+    """The one walk that the stages of Helios are, each a loop over times of its own."""
+    counts, stage = names.get("pyramid_num_inference_steps_list"), names.get("stage_idx")
+    if not isinstance(counts, list) or type(stage) is not int:
+        return loop
+    # all stages of a chunk may be longer than they are listed, by the same factor
+    factor = loop.total // counts[stage]
+    index, total = (factor * sum(x) for x in (counts[:stage], counts))
+    return loop._replace(times=_scheduler(names), index=index + loop.index, total=total)
 
 
 def _loop_over_sigmas(names: Mapping[str, object]) -> Loop | None:

@@ -81,14 +81,20 @@ class Walk(Run):
     """The steps of a loop that was found running.
 
     Args:
-        keeps_plans: False where the loop is at the index at which the last walk was, with its time
-            read anew: in the same step, or in another video of one step, which nobody can tell.
+        last: the walk through the same times before. Where the loop is at its index, with the time
+            read anew, it is in the same step, or in another video of one step: nobody can tell,
+            so that no plan is kept. Loops of the user's own read it anew for every pass.
     """
 
-    def __init__(self, loop: Loop, keeps_plans: bool = True):
+    def __init__(self, loop: Loop, last: Walk | None = None):
         # a part of a scheduler's times may be walked through; it begins where it is first seen
         self._first = 0 if loop.is_whole else loop.index
-        super().__init__(-(-(loop.total - self._first) // loop.order), keeps_plans)
+        stays = last is not None and last.index == loop.index
+        if stays:
+            self._first = last._first
+        super().__init__(-(-(loop.total - self._first) // loop.order), keeps_plans=not stays)
+        if stays and not loop.is_trusted:
+            self.counted = last.counted
         self.index, self._time = loop.index, _remember(loop.time)
 
     def has(self, loop: Loop) -> bool:

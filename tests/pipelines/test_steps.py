@@ -169,7 +169,7 @@ class Sections(diffusers.DiffusionPipeline):
         for _ in range(sections):
             if kind == "scheduler":
                 del timesteps
-                for _, t in enumerate(iter(self.scheduler.timesteps[:-1])):
+                for _, t in enumerate(iter(self.scheduler.timesteps)):
                     self.step(t)
                 timesteps = None
                 continue
@@ -188,11 +188,10 @@ class Sections(diffusers.DiffusionPipeline):
 @pytest.mark.parametrize("kind", ["anew", "again", "scheduler"])
 def test_sections_of_a_long_video(kind, steps, seen):
     pipe = Sections(build(WAN), diffusers.FlowMatchEulerDiscreteScheduler())
-    listed = steps + (kind == "scheduler")
     Rarely.searches.clear()
     with vidattn.patch(pipe, Rarely(), dense_layers=0, dense_steps=0) as handle:
-        pipe(3, listed, kind)
-    assert [(i, n) for i, n, _ in seen] == [(i // 2 % steps, listed) for i in range(6 * steps)]
+        pipe(3, steps, kind)
+    assert [(i, n) for i, n, _ in seen] == [(i // 2 % steps, steps) for i in range(6 * steps)]
     # of two samples in two passes and two layers, at every second step: no plan goes from one
     # section to the next
     assert len(Rarely.searches) == 3 * 8 * -(-steps // 2)
@@ -213,6 +212,50 @@ def test_frames_at_times_of_their_own(seen):
     passes = [((0, "cond", 0), (0, "uncond", 0))[i % 2] for i in range(16)]
     assert seen == [(i // 2, 8, turn) for i, turn in enumerate(passes)]
     assert calls(handle) == (12, 4)
+
+
+def test_a_walk_that_leaves_the_last_time_out(wan, seen):
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, patch_size=1,
+    )  # fmt: skip
+    pipe = diffusers.LTXI2VLongMultiPromptPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae,
+        wan.text_encoder,
+        wan.tokenizer,
+        build("LTXVideoTransformer3DModel"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    with vidattn.patch(pipe, "neighborhood", window=3, dense_layers=0, dense_steps=0.5) as handle:
+        sizes = {"height": 32, "width": 64, "num_frames": 25, "max_sequence_length": 8}
+        tiles = {"temporal_tile_size": 16, "temporal_overlap": 8}
+        pipe(prompt="a|b", negative_prompt="c", num_inference_steps=5, **sizes, **tiles)
+    # three windows of the long video
+    assert [(step, total) for step, total, _ in seen] == [(i % 4, 4) for i in range(12)]
+    assert calls(handle) == (6, 6) and handle.report().num_steps == 12
+
+
+def test_stages_of_one_video(wan, seen):
+    config = {**TINY["HeliosTransformer3DModel"].config, "in_channels": 16, "out_channels": 16}
+    parts = {name: getattr(wan, name) for name in ("tokenizer", "text_encoder", "vae")}
+    pipe = diffusers.HeliosPyramidPipeline(
+        scheduler=diffusers.HeliosScheduler(stages=2),
+        transformer=diffusers.HeliosTransformer3DModel(**config).eval(),
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    Rarely.searches.clear()
+    with vidattn.patch(pipe, Rarely(), dense_layers=0, dense_steps=0.25) as handle:
+        size = {"height": 64, "width": 64, "num_frames": 18, "max_sequence_length": 8}
+        options = {"num_latent_frames_per_chunk": 3, "output_type": "latent"}
+        options["pyramid_num_inference_steps_list"] = [3, 5]
+        pipe("a dog", negative_prompt="bad", **size, **options)
+    # two chunks, each in two stages that get larger
+    names = ("cond", "uncond")
+    assert seen == [(i // 2 % 8, 8, (0, names[i % 2], 0)) for i in range(32)]
+    assert calls(handle) == (24, 8) and handle.report().num_steps == 16
+    assert len(handle.report().grids) == 2
 
 
 def test_modular_blocks(wan, seen):
@@ -370,12 +413,30 @@ def test_a_time_that_is_read_anew_for_every_pass():
         TINY[WAN].call(model, timestep=t.expand(2))
 
     Rarely.searches.clear()
-    with vidattn.patch(model, Rarely(), dense_layers=0):
+    with vidattn.patch(model, Rarely(), dense_layers=0) as handle:
         for step in range(3):
             predict(step)
             predict(step)
     # two samples in two layers, in each of six passes
     assert len(Rarely.searches) == 24
+    assert handle.report().num_steps == 3 and handle.report().num_passes == 6
+
+
+@torch.no_grad()
+def test_a_time_of_the_schedulers_that_is_read_anew(seen):
+    """The first time that is seen stays the first step."""
+    model, scheduler = build(WAN), diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+
+    def predict(index):
+        t = scheduler.timesteps[index]
+        TINY[WAN].call(model, timestep=t.expand(2))
+
+    with vidattn.patch(model, "neighborhood", **QUARTER) as handle:
+        for index in (1, 1, 2, 2, 3, 3):
+            predict(index)
+    assert [(step, total) for step, total, _ in seen] == [(i // 2, 4) for i in range(6)]
+    assert handle.report().num_steps == 3
 
 
 def test_training_leaves_no_plan_to_the_next_clip():

@@ -27,7 +27,9 @@ WAN_CALL = {"height": 80, "width": 112, "num_frames": 17, "num_inference_steps":
 class Tokenizer:
     """Turns letters into numbers."""
 
-    def __call__(self, prompts, max_length, **options):
+    model_max_length = 8
+
+    def __call__(self, prompts, max_length=model_max_length, **options):
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = torch.zeros(len(prompts), max_length, dtype=torch.long)
         for row, prompt in zip(ids, prompts):

@@ -163,14 +163,14 @@ def _namespace(base: type) -> dict[str, object]:
             return call(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             with layer:
-                return call(self, *args, **kwargs)
+                out = call(self, *args, **kwargs)
+            return _checked_when_it_runs(out, layer) if _loses_gradient(self, out) else out
         before = layer.hits
         with layer.native() if route == "global" else nullcontext(), layer:
             out = call(self, *args, **kwargs)
         if layer.hits == before:
             layer.owner.skipped(layer, allowed=False)
-        first = out[0] if isinstance(out, tuple) else out
-        if first.requires_grad and context_parallel(self) is not None:
+        if _loses_gradient(self, out):
             layer.owner.check_gradient(layer)
         return out
 
@@ -188,6 +188,19 @@ def _namespace(base: type) -> dict[str, object]:
             layer.chosen_backend = backend
 
     return {"__call__": __call__, "_attention_backend": property(read, store)}
+
+
+def _loses_gradient(processor: object, out: Tensor | tuple) -> bool:
+    """Whether the gradient of what a processor gave is that of dense attention in any case."""
+    first = out[0] if isinstance(out, tuple) else out
+    return first.requires_grad and context_parallel(processor) is not None
+
+
+def _checked_when_it_runs(out: Tensor | tuple, layer: Layer) -> Tensor | tuple:
+    """The same, but whether the call was sparse is known at every step anew."""
+    if isinstance(out, tuple):
+        return torch.ops.vidattn.check_gradient(out[0], layer.number), *out[1:]
+    return torch.ops.vidattn.check_gradient(out, layer.number)
 
 
 def _scores_are_skipped() -> bool:

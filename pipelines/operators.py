@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,19 @@ def numbered(thing: object) -> Tensor:
     number = next(_numbers)
     _by_number[number] = thing
     return torch.tensor(number, device="cpu")
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Have PyTorch record gradients of dense attention too, which it does not in an operator."""
+    included, excluded = (
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C._dispatch_tls_local_exclude_set(),
+    )
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        yield
 
 
 def _run(q, k, v, mask, scale, layer: Tensor) -> Tensor:
@@ -56,7 +71,7 @@ def _attend_backward(
     scale: float | None,
     layer: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
+    with torch.enable_grad(), _recording():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = _run(*leaves, mask, scale, layer)
     return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
@@ -110,5 +125,19 @@ def _(output, site):
     return torch.empty_like(output)
 
 
+@torch.library.custom_op("vidattn::check_gradient", mutates_args=(), tags=TAGS)
+def _check_gradient(output: Tensor, layer: Tensor) -> Tensor:
+    found = _by_number.get(layer.item())
+    if found is not None:
+        found.owner.check_gradient(found)
+    return output.clone()
+
+
+@_check_gradient.register_fake
+def _(output, layer):
+    return torch.empty_like(output)
+
+
 _begin.register_autograd(lambda ctx, grad: (grad, None, None, None, None))
 _end.register_autograd(lambda ctx, grad: (grad, None))
+_check_gradient.register_autograd(lambda ctx, grad: (grad, None))

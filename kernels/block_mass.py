@@ -69,7 +69,7 @@ def dense_mass(
     return _mass(q, k, None, order, block, scale, key_mask)
 
 
-def obstacle(*tensors: object, **options: object) -> None:
+def obstacle(*call: object, **options: object) -> None:
     """Nothing keeps this engine from a call."""
 
 

@@ -90,7 +90,7 @@ def dense_mass(
     return block_mass(q, k, lse, order, block, **options), lse
 
 
-def obstacle(q: Tensor, k: Tensor, *, scale: float, key_mask: Tensor | None = None) -> str | None:
+def obstacle(q: Tensor, *others: object, scale: float, **options: object) -> str | None:
     """What keeps these kernels from a call, and what to do; None where nothing does."""
     return unfit(q, scale)
 

@@ -78,15 +78,7 @@ def attention(
     return _operator(q, k, v, lists, scale=scale, key_mask=key_mask, key_bias=key_bias)
 
 
-def obstacle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    *,
-    scale: float,
-    key_mask: Tensor | None = None,
-) -> str | None:
+def obstacle(q: Tensor, *others: object, **options: object) -> str | None:
     """What keeps this engine from a call of ``attention``, and what to do; None if nothing does."""
     if q.device.type not in ("cpu", "meta") or q.dtype not in DTYPES:
         return (

@@ -20,12 +20,8 @@ from vidattn.kernels.onednn import fast_float32_products, has_bfloat16_products
 from vidattn.kernels.parts import Hidden, Part, Parts
 from vidattn.kernels.slots import Rows, Slots
 from vidattn.kernels.workers import run
-from vidattn.kernels.workspace import Workspace
+from vidattn.kernels.workspace import LN2, LOG2E, MAX_PLAIN_SCORE, Workspace
 
-LN2, LOG2E = math.log(2), math.log2(math.e)
-# Scores up to this, base 2, need no maximum subtracted: 2 ** 100 times a million keys is finite,
-# and 2 ** -100 still has all its digits.
-MAX_PLAIN_SCORE = 100.0
 # below every real score, above every hidden one
 FLOOR = -1e20
 # smaller than any sum of weights, so that dividing by it leaves the 0 of a row without keys
@@ -70,7 +66,7 @@ def attention(
     return out.to(dtype), lse.float()
 
 
-def obstacle(*tensors: object, **options: object) -> None:
+def obstacle(*call: object, **options: object) -> None:
     """Nothing keeps this engine from a call."""
 
 

@@ -70,17 +70,7 @@ def attention(
     return compensate(out, lists, gain, shift), lse
 
 
-def obstacle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    *,
-    scale: float,
-    key_mask: Tensor | None = None,
-    gain: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> str | None:
+def obstacle(q: Tensor, *others: object, scale: float, **options: object) -> str | None:
     """What keeps these kernels from a call of ``attention``, and what to do; None if nothing."""
     return unfit(q, scale)
 

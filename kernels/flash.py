@@ -65,16 +65,7 @@ def attention(
     )
 
 
-def obstacle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    *,
-    scale: float,
-    key_mask: Tensor | None = None,
-    need_lse: bool = True,
-) -> str | None:
+def obstacle(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **options: object) -> str | None:
     """What keeps these kernels from a call of ``attention``, and what to do; None if nothing."""
     if q.dtype not in DTYPES:
         wrong = f"takes float16 and bfloat16, got {q.dtype}"
@@ -124,9 +115,8 @@ def is_faster(
     v: Tensor,
     lists: BlockLists,
     *,
-    scale: float,
     key_mask: Tensor | None = None,
-    need_lse: bool = True,
+    **options: object,
 ) -> bool:
     """Whether a call without obstacle has measured faster than Triton, with the same bits always.
 

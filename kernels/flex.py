@@ -74,9 +74,8 @@ def obstacle(
     v: Tensor,
     lists: BlockLists,
     *,
-    scale: float,
-    key_mask: Tensor | None = None,
     need_lse: bool = True,
+    **options: object,
 ) -> str | None:
     """What keeps FlexAttention from a call of ``attention``, and what to do; None if nothing."""
     if q.dtype not in DTYPES:

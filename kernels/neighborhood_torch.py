@@ -21,17 +21,13 @@ from vidattn.kernels.block_lists import HIDDEN
 from vidattn.kernels.halo import Halo, Run
 from vidattn.kernels.onednn import fast_float32_products
 from vidattn.kernels.workers import num_workers, run
-from vidattn.kernels.workspace import Workspace
+from vidattn.kernels.workspace import LN2, LOG2E, MAX_PLAIN_SCORE, Workspace
 
 # bytes of scores, queries, keys and values in flight
 BUDGET = 4 << 20
 # Numbers in the queries from which workers win over the threads of each product: to start workers
 # takes as long as many a call.
 SHARED_FROM = 1 << 23
-LN2, LOG2E = math.log(2), math.log2(math.e)
-# Scores up to this, base 2, need no maximum subtracted: 2 ** 100 times a million keys is finite,
-# and 2 ** -100 still has all its digits.
-MAX_PLAIN_SCORE = 100.0
 Runs = tuple[Run, Run, Run]
 
 

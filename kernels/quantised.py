@@ -59,7 +59,7 @@ def attention(
     return _attention(q, k, v, *flatten(lists), float(scale), key_mask, precision)
 
 
-def obstacle(*tensors: object, **options: object) -> None:
+def obstacle(*call: object, **options: object) -> None:
     """Nothing keeps this engine from a call."""
 
 

@@ -50,14 +50,7 @@ def attention(
 
 
 def obstacle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    *,
-    scale: float,
-    precision: str,
-    key_mask: Tensor | None = None,
+    q: Tensor, *others: object, scale: float, precision: str, **options: object
 ) -> str | None:
     """What keeps these kernels from a call of ``attention``, and what to do; None if nothing."""
     if (wrong := plain.unfit(q, scale)) is not None:

@@ -41,7 +41,7 @@ def attention(
     return masked_attention(q, k, v, mask, scale)
 
 
-def obstacle(*tensors: object, **options: object) -> None:
+def obstacle(*call: object, **options: object) -> None:
     """Nothing keeps this engine from a call."""
 
 

@@ -14,6 +14,10 @@ from torch import Tensor
 from vidattn.kernels.block_lists import HIDDEN
 from vidattn.kernels.parts import Hidden
 
+LN2, LOG2E = math.log(2), math.log2(math.e)
+# Scores up to this, base 2, need no maximum subtracted: 2 ** 100 times a million keys is finite,
+# and 2 ** -100 still has all its digits.
+MAX_PLAIN_SCORE = 100.0
 # Scores rounded to bfloat16 are off by at most 2 ** -6 up to here: 0.6 % of a weight in the mean.
 MAX_ROUNDED_SCORE = 8.0
 # the share of one key in a row above which rounding loses the rest

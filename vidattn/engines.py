@@ -1,7 +1,7 @@
 """Which engine runs a call: the only place where one is chosen.
 
 An engine is a module of ``kernels``. Its ``attention`` takes q, k, v, block lists and the options
-that its ``TAKES`` names, and gives the output with the log-sum-exp. Its ``obstacle`` takes the
+that its ``TAKES`` names, and gives the output with the log-sum-exp. Its ``obstacle`` is given the
 same; it says what keeps the engine from that call and what to do, or None where nothing does.
 """
 

@@ -1,0 +1,168 @@
+// What one call of block-sparse attention is told, and what its threads work in.
+//
+// The letters are those of block_sparse_cpu.cpp.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "vectors.h"
+
+namespace {
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint64_t u64;
+
+enum Status { OK, BAD_LISTS, NO_MEMORY };
+enum Kind { FLOAT32, BFLOAT16, FLOAT16 };
+
+constexpr int PIECE = 64;                // slots whose products share one packed block
+constexpr int GRANULE = 16;              // padding rounds up to so many: the widest vector
+constexpr int VECTORS = PIECE / W;       // vectors to a row of a piece
+constexpr bool PAIRS = VIDATTN_PAIRS;    // whether a word holds a pair of bfloat16
+constexpr int PAIR = PAIRS ? 2 : 1;      // numbers to a word
+constexpr int VECTOR_WORDS = W / PAIR;   // words that hold the weights of a vector of slots
+constexpr int PIECE_WORDS = PIECE / PAIR;
+constexpr float LOWEST = -1e30f;         // maximum of a row that has seen no key
+constexpr float NEVER = 1e30f;           // log-sum-exp of a row that gets no weights
+constexpr float SLACK = 8;               // weights may reach 2 ** SLACK before the maximum moves
+constexpr i64 WORKSPACE = 128ll << 20;   // bytes of packed blocks held at a time, about
+constexpr double THREAD_FLOPS = 4e6;     // work that pays for starting a thread
+constexpr i64 HUGE_PAGE = 2 << 20;       // in bytes; with small ones, blocks miss the page tables
+constexpr i64 HEADS_PER_TASK = 4;        // heads that share the bits of one predicate
+
+// Memory of (.., heads, tokens, D) numbers with unit last stride; strides count numbers.
+struct Rows {
+  char* data;
+  i64 sample, head, token;
+};
+
+// One call; the class of this name in block_sparse_cpu.py has the same fields.
+struct Call {
+  Rows q, k, v, out, d_out, d_q, d_k, d_v;
+  float* lse;                // (B, H, S)
+  const float* delta;        // (B, H, S) what the softmax of each row loses
+  float* d_bias;             // (B, H, S) or null
+  const float* key_bias;     // (B|1, H|1, S) or null
+  const u8* key_mask;        // (B, S) or null
+  const i32* order;          // (N,)
+  const i64* row_start;      // (R + 1,)
+  const i32* num_full;       // (R,)
+  const i32* key_block;      // (E,)
+  const i32 *box_key, *box_low, *box_high;  // (N,) or null
+  const i32* mask_id;        // (E,) or null
+  const u8* masks;           // (M, n, n)
+  i64 guard, bias_sample, bias_head, B, H, K, S, D, N, n;
+  i64 plan_batch, plan_heads, num_entries, num_masks, kind, threads;
+  double scale;
+};
+
+struct Buffer {
+  float* data = nullptr;
+  void grow(i64 floats) {
+    std::free(data);
+    i64 page = floats * 4 < HUGE_PAGE ? 64 : HUGE_PAGE, bytes = round_up(floats * 4 + 64, page);
+    data = static_cast<float*>(std::aligned_alloc(page, bytes));
+    if (!data) throw std::bad_alloc();
+#ifdef __linux__
+    if (page == HUGE_PAGE) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  }
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+};
+
+// The lists of the key blocks: which query blocks read each.
+struct Transposed {
+  std::vector<i64> start;    // (plan rows + 1,)
+  std::vector<i32> query;    // (E,)
+  std::vector<i32> mask;     // (E,) -1 for a whole block, else its mask, 0 for the box
+};
+
+// What one thread works in; the arrays lie in one buffer.
+struct Scratch {
+  Buffer memory;
+  float *rows, *out, *weights, *sums, *tops, *keys, *key_bias;
+  // of the backward pass alone
+  float *values, *key_pairs, *d_keys, *d_values, *d_scores, *d_pairs, *exact, *line, *d_bias;
+  std::vector<u64> bits;
+  std::vector<u32> seen;  // vectors of columns that each strip of rows sees
+};
+
+struct Head {
+  i64 sample, query, key, index;  // index among the query heads in flight
+  i64 set;                        // which of the plan's (sample, head) lists
+};
+
+struct Job {
+  const Call& call;
+  i64 nb, pieces, ld, slots;  // ld: columns of a packed piece; slots: of a packed block
+  i64 group;                  // query heads to a key head
+  i64 width, words;           // of a row: D padded, and in words
+  std::vector<u64> readable;  // (B|1, nb, pieces) bit set for keys that may be read
+  i64 readable_stride;
+  i64 first_unit = 0, num_units = 0, heads_per_task = 1, parts = 1;
+  Buffer keys, values, queries, queries_t, pulls, pulls_t, lse2, delta, d_q;
+  Transposed transposed;
+  std::vector<i64> part_start;  // (units in flight, parts + 1) key blocks
+
+  explicit Job(const Call& c) : call(c) {
+    nb = c.N / c.n;
+    pieces = (c.n + PIECE - 1) / PIECE;
+    ld = std::min<i64>(PIECE, round_up(c.n, GRANULE));
+    slots = pieces * ld;
+    group = c.H / c.K;
+    width = round_up(c.D, GRANULE * PAIR);
+    words = width / PAIR;
+    readable_stride = c.key_mask ? nb * pieces : 0;
+    readable.assign(nb * pieces * (c.key_mask ? c.B : 1), 0);
+    for (i64 b = 0; b < (c.key_mask ? c.B : 1); b++)
+      for (i64 slot = 0; slot < c.N; slot++) {
+        i32 token = c.order[slot];
+        i64 inside = slot % c.n;
+        bool live = token >= 0 && (!c.key_mask || c.key_mask[b * c.S + token]);
+        i64 at = b * readable_stride + slot / c.n * pieces + inside / PIECE;
+        readable[at] |= u64(live) << inside % PIECE;
+      }
+  }
+
+  // Slots in one piece of a block.
+  int piece_slots(i64 piece) const { return int(std::min<i64>(PIECE, call.n - piece * PIECE)); }
+
+  u64 readable_keys(i64 sample, i64 block, i64 piece) const {
+    return readable[sample * readable_stride + block * pieces + piece];
+  }
+
+  // A query head in flight, counted from the first one of the first unit in flight.
+  Head head(i64 index) const {
+    i64 unit = first_unit + index / group;
+    Head h;
+    h.sample = unit / call.K;
+    h.key = unit % call.K;
+    h.query = h.key * group + index % group;
+    h.index = index;
+    h.set = (call.plan_batch > 1 ? h.sample : 0) * call.plan_heads;
+    h.set += call.plan_heads > 1 ? h.query : 0;
+    return h;
+  }
+
+  const float* bias(const Head& h) const {
+    if (!call.key_bias) return nullptr;
+    return call.key_bias + h.sample * call.bias_sample + h.query * call.bias_head;
+  }
+
+  i64 token_row(const Head& h) const { return (h.sample * call.H + h.query) * call.S; }
+};
+
+}  // namespace

@@ -1,9 +1,7 @@
 """attend(): engines agree, and bad input is named."""
 
-import inspect
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +17,8 @@ from tests.kernels.attention_cases import (
     with_order,
 )
 from vidattn.attention import attend
-from vidattn.engines import ENGINES, MASSES, QUANTISED, _told, choose
 from vidattn.grid import Grid, tile_layout
 from vidattn.head_plan import HeadPlan
-from vidattn.kernels import block_sparse_triton, flash
 from vidattn.kernels.box import Box
 from vidattn.methods import create_method
 from vidattn.plan import Plan
@@ -302,44 +298,3 @@ def test_a_sample_without_keys_gives_0_in_dense_attention():
     out = attend(q, k, v, vidattn.plan("dense", GRID), key_mask=key_mask)
     assert not out[1].any() and out[0].isfinite().all()
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))
-
-
-def test_the_engine_is_asked_for_the_device_of_the_tensors(monkeypatch):
-    """Not for the GPU that happens to be the current one."""
-    asked = []
-    monkeypatch.setattr(block_sparse_triton, "missing", lambda x: asked.append(x) or "are not here")
-    monkeypatch.setattr(flash, "missing", lambda x: asked.append(x) or "is not here")
-    device = torch.device("cuda", 1)
-    q = SimpleNamespace(device=device, dtype=torch.float16, shape=(1, 1, 16, 64))
-    lists, options = SimpleNamespace(block=16), {"scale": 1.0, "key_mask": None}
-    plain, rounded = options | EXTRAS, options | {"precision": "int8"}
-    assert choose("attention", ENGINES, (q, q, q, lists), plain) == "flex"
-    assert choose("rounded", QUANTISED, (q, q, q, lists), rounded) == "torch"
-    assert choose("masses", MASSES, (q, q), options) == "torch"
-    assert asked == [device] * 4
-
-
-EXTRAS = {"need_lse": True, "gain": None, "shift": None}
-
-
-@pytest.mark.parametrize(("backend", "engine"), [("auto", "cpp"), ("torch", "torch")])
-def test_what_was_chosen_is_told_once(backend, engine, caplog):
-    _told.cache_clear()
-    q, k, v = random_inputs(GRID)[:3]
-    plan = random_blocks(GRID)
-    with caplog.at_level("INFO", logger="vidattn"):
-        for _ in range(2):
-            attend(q, k, v, plan, backend=backend)
-    told = [record.message for record in caplog.records]
-    message = f"attention in torch.float32 on cpu runs on the '{engine}' engine"
-    assert told == ([message] if backend == "auto" else [])
-
-
-@pytest.mark.parametrize("table", [ENGINES, QUANTISED], ids=["attention", "rounded"])
-def test_engines_have_one_face(table):
-    for engine in table.values():
-        for function in (engine.attention, engine.obstacle):
-            taken = inspect.signature(function).parameters.values()
-            named = {x.name for x in taken if x.kind is inspect.Parameter.KEYWORD_ONLY}
-            is_open = any(x.kind is inspect.Parameter.VAR_KEYWORD for x in taken)
-            assert is_open or set(engine.TAKES) <= named, function

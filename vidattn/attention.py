@@ -178,20 +178,16 @@ def _engines_for(plan: Plan) -> dict[str, ModuleType]:
 
 def _engine(call: tuple, plan: Plan, backend: str, options: dict) -> str:
     """What runs a plan: the engine that was asked for, or the one that is chosen."""
-    if backend == "auto":
-        if plan.is_dense and not options["need_lse"]:
-            return "pytorch"
-        what = "attention" if plan.precision is None else f"{plan.precision} attention"
-        return choose(what, _engines_for(plan), call, options)
-    if backend not in _engines_for(plan):
+    if backend == "auto" and plan.is_dense and not options["need_lse"]:
+        return "pytorch"
+    engines = _engines_for(plan)
+    if backend not in ("auto", *engines):
         raise ValueError(
             f"the {backend!r} engine does not run plans of precision {plan.precision!r}: use "
             'backend="torch", "triton" on an NVIDIA GPU, or plan.with_precision(None)'
         )
-    engine = _engines_for(plan)[backend]
-    if (obstacle := engine.obstacle(*call, **taken(engine, options))) is not None:
-        raise ValueError(obstacle)
-    return backend
+    what = "attention" if plan.precision is None else f"{plan.precision} attention"
+    return choose(what, engines, call, options, backend)
 
 
 def _check_gradient(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:

@@ -48,28 +48,41 @@ log = logging.getLogger("vidattn")
 
 
 def choose(
-    what: str, engines: Mapping[str, ModuleType], tensors: tuple, options: Mapping[str, object]
+    what: str,
+    engines: Mapping[str, ModuleType],
+    call: tuple,
+    options: Mapping[str, object],
+    backend: str = "auto",
 ) -> str:
-    """The first engine without an obstacle, told once in the log.
+    """The engine that was asked for, else the first one without an obstacle, told in the log once.
 
     Args:
         what: they compute, for the log.
         engines: by name; "torch" is among them, and has no obstacle.
-        tensors: q, k and what else they take, by position.
+        call: q, k and what else they take by position.
         options: all that any of them takes by name.
+        backend: name of an engine, or "auto".
+
+    Raises:
+        ValueError: the obstacle of the engine that was asked for.
     """
-    q = tensors[0]
+    if backend != "auto":
+        engine = engines[backend]
+        if (obstacle := engine.obstacle(*call, **taken(engine, options))) is not None:
+            raise ValueError(obstacle)
+        return backend
+    q = call[0]
     for name in ON_CPU if q.device.type == "cpu" else ON_OTHERS:
-        if name in engines and _is_for(engines[name], tensors, options):
+        if name in engines and _is_for(engines[name], call, options):
             return _told(what, name, q.dtype, q.device)
     raise AssertionError('"torch" has an obstacle')
 
 
-def _is_for(engine: ModuleType, tensors: tuple, options: Mapping[str, object]) -> bool:
+def _is_for(engine: ModuleType, call: tuple, options: Mapping[str, object]) -> bool:
     given = taken(engine, options)
-    if engine.obstacle(*tensors, **given) is not None:
+    if engine.obstacle(*call, **given) is not None:
         return False
-    return engine is not flash or flash.is_faster(*tensors, **given)
+    return engine is not flash or flash.is_faster(*call, **given)
 
 
 def taken(engine: ModuleType, options: Mapping[str, object]) -> dict[str, object]:

@@ -61,6 +61,11 @@ class BlockLists:
             tensors += [self.box.key, self.box.low, self.box.high]
         return sum(x.nbytes for x in tensors if x is not None)
 
+    @property
+    def num_partial(self) -> int:
+        """Listed blocks that need the predicate."""
+        return self.key_block.numel() - int(self.num_full.sum())
+
     def of_heads(self, heads: Tensor, sample: int | None = None) -> BlockLists:
         """The lists of (h,) ``heads``, numbered anew in their order; of one sample, or of all."""
         rows = torch.arange(self.num_rows, device=heads.device)

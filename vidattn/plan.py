@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class AnyPlan(ABC):
     # whether this is attention of every token to every token, and nothing else
     is_dense: bool
     # whether every sample has plans of its own
-    by_sample: bool
+    by_sample: bool = False
 
     @property
     @abstractmethod
@@ -110,8 +110,7 @@ class AnyPlan(ABC):
         Raises:
             ValueError: a head that the plan does not have.
         """
-        wrong = [x for x in heads if x < 0 or x >= self.num_heads > 1]
-        if wrong:
+        if wrong := [x for x in heads if x < 0 or x >= self.num_heads > 1]:
             raise ValueError(f"the plan is for {self.num_heads} heads, got head {wrong[0]}")
         return self._of_heads(heads)
 
@@ -154,7 +153,6 @@ class Plan(AnyPlan):
     sharpness: float = 1.0  # factor of the scale of the scores
     precision: str | None = None  # of the products (see ``with_precision``)
     is_dense: bool = field(init=False)
-    by_sample: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.precision is not None and self.precision not in PRECISIONS:
@@ -167,11 +165,10 @@ class Plan(AnyPlan):
                 f"{layout.block}: make them with its order and its block"
             )
         # found out now: a compiler that traces attention could not
-        entries = lists.num_rows * layout.num_blocks
         is_plain = all(x is None for x in (self.gain, self.rest, self.precision))
-        is_whole = is_plain and lists.key_block.numel() == entries
-        is_whole = is_whole and (self.device.type == "meta" or self._num_partial == 0)
-        object.__setattr__(self, "is_dense", is_whole)
+        is_whole = lists.key_block.numel() == lists.num_rows * layout.num_blocks
+        is_dense = is_plain and is_whole and (lists.order.is_meta or lists.num_partial == 0)
+        object.__setattr__(self, "is_dense", is_dense)
 
     @property
     def device(self) -> torch.device:
@@ -198,10 +195,6 @@ class Plan(AnyPlan):
                 f"the plan is for {batch} samples and {heads} heads, q has {num_samples} "
                 f"and {num_heads}: each must be equal, or 1 in the plan"
             )
-
-    @property
-    def _num_partial(self) -> int:
-        return int(self.lists.key_block.numel() - self.lists.num_full.sum())
 
     @cached_property
     def density(self) -> float:
@@ -234,7 +227,7 @@ class Plan(AnyPlan):
             "visited_density": self.visited_density,
             "block": self.layout.block,
             "num_blocks": self.lists.key_block.numel(),
-            "num_partial_blocks": self._num_partial,
+            "num_partial_blocks": self.lists.num_partial,
             "precision": self.precision or "of the inputs",
             "memory_mib": sum(x.nbytes for x in (self.lists, *beside)) / 2**20,
         }

@@ -73,7 +73,7 @@ def count(plan: AnyPlan, tile: Size | None = None) -> Counts:
         # of this part, on average over the heads of the whole plan
         scale = heads / (num_heads * lists.batch * lists.heads)
         listed += scale * lists.key_block.numel()
-        partial += scale * (lists.key_block.numel() - int(lists.num_full.sum()))
+        partial += scale * lists.num_partial
         slot_pairs += scale * lists.key_block.numel() * block**2
         slots += heads / num_heads * part.layout.order.numel()
     return Counts(

@@ -97,7 +97,6 @@ def test_rectification_estimates_what_is_not_read():
     [
         ({"stride": 0}, "stride must be an integer of at least 1, got 0"),
         ({"near": -1}, "near must be"),
-        ({"layer": -1}, "layer must be"),
         ({"density": 0}, "density must be"),
         ({"every": 0}, "every must be"),
     ],

@@ -181,3 +181,15 @@ def test_plans_of_groups_are_joined():
     mask = HeadPlan.join([first, second], groups).mask()
     for part, heads in zip((first, second), groups):
         assert torch.equal(mask[:, list(heads)], part.mask())
+
+
+@pytest.mark.parametrize("kind", ["one plan", "by head", "by sample"])
+def test_what_belongs_to_the_parts_is_put_back(kind):
+    made = {"one plan": head_plan().plans[0], "by head": head_plan(), "by sample": sample_plan()}
+    made, x = made[kind], torch.randn(2, 3 if kind == "by sample" else 6, 5)
+    found = []
+    for part, samples, heads in made.parts():
+        mine = x[samples, heads]
+        assert part.num_samples in (1, mine.shape[0]) and part.num_heads in (1, mine.shape[1])
+        found.append(mine)
+    assert torch.equal(made.put_back(found), x)

@@ -38,7 +38,7 @@ def seen(monkeypatch):
     def spy(site, *given):
         begin(site, *given)
         current = site.passes.current()
-        found.append((current.step, current.num_steps, current.turn))
+        found.append((current.step, current.num_steps, current.key))
 
     monkeypatch.setattr(Site, "begin", spy)
     return found

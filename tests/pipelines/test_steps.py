@@ -32,7 +32,7 @@ def wan():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """(step, number of steps, turn) of every forward pass."""
+    """(step, number of steps, key) of every forward pass."""
     found, begin = [], Site.begin
 
     def spy(site, *given):
@@ -71,7 +71,7 @@ def test_schedulers_that_list_times_twice(order, seen):
     dense = 10 if order == 2 else 6
     assert calls(handle) == (total - dense, dense)
     # the two evaluations of a step are told apart
-    assert len({(step, turn) for step, _, turn in seen}) == total
+    assert len({(step, key) for step, _, key in seen}) == total
 
 
 def test_two_steps_of_one_rounded_time(wan, seen):
@@ -210,7 +210,7 @@ def test_frames_at_times_of_their_own(seen):
         run_wan(pipe, base_num_frames=17, ar_step=1)
     # four steps, of which each of the five latent frames is one behind the frame before
     passes = [((0, "cond", 0), (0, "uncond", 0))[i % 2] for i in range(16)]
-    assert seen == [(i // 2, 8, turn) for i, turn in enumerate(passes)]
+    assert seen == [(i // 2, 8, key) for i, key in enumerate(passes)]
     assert calls(handle) == (12, 4)
 
 
@@ -363,8 +363,8 @@ def test_steps_that_are_told(seen):
         for bad in (0, 2.5, "4"):
             with pytest.raises(ValueError, match="num_steps must be a positive integer or None"):
                 handle.generation(num_steps=bad).__enter__()
-    turns = [(0, "cond", 0), (0, "uncond", 0)] * 4
-    assert seen == [(i // 2, 4, turn) for i, turn in enumerate(turns)] * 2
+    keys = [(0, "cond", 0), (0, "uncond", 0)] * 4
+    assert seen == [(i // 2, 4, key) for i, key in enumerate(keys)] * 2
     assert "cache_context" not in vars(model)
 
 

@@ -109,14 +109,14 @@ class TimingHook:
 
 def pipeline_namespace(base: type) -> dict[str, object]:
     """What the subclass of a pipeline class has of its own."""
-    call = base.__call__
 
-    @functools.wraps(call)
+    @functools.wraps(base.__call__)
     def __call__(self, *args, **kwargs):
         with ExitStack() as stack:
             for calls in marks(self):
                 stack.enter_context(calls.running())
-            return call(self, *args, **kwargs)
+            # read anew, as others put theirs around it while ours is on
+            return base.__call__(self, *args, **kwargs)
 
     return {"__call__": __call__}
 
@@ -124,9 +124,10 @@ def pipeline_namespace(base: type) -> dict[str, object]:
 def vae_namespace(base: type) -> dict[str, object]:
     """What the subclass of a VAE class has of its own."""
 
-    def timed(method):
-        @functools.wraps(method)
+    def timed(name):
+        @functools.wraps(getattr(base, name))
         def run(self, *args, **kwargs):
+            method = getattr(base, name)
             if torch.compiler.is_compiling():
                 return method(self, *args, **kwargs)
             # a VAE may be that of several pipelines: the one that runs gets the time
@@ -140,7 +141,7 @@ def vae_namespace(base: type) -> dict[str, object]:
         return run
 
     names = [name for name in ("encode", "decode") if hasattr(base, name)]
-    return {name: timed(getattr(base, name)) for name in names}
+    return {name: timed(name) for name in names}
 
 
 def _device_of(*values: object) -> torch.device:

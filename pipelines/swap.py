@@ -3,7 +3,9 @@
 The object, its attributes, ``isinstance``, the name of its class and the signatures of its methods
 stay as they are. A copy or a pickle of the object has its own class again. Several owners may have
 marks on one object, and take them off in any order; where somebody has put a class of their own on
-top meanwhile, ours stays beneath it and does nothing.
+top meanwhile, ours stays beneath it and does nothing. What somebody reads, sets or deletes on the
+class of an object, such as a ``__call__`` around the usual one, is that of its own class, and
+outlives ours.
 """
 
 from __future__ import annotations
@@ -15,17 +17,51 @@ MARK = "_vidattn"
 
 
 @cache
+def _behind(meta: type) -> type:
+    """The class of classes that show the one they were made from to those who look at them."""
+
+    class Behind(meta):
+        def __getattribute__(cls, name):
+            own = meta.__getattribute__(cls, "__dict__")
+            if name in own.get("_vidattn_names", ()):
+                return getattr(own["_vidattn_base"], name)
+            return meta.__getattribute__(cls, name)
+
+        def __setattr__(cls, name, value):
+            if (base := _shown(cls, name)) is not None:
+                setattr(base, name, value)
+            else:
+                super().__setattr__(name, value)
+
+        def __delattr__(cls, name):
+            if (base := _shown(cls, name)) is not None:
+                delattr(base, name)
+            else:
+                super().__delattr__(name)
+
+    return Behind
+
+
+def _shown(cls: type, name: str) -> type | None:
+    """The class that an assignment to one of ours is meant for; abstract ones keep their notes."""
+    is_own = name.startswith(("_abc_", "__abstract"))
+    return None if is_own else vars(cls).get("_vidattn_base")
+
+
+@cache
 def swapped(base: type, namespace_of: Callable[[type], dict[str, object]]) -> type:
     """The class that ``namespace_of`` makes of another, one for all instances: Dynamo guards it."""
+    ours = namespace_of(base)
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce,
         "_vidattn_base": base,
-        **namespace_of(base),
+        "_vidattn_names": frozenset(ours),
+        **ours,
     }
-    return type(base)(base.__name__, (base,), namespace)
+    return _behind(type(base))(base.__name__, (base,), namespace)
 
 
 def swap_in(thing: object, namespace_of: Callable[[type], dict[str, object]], mark: object) -> None:

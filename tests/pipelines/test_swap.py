@@ -112,3 +112,65 @@ def test_an_expert_that_is_put_in_later():
     with vidattn.patch(pipe, "neighborhood", window=3, strict=False):
         pipe.transformer_2 = expert
         run_wan(pipe)
+
+
+def test_what_is_put_on_the_class_of_a_thing_outlives_ours():
+    class Own(Thing):
+        def tell(self):
+            return "own"
+
+    plain, thing, tell = Own(), Own(), Own.tell
+    swap_in(thing, louder, "a")
+    cls = type(thing)
+    assert cls.tell is tell and Own() != thing
+    cls.tell = lambda self: tell(self).upper()
+    cls.note = 1
+    assert (plain.tell(), thing.tell(), Own.note) == ("OWN", "OWNa", 1)
+    swap_out(thing, "a")
+    assert thing.tell() == "OWN"
+    swap_in(thing, louder, "b")
+    assert type(thing) is cls
+    del type(thing).note
+    cls.tell = tell
+    assert (plain.tell(), thing.tell()) == ("own", "ownb") and not hasattr(Own, "note")
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+@pytest.mark.parametrize("first_off", ["ours", "theirs"])
+def test_a_call_that_others_put_into_the_class(first, first_off):
+    # as caches do that wrap a pipeline's call, and as parallel attention replaces a processor's
+    pipe, seen = tiny_pipes.wan(), []
+    processor = pipe.transformer.blocks[0].attn1.processor
+    originals = {cls: cls.__call__ for cls in (type(pipe), type(processor))}
+
+    def put(thing):
+        before = type(thing).__call__
+
+        def call(self, *args, **kwargs):
+            seen.append(type(self).__name__)
+            return before(self, *args, **kwargs)
+
+        type(thing).__call__ = call
+
+    def take_off(thing):
+        original = next(f for cls, f in originals.items() if isinstance(thing, cls))
+        type(thing).__call__ = original
+
+    try:
+        handle = vidattn.patch(pipe, "radial", density=0.5) if first == "ours" else None
+        put(pipe), put(processor)
+        handle = handle or vidattn.patch(pipe, "radial", density=0.5)
+        run_wan(pipe)
+        assert {"WanPipeline", "WanAttnProcessor"} == set(seen) and handle.report().num_sparse
+        seen.clear()
+        if first_off == "theirs":
+            take_off(pipe), take_off(processor)
+            run_wan(pipe)
+            assert not seen and handle.report().num_sparse
+        handle.remove()
+        run_wan(pipe)
+        assert bool(seen) == (first_off == "ours")
+        assert all(type(x) in originals for x in (pipe, processor))
+    finally:
+        for cls, function in originals.items():
+            cls.__call__ = function

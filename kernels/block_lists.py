@@ -86,6 +86,19 @@ class BlockLists:
             mask_id=None if self.mask_id is None else self.mask_id[entries],
         )
 
+    def of_queries(self, wanted: Tensor) -> BlockLists:
+        """The lists of query blocks with any of the (S,) bool ``wanted``; others read nothing."""
+        slots = wanted[self.order.clamp_min(0).long()] & (self.order >= 0)
+        rows = slots.view(-1, self.block).any(1).repeat(self.num_rows // self.num_blocks)
+        entries = rows[self.row_of_entry]
+        return replace(
+            self,
+            row_start=F.pad((self.counts * rows).cumsum(0), (1, 0)),
+            num_full=self.num_full * rows,
+            key_block=self.key_block[entries],
+            mask_id=None if self.mask_id is None else self.mask_id[entries],
+        )
+
     @classmethod
     def stack(cls, parts: Sequence[BlockLists]) -> BlockLists:
         """The lists of several batches of equally many heads as those of one.

@@ -54,7 +54,7 @@ class Heads(NamedTuple):
         return tuple(found)
 
 
-def heads_here(module: nn.Module, q: Tensor) -> Heads:
+def heads_here(module: nn.Module, q: Tensor, model: nn.Module | None = None) -> Heads:
     """The heads of (B, H, S, D) queries in the layer of a model.
 
     Raises:
@@ -65,7 +65,7 @@ def heads_here(module: nn.Module, q: Tensor) -> Heads:
         first, left, total = cut
     else:
         total = left = num if left is None else left
-    parallel = context_parallel(module.processor)
+    parallel = context_parallel(module.processor, model)
     if parallel is not None and parallel.ulysses_degree > 1:
         each = -(-left // parallel.ulysses_degree)
         first += parallel._ulysses_local_rank * each
@@ -78,9 +78,14 @@ def heads_here(module: nn.Module, q: Tensor) -> Heads:
     return Heads(first, num, total)
 
 
-def context_parallel(processor: object) -> object | None:
-    """The settings of diffusers' context parallelism of a processor, None outside of it."""
-    parallel = getattr(processor, "_parallel_config", None)
+def context_parallel(processor: object, model: nn.Module | None = None) -> object | None:
+    """The settings of diffusers' context parallelism of a processor, None outside of it.
+
+    Some processors are told nothing of those of their model.
+    """
+    # not as attributes, which diffusers must not see while we are at work
+    told = (getattr(x, "__dict__", {}).get("_parallel_config") for x in (processor, model))
+    parallel = next((x for x in told if x is not None), None)
     config = getattr(parallel, "context_parallel_config", None)
     return config if config is not None and (config._world_size or 1) > 1 else None
 

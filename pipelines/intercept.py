@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models import attention_dispatch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vidattn.kernels.dense import dense_attention
-from vidattn.pipelines import masks
+from vidattn.pipelines import masks, parallel
+from vidattn.pipelines.family import family_of
 from vidattn.pipelines.heads import context_parallel
 from vidattn.pipelines.operators import numbered
 from vidattn.pipelines.swap import MARK, swap_in, swap_out
@@ -34,8 +35,10 @@ NATIVE = attention_dispatch.AttentionBackendName.NATIVE
 class Owner(Protocol):
     """What a layer hands its calls to."""
 
-    def attend(self, layer: Layer, q, k, v, mask: Tensor | None, scale: float | None) -> Tensor:
-        """(B, H, S, D) attention of a layer."""
+    def attend(
+        self, layer: Layer, q, k, v, mask: Tensor | None, scale, mine: Tensor | None = None
+    ) -> Tensor:
+        """(B, H, S, D) attention of a layer; of (S,) bool queries, or of all."""
 
     def skipped(self, layer: Layer, allowed: bool) -> None:
         """Told that a layer ran without attending, and whether it may."""
@@ -50,14 +53,17 @@ class Owner(Protocol):
 class Layer(TorchFunctionMode):
     """One self-attention over the video: catches its attention while its processor runs."""
 
-    def __init__(self, name: str, index: int, owner: Owner, paired_mask: bool):
+    def __init__(self, name: str, index: int, owner: Owner, model: nn.Module):
         super().__init__()
-        self.name, self.index, self.owner = name, index, owner
-        self.paired_mask = paired_mask
+        self.name, self.index, self.owner, self.model = name, index, owner, model
+        family = family_of(model)
+        self.paired_mask, self.text_first = family.paired_mask, family.beside == "before"
         # for dense calls: what the user chose with set_attention_backend, else what the processor
         # would have run on
         self.chosen_backend = None
         self.usual_backend = None
+        # diffusers' context parallelism of the running call, with the text tokens in it
+        self.parallel: tuple[object, int] | None = None
         self.hits = 0
         self.number = numbered(self)
 
@@ -93,7 +99,19 @@ class Layer(TorchFunctionMode):
         if dropout_p or is_causal:
             self.owner.cannot(self, f"it attends with dropout {dropout_p} and {is_causal=}")
             return plain(scale=scale, enable_gqa=enable_gqa)
-        return self.owner.attend(self, query, key, value, attn_mask, scale)
+        if self.parallel is None:
+            return self.owner.attend(self, query, key, value, attn_mask, scale)
+        return self._attend_in_parallel(query, key, value, attn_mask, scale)
+
+    def _attend_in_parallel(self, query, key, value, mask, scale) -> Tensor:
+        config, num_text = self.parallel
+        length, device = query.shape[2], query.device
+        shards = parallel.find_shards(config, length, num_text, self.text_first, device)
+
+        def attention(q, k, v, mask, mine):
+            return self.owner.attend(self, q, k, v, mask, scale, mine)
+
+        return parallel.attend(config, shards, attention, query, key, value, mask)
 
     @contextmanager
     def native(self) -> Iterator[None]:
@@ -154,28 +172,32 @@ def _route(base: type) -> str:
 
 def _namespace(base: type) -> dict[str, object]:
     """What the subclass of a processor class has of its own."""
-    call, route = base.__call__, _route(base)
+    names = list(inspect.signature(base.__call__).parameters)[1:]
 
-    @functools.wraps(call)
+    @functools.wraps(base.__call__)
     def __call__(self, *args, **kwargs):
-        layer = owner(self)
+        # read anew: others put functions of theirs into the class, and take them out again
+        layer, call = owner(self), base.__call__
         if layer is None:
             return call(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             with layer:
                 out = call(self, *args, **kwargs)
-            return _checked_when_it_runs(out, layer) if _loses_gradient(self, out) else out
-        before = layer.hits
-        with layer.native() if route == "global" else nullcontext(), layer:
+            config = context_parallel(self, layer.model)
+            return out if config is None else _checked(out, layer, _num_text(names, args, kwargs))
+        before, config = layer.hits, context_parallel(self, layer.model)
+        layer.parallel = None if config is None else (config, _num_text(names, args, kwargs))
+        with layer.native() if _route(base) == "global" else nullcontext(), layer:
             out = call(self, *args, **kwargs)
         if layer.hits == before:
             layer.owner.skipped(layer, allowed=False)
-        if _loses_gradient(self, out):
-            layer.owner.check_gradient(layer)
         return out
 
-    if route != "own":
-        return {"__call__": __call__}
+    namespace = {"__call__": __call__}
+    if hasattr(base, "_parallel_config"):
+        namespace["_parallel_config"] = _hidden("_parallel_config", None)
+    if _route(base) != "own":
+        return namespace
 
     def read(self):
         # diffusers always sees the native backend, which leads to the function that we catch
@@ -187,20 +209,45 @@ def _namespace(base: type) -> dict[str, object]:
         else:
             layer.chosen_backend = backend
 
-    return {"__call__": __call__, "_attention_backend": property(read, store)}
+    return namespace | {"_attention_backend": property(read, store)}
 
 
-def _loses_gradient(processor: object, out: Tensor | tuple) -> bool:
-    """Whether the gradient of what a processor gave is that of dense attention in any case."""
+def _checked(out: Tensor | tuple, layer: Layer, num_text: int) -> Tensor | tuple:
+    """What diffusers' own operators of context parallelism gave, which are compiled.
+
+    Raises:
+        RuntimeError: with text in the sequence, which they leave beside each part of the video; and
+            when it runs, for a gradient of a sparse call, as theirs is that of dense attention.
+    """
     first = out[0] if isinstance(out, tuple) else out
-    return first.requires_grad and context_parallel(processor) is not None
+    if num_text:
+        raise RuntimeError(
+            f"{layer.name} joins text to the video, which is wrong when it is compiled under "
+            "context parallelism: run it without torch.compile"
+        )
+    if not first.requires_grad:
+        return out
+    first = torch.ops.vidattn.check_gradient(first, layer.number)
+    return (first, *out[1:]) if isinstance(out, tuple) else first
 
 
-def _checked_when_it_runs(out: Tensor | tuple, layer: Layer) -> Tensor | tuple:
-    """The same, but whether the call was sparse is known at every step anew."""
-    if isinstance(out, tuple):
-        return torch.ops.vidattn.check_gradient(out[0], layer.number), *out[1:]
-    return torch.ops.vidattn.check_gradient(out, layer.number)
+def _hidden(name: str, shown: object) -> property:
+    """An attribute that diffusers sees only where we are not at work, or where a compiler is."""
+
+    def read(self):
+        is_ours = owner(self) is not None and not torch.compiler.is_compiling()
+        return shown if is_ours else self.__dict__.get(name)
+
+    def store(self, value):
+        self.__dict__[name] = value
+
+    return property(read, store)
+
+
+def _num_text(names: list[str], args: tuple, kwargs: dict) -> int:
+    """Text tokens that a processor is given to join to those of the video."""
+    text = {**dict(zip(names, args)), **kwargs}.get("encoder_hidden_states")
+    return 0 if text is None else text.shape[1]
 
 
 def _scores_are_skipped() -> bool:

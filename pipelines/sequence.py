@@ -49,6 +49,7 @@ def find_video(
     k: Tensor,
     mask: Tensor | None,
     scale: float | None,
+    model: nn.Module,
 ) -> Call:
     """Find the video among the (B, H, S, D) queries of a layer.
 
@@ -75,4 +76,4 @@ def find_video(
     grid = Grid(t, h, w, text=beside, text_first=bool(before) and not num_moved)
     if keys is not None and num_moved:
         keys = keys.roll(-num_moved, 1)
-    return Call(grid, num_moved, keys, scale, heads_here(module, q))
+    return Call(grid, num_moved, keys, scale, heads_here(module, q, model))

@@ -45,8 +45,7 @@ class Site:
             raise ValueError(
                 f"{type(model).__name__} has no layer to patch: none is called {family.layers!r}"
             )
-        paired = family.paired_mask
-        self.layers = [Layer(path, i, self, paired) for i, (path, _) in enumerate(self.modules)]
+        self.layers = [Layer(path, i, self, model) for i, (path, _) in enumerate(self.modules)]
         self.num_guarded = settings.schedule.guard.num_layers(len(self.layers))
         self.plans = Plans(name, settings)
         self.passes = Passes(name, settings)
@@ -126,8 +125,14 @@ class Site:
                 "patch with strict=False and see report()"
             )
 
-    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale) -> Tensor:
-        """(B, H, S, D) attention of a layer: sparse, or dense where a guard says so."""
+    def attend(
+        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, mine: Tensor | None = None
+    ) -> Tensor:
+        """(B, H, S, D) attention of a layer: sparse, or dense where a guard says so.
+
+        Args:
+            mine: (S,) bool, the queries of which the outputs are wanted; None for all.
+        """
         current = self.passes.current()
         current.ran.add(layer.index)
         why, call, plan, parts = self._why_dense(layer, current), None, None, ()
@@ -143,9 +148,9 @@ class Site:
                 why, plan = f"dense is faster above density {limit:.2f} on this GPU", None
         start, engines = Stopwatch.now(q.device), ()
         if plan is None:
-            out = layer.dense(q, k, v, mask, scale)
+            out = _dense(layer, q, k, v, mask, scale, mine)
         else:
-            out, engines = self._sparse(q, k, v, plan, call)
+            out, engines = self._sparse(q, k, v, plan, call, mine)
         # what is run again for the backward pass is no call of the model
         if not is_backward():
             density = None if plan is None else plan.density
@@ -158,7 +163,7 @@ class Site:
     ) -> Call:
         """What a call of a layer is about (see ``sequence``)."""
         module = self.modules[layer.index][1]
-        return find_video(self.family, module, current, q, k, mask, scale)
+        return find_video(self.family, module, current, q, k, mask, scale, self.model)
 
     def skipped(self, layer: Layer, allowed: bool) -> None:
         """A layer ran without attending."""
@@ -189,9 +194,9 @@ class Site:
         """
         if self._why_dense(layer, self.passes.current()) is None:
             raise RuntimeError(
-                f"{self.name}.{layer.name} has no gradient of sparse attention: the backward pass "
-                "of diffusers' context parallelism attends densely. Train in one process for each "
-                "sample, or run under torch.no_grad()"
+                f"{self.name}.{layer.name} has no gradient of sparse attention: diffusers' context "
+                "parallelism, compiled, attends densely in the backward pass. Run without "
+                "torch.compile, or under torch.no_grad()"
             )
 
     def _note(self, layer: Layer, why: str) -> None:
@@ -224,16 +229,25 @@ class Site:
         return self.plans.plan(parts, layer.index, current, call, q, k), parts
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, call: Call
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, call: Call, mine: Tensor | None
     ) -> tuple[Tensor, tuple[str, ...]]:
         """Attention by a plan, and the engines that it ran on."""
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
+        if mine is not None:
+            plan = plan.of_queries(mine.roll(-call.num_moved))
         q, k, v = map(call.to_grid, (q, k, v))
         given = {"scale": call.scale, "key_mask": call.keys}
         out = attend(q, k, v, plan, **given)
         return call.from_grid(out), engines_of(q, k, v, plan, **given)
+
+
+def _dense(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, mine) -> Tensor:
+    if mine is None:
+        return layer.dense(q, k, v, mask, scale)
+    rows = mine.nonzero()[:, 0]
+    return torch.zeros_like(q).index_copy(2, rows, layer.dense(q[:, :, rows], k, v, mask, scale))
 
 
 def _why_not_caught() -> str:

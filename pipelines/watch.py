@@ -71,7 +71,9 @@ class _Tap:
         self.skipped, self.cannot = site.skipped, site.cannot
         self.check_gradient = site.check_gradient
 
-    def attend(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale) -> Tensor:
+    def attend(
+        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, mine: Tensor | None = None
+    ) -> Tensor:
         """(B, H, S, D) attention of a layer, as the site computes it."""
         site, current = self._site, self._site.passes.current()
         step = current.step
@@ -79,4 +81,4 @@ class _Tap:
         qkv = (call.to_grid(x.detach()) for x in (q, k, v))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         self._look(Sight(site.name, layer.index, step, call.grid, *qkv, factor, call.keys))
-        return site.attend(layer, q, k, v, mask, scale)
+        return site.attend(layer, q, k, v, mask, scale, mine)

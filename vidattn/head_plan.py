@@ -176,6 +176,9 @@ class HeadPlan(AnyPlan):
         figures |= {"density": self.density, "visited_density": self.visited_density}
         return figures | {name: sum(part[name] for part in parts) for name in sums}
 
+    def of_queries(self, wanted: Tensor) -> HeadPlan:
+        return replace(self, plans=tuple(plan.of_queries(wanted) for plan in self.plans))
+
     def with_precision(self, precision: str | None) -> HeadPlan:
         plans = tuple(plan.with_precision(precision) for plan in self.plans)
         return replace(self, plans=plans)

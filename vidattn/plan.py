@@ -89,6 +89,10 @@ class AnyPlan(ABC):
         """Figures worth printing: densities, blocks and memory."""
 
     @abstractmethod
+    def of_queries(self: Kind, wanted: Tensor) -> Kind:
+        """The plan of query blocks with any of the (S,) bool ``wanted``; others read nothing."""
+
+    @abstractmethod
     def with_precision(self: Kind, precision: str | None) -> Kind:
         """The same plan with its products in another precision, which has no gradient but for None.
 
@@ -231,6 +235,9 @@ class Plan(AnyPlan):
             "precision": self.precision or "of the inputs",
             "memory_mib": sum(x.nbytes for x in (self.lists, *beside)) / 2**20,
         }
+
+    def of_queries(self, wanted: Tensor) -> Plan:
+        return replace(self, lists=self.lists.of_queries(wanted))
 
     def with_precision(self, precision: str | None) -> Plan:
         return replace(self, precision=precision)

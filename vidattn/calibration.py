@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vidattn.grid import Grid, Size
 from vidattn.reorder import order_mass, order_scores, select_blocks
+from vidattn.selection import first_best
 from vidattn.steady import steadily
 
 KEY = "vidattn.calibration"
@@ -126,7 +127,7 @@ class Calibrator:
             raise ValueError(f"calibration runs must share one grid: {self._size}, {grid.size}")
         self._size, given = grid.size, {"scale": scale, "key_mask": key_mask}
         if layer not in self._orders:
-            self._orders[layer] = order_scores(grid, q, k, self.block, **given).argmax(0)
+            self._orders[layer] = first_best(order_scores(grid, q, k, self.block, **given))
         mass = order_mass(grid, q, k, self.block, self._orders[layer], **given).sum(0).cpu()
         key = layer, min(step, self.steps - 1)
         self._mass[key] = self._mass[key] + mass if key in self._mass else mass

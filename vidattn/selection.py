@@ -10,6 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# scores that are nearer than this, relative to the best, may be parted by rounding alone
+TIE = 1e-5
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """Where along the first axis the best scores are, by index where rounding alone parts them.
+
+    What is rounded hangs on what else is computed in the same product: heads and samples beside.
+    """
+    best = scores.amax(0)
+    return (scores >= best - TIE * best.abs()).int().argmax(0)
+
 
 def select_count(scores: Tensor, count: int) -> Tensor:
     """The ``count`` best entries of every row as bool of the shape of ``scores``.

@@ -136,6 +136,17 @@ def test_recall_is_that_of_the_bands_or_more(share, sink):
     assert (ours - theirs).min() > (0 if sink else -0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ways_that_rounding_alone_parts(dtype):
+    """Queries of zero keep as much in every way, and a head is planned alone as beside others."""
+    method, found = Svg(density=0.4, rows=1, tile=(1, 3, 2)), []
+    for heads in range(1, 7):
+        content = Reading(*torch.zeros(2, 1, heads, 99, 8, dtype=dtype))
+        found.append(method.plan(Grid(11, 3, 3), content).mask().expand(1, heads, -1, -1))
+    for masks in found:
+        assert torch.equal(masks, found[0].expand_as(masks))
+
+
 @pytest.mark.parametrize("options", [{"density": 0.0}, {"rows": 0}], ids=str)
 def test_bad_options(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):

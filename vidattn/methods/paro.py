@@ -25,6 +25,7 @@ from vidattn.plan import AnyPlan
 from vidattn.reading import Memory, Reading
 from vidattn.registry import unknown
 from vidattn.reorder import order_mass, order_scores, ordered_plan, select_blocks
+from vidattn.selection import first_best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ class Paro(Method):
         given = {"scale": content.scale, "key_mask": content.key_mask}
         orders = content.memory
         if orders is None or len(orders) != q.shape[1]:
-            orders = order_scores(grid, q, k, self.block, **given).argmax(0)
+            orders = first_best(order_scores(grid, q, k, self.block, **given))
         mass = order_mass(grid, q, k, self.block, orders, **given)
         blocks = select_blocks(grid, mass, self.block, self.density)
         return ordered_plan(grid, blocks, self.block, orders), orders

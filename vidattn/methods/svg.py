@@ -29,7 +29,7 @@ from vidattn.grid import Grid, Size, tile_layout_on
 from vidattn.method import check_share
 from vidattn.plan import Plan
 from vidattn.sampled import sample, sampled_attention
-from vidattn.selection import select_share
+from vidattn.selection import first_best, select_share
 from vidattn.tile_size import fit_tile
 from vidattn.tiles import by_tile, distances, tile_counts
 
@@ -74,7 +74,7 @@ class Svg(ContentMethod):
         """The pattern of each head."""
         grid, sinks = content.grid, (False, True) if self.sink is None else (self.sink,)
         patterns = _patterns(grid, self.tile_of(grid), self.density, sinks, content.q.device)
-        best = _kept(content, patterns, self.rows).argmax(0)
+        best = first_best(_kept(content, patterns, self.rows))
         return content.plan(patterns[best]), None
 
 

@@ -2,8 +2,9 @@
 
 Each held-out prompt and seed is generated densely, and again with every method at every density,
 from the same latents. A line is written for each finished clip, so a run that was stopped goes on
-where it was. Writes quality.json and quality.md, and a plot. The full run is --prompts 16 --seeds 3
-at 33 frames; --minutes makes as much of it as fits.
+where it was. Writes quality.json, quality.md and two plots; --redraw makes the last three anew from
+the first. The full run is --prompts 16 --seeds 3 at 33 frames; --minutes makes as much of it as
+fits.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from pathlib import Path
 
 import torch
 from density_choices import add_density_arguments, choices_at, plain_label
-from quality_report import Compared, draw, summarize, to_markdown
+from quality_plot import draw_frontier, draw_methods
+from quality_report import Compared, summarize, to_markdown
 from safetensors.torch import load_file, save_file
 from t2v.data import held_out_prompts
 
@@ -33,7 +35,7 @@ from vidattn.commands.compare import plan_density
 from vidattn.commands.folder import find_model
 from vidattn.commands.likeness import Measure, choose_measures
 from vidattn.commands.model import load_pipeline
-from vidattn.commands.output import writable_file, writable_folder, write_atomically, write_json
+from vidattn.commands.output import writable_folder, write_atomically, write_json
 from vidattn.commands.request import Request, resolve
 from vidattn.fidelity import fidelity
 from vidattn.flags.values import positive_int
@@ -51,8 +53,23 @@ QUICK = {"prompts": 1, "seeds": 1, "frames": 9, "side": 64, "steps": 2, "densiti
 def main() -> None:
     """Generate what is missing, then write the report."""
     args = parse()
-    work, out = writable_folder(args.work, "--work"), writable_folder(args.out, "--out")
-    setting = setting_of(args)
+    out = writable_folder(args.out, "--out")
+    if args.redraw:
+        report = json.loads((out / "quality.json").read_text(encoding="utf-8"))
+    else:
+        report = make_report(args)
+        write_json(out / "quality.json", report)
+    with write_atomically(out / "quality.md") as partial:
+        partial.write_text(to_markdown(report), encoding="utf-8")
+    for name, draw in (("quality", draw_frontier), ("quality_methods", draw_methods)):
+        with write_atomically(out / f"{name}.png") as partial:
+            draw(report).savefig(partial)
+    print(f"wrote {out / 'quality'}.json, .md and .png, and {out / 'quality_methods.png'}")
+
+
+def make_report(args: argparse.Namespace) -> dict[str, object]:
+    """Generate what is missing, and sum all of it up."""
+    work, setting = writable_folder(args.work, "--work"), setting_of(args)
     choices = choices_at(args.densities, grid_of(args), args.methods, args.plain)
     choices += args.schedule
     check_setting(work, setting)
@@ -66,18 +83,11 @@ def main() -> None:
         jobs = [pool.submit(run_pair, args, choices, x, seed, deadline) for seed, x in pairs]
         for job in jobs:
             job.result()
-    lines = list(read_lines(work))
-    compared = [Compared(x, y.label, plain_label(y)) for x, y in choices]
-    report = summarize(lines, compared)
+    report = summarize(read_lines(work), [Compared(x, y.label, plain_label(y)) for x, y in choices])
     report |= {"setting": setting, "asked": [args.prompts, args.seeds]}
     report["command"] = shlex.join(["python", "scripts/bench_quality.py", *sys.argv[1:]])
     report["hardware"] = hardware() | {"torch": torch.__version__}
-    write_json(out / "quality.json", report)
-    with write_atomically(out / "quality.md") as partial:
-        partial.write_text(to_markdown(report), encoding="utf-8")
-    with write_atomically(writable_file(args.plot, (".png",), "--plot")) as partial:
-        draw(report | summarize(lines, compared, alike=True)).savefig(partial)
-    print(f"wrote {out / 'quality'}.json and .md, and {args.plot}")
+    return report
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -101,8 +111,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=positive_int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
-    parser.add_argument("--plot", type=Path, default=Path("assets/quality.png"))
     parser.add_argument("--quick", action="store_true", help="one short clip of each")
+    parser.add_argument("--redraw", action="store_true", help="table and plots of quality.json")
     add_model_arguments(parser)
     parser.set_defaults(threads=1)
     if parser.parse_known_args(argv)[0].quick:

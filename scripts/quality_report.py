@@ -1,14 +1,12 @@
-"""The table and the plot of scripts/bench_quality.py, from the figures of single clips."""
+"""The table of scripts/bench_quality.py, from the figures of single clips."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from vidattn.commands.likeness import MEASURES
-from vidattn.draw import FAINT, INK
 from vidattn.perception.fvd import frechet_distance
 
 NUM_RESAMPLES = 2000
@@ -16,11 +14,6 @@ TITLES = {measure.key: measure.column for measure in MEASURES.values()}
 FORMS = {measure.key: measure.form for measure in MEASURES.values()}
 # what a bootstrap interval is given for; FVD is one figure about all clips
 PER_CLIP = [key for key in TITLES if key != "fvd"]
-COLOURS = (
-    *("#1f5fa8", "#f2571f", "#2b9348", "#8e44ad", "#c9a227", "#d6336c", "#0c8599"),
-    *("#7f5539", "#5f3dc4", "#66a80f", "#e8590c", "#495057", "#74c0fc", "#ff8787"),
-    *("#212529", "#b197fc"),
-)
 NOTES = """\
 density: kept pairs over all pairs of video tokens in the sparse calls; in all: with the dense
 layers and steps. recall: share of dense attention's mass on the pairs that are read; error: of an
@@ -48,9 +41,7 @@ class Compared:
     plain: str | None = None
 
 
-def summarize(
-    lines: Iterable[dict], choices: Sequence[Compared], *, alike: bool = False
-) -> dict[str, object]:
+def summarize(lines: Iterable[dict], choices: Sequence[Compared]) -> dict[str, object]:
     """Means and intervals of every method, and what the others say they cannot do.
 
     The plain methods of one density are compared over the prompts and seeds that all of them have,
@@ -58,8 +49,6 @@ def summarize(
 
     Args:
         lines: the results of ``bench_quality``, in any order.
-        alike: whether all densities are compared over the same clips, so that lines between them
-            mean something.
     """
     labels = {choice.label for choice in choices}
     lines = [line for line in lines if line["label"] in labels]
@@ -74,7 +63,7 @@ def summarize(
     for asked in sorted({choice.asked for choice in possible}):
         some = [x for x in possible if x.asked == asked]
         plain = [x.label for x in some if not x.plain]
-        pairs = _shared(clips, [x.label for x in possible if not x.plain] if alike else plain)
+        pairs = _shared(clips, plain)
         rows += [_row(asked, [clips[x][pair] for pair in pairs], attention) for x in plain if pairs]
         rectified = [x for x in some if x.plain]
         pairs = _shared(clips, [label for x in rectified for label in (x.label, x.plain)])
@@ -187,53 +176,3 @@ def _cell(form: str, figure: dict) -> str:
         return mean
     low, high = (form.format(x).removesuffix(" dB") for x in limits)
     return f"{mean} ({low} to {high})"
-
-
-def draw(report: dict) -> Figure:
-    """PSNR and SSIM over density, a line for every method, dashed where it is rectified."""
-    figure = Figure(figsize=(12.5, 5.6), facecolor="white", dpi=130)
-    axes = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.055, right=0.83, top=0.88, bottom=0.11, wspace=0.17)
-    methods = sorted({row["method"] for row in report["rows"]})
-    for panel, key, title in zip(axes, ("psnr_db", "ssim"), ("PSNR, dB", "SSIM")):
-        for i, method in enumerate(methods):
-            for rectify in (False, True):
-                rows = [
-                    row
-                    for row in report["rows"]
-                    if (row["method"], row["rectify"]) == (method, rectify)
-                ]
-                if rows:
-                    _line(panel, rows, key, COLOURS[i % len(COLOURS)], rectify)
-        panel.set_title(title, loc="left", color=INK, size=11, weight="bold")
-        panel.set_xlabel("density: share of the pairs of video tokens read", color=FAINT, size=9)
-        panel.tick_params(colors=FAINT, labelsize=8.5)
-        panel.grid(color="#e9edf2", linewidth=0.8)
-        panel.set_axisbelow(True)
-        for spine in panel.spines.values():
-            spine.set_visible(False)
-    handles, words = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, words, loc="center left", bbox_to_anchor=(0.84, 0.5), frameon=False,
-        fontsize=8.5, labelcolor=INK,
-    )  # fmt: skip
-    counts = {len(row["clips"]) for row in report["rows"]} or {0}
-    count = "-".join(map(str, sorted({min(counts), max(counts)})))
-    figure.text(
-        0.055, 0.95, f"Likeness to the dense clip, {count} clips of "
-        f"{report['setting']['frames']} frames to a point, 95 % intervals", color=FAINT, size=9,
-    )  # fmt: skip
-    return figure
-
-
-def _line(panel, rows: Sequence[dict], key: str, colour: str, rectify: bool) -> None:
-    rows = sorted(rows, key=lambda row: row["density"])
-    x, y = [row["density"] for row in rows], [row[key]["mean"] for row in rows]
-    limits = [row[key]["interval"] or [row[key]["mean"]] * 2 for row in rows]
-    spread = np.abs(np.array(limits).T - np.array(y))
-    panel.errorbar(
-        x, y, yerr=spread, color=colour, ecolor=f"{colour}55", linewidth=1.4, markersize=4.5,
-        linestyle="--" if rectify else "-", marker="s" if rectify else "o",
-        markerfacecolor="white" if rectify else colour,
-        label=rows[0]["method"] + (", rectified" if rectify else ""),
-    )  # fmt: skip

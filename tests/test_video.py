@@ -1,8 +1,10 @@
 """Video files, and videos beside each other."""
 
 import imageio.v2 as imageio
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from tests.cli_cases import frames_of
@@ -24,8 +26,20 @@ def test_a_written_video_looks_like_its_frames(size, tmp_path):
     assert len(read) == 5 and read[0].shape == (size[0] + size[0] % 2, size[1] + size[1] % 2, 3)
     means = torch.stack([frame.float().mean() / 255 for frame in read])
     assert_close(means, torch.linspace(0, 1, 5), atol=0.02, rtol=0)
-    with pytest.raises(ValueError, match=".mp4 or .gif"):
+    with pytest.raises(ValueError, match=".mp4, .gif or .webp"):
         write_video(tmp_path / "x.avi", frames, fps=5)
+
+
+def test_a_picture_that_moves_holds_every_frame_and_its_time(tmp_path):
+    frames = torch.linspace(0, 1, 5)[:, None, None, None].expand(5, 3, 16, 24)
+    write_video(tmp_path / "x.webp", frames, fps=10)
+    with Image.open(tmp_path / "x.webp") as picture:
+        assert (picture.size, picture.n_frames, picture.info["loop"]) == ((24, 16), 5, 0)
+        for i, value in enumerate(torch.linspace(0, 255, 5)):
+            picture.seek(i)
+            mean = torch.from_numpy(np.array(picture.convert("RGB"))).float().mean()
+            assert_close(mean, value, atol=4, rtol=0)
+            assert picture.info["duration"] == 100
 
 
 def test_videos_beside_each_other_keep_their_colors():

@@ -18,7 +18,7 @@ INK, PAPER = (24, 30, 42), (255, 255, 255)
 
 
 def write_video(path: Path, frames: Tensor, *, fps: float) -> None:
-    """Write an mp4 (H.264) or a gif, by the ending of ``path``.
+    """Write an mp4 (H.264), a gif or an animated WebP, by the ending of ``path``.
 
     An odd height or width is padded by one repeated line, as H.264 needs; nothing is rescaled.
 
@@ -31,11 +31,11 @@ def write_video(path: Path, frames: Tensor, *, fps: float) -> None:
     import imageio.v2 as imageio
 
     ending = path.suffix.lower()
-    if ending not in (".mp4", ".gif"):
-        raise ValueError(f"a video is written as .mp4 or .gif, got '{path.name}'")
+    if ending not in (".mp4", ".gif", ".webp"):
+        raise ValueError(f"a video is written as .mp4, .gif or .webp, got '{path.name}'")
     pictures = to_bytes(frames)
-    if ending == ".gif":
-        _write_gif(path, pictures, fps)
+    if ending != ".mp4":
+        _write_loop(path, pictures, fps)
         return
     height, width = pictures.shape[1:3]
     pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -46,25 +46,24 @@ def write_video(path: Path, frames: Tensor, *, fps: float) -> None:
             writer.append_data(picture)
 
 
-def _write_gif(path: Path, pictures: np.ndarray, fps: float) -> None:
+def _write_loop(path: Path, pictures: np.ndarray, fps: float) -> None:
+    """A picture that moves again and again."""
     from PIL import Image
 
     images = [Image.fromarray(picture) for picture in pictures]
-    # one palette for all frames, or the colors flicker
-    palette = Image.fromarray(np.concatenate(pictures[:: max(1, len(pictures) // 6)]))
-    palette = palette.quantize(128)
-    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    kind, options = path.suffix[1:].upper(), {"quality": 85, "method": 4}
+    if kind == "GIF":
+        # one palette for all frames, or the colors flicker
+        palette = Image.fromarray(np.concatenate(pictures[:: max(1, len(pictures) // 6)]))
+        palette = palette.quantize(128)
+        images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+        options = {"optimize": True}
     # browsers slow down frames shorter than 20 ms
     duration_ms = max(20, round(1000 / fps))
     images[0].save(
-        path,
-        format="GIF",
-        save_all=True,
-        append_images=images[1:],
-        duration=duration_ms,
-        loop=0,
-        optimize=True,
-    )
+        path, format=kind, save_all=True, append_images=images[1:], duration=duration_ms, loop=0,
+        **options,
+    )  # fmt: skip
 
 
 def to_bytes(frames: Tensor) -> np.ndarray:

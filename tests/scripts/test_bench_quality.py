@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 bench = importlib.import_module("bench_quality")
 choices = importlib.import_module("density_choices")
 report = importlib.import_module("quality_report")
+plot = importlib.import_module("quality_plot")
 
 SMALL = ("--prompts", "2", "--seeds", "1", "--frames", "9", "--side", "64", "--steps", "2")
 
@@ -50,7 +51,7 @@ class Pool:
 
 def run(model, folder, monkeypatch, *flags):
     argv = ["bench_quality.py", "--model", str(model), "--work", str(folder / "work")]
-    argv += ["--out", str(folder), "--plot", str(folder / "quality.png"), "--metrics", "psnr,ssim"]
+    argv += ["--out", str(folder), "--metrics", "psnr,ssim"]
     monkeypatch.setattr(sys, "argv", [*argv, *SMALL, *flags])
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(bench, "print", lambda *words: None, raising=False)
@@ -81,7 +82,15 @@ def test_a_small_run_is_written_and_goes_on(model, tmp_path, monkeypatch):
     assert [again["rows"][i] for i in (0, 2)] == first["rows"] and len(again["rows"]) == 3
     text = (tmp_path / "quality.md").read_text()
     assert f"| {row['recall']:.3f} |" in text and "2 of 2 held-out prompts" in text
-    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    plots = [tmp_path / "quality.png", tmp_path / "quality_methods.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots)
+
+    for path in (tmp_path / "quality.md", *plots):
+        path.unlink()
+    monkeypatch.setattr(bench, "make_report", None)
+    assert run(model, tmp_path, monkeypatch, "--redraw") == again
+    assert (tmp_path / "quality.md").read_text() == text and all(map(Path.exists, plots))
+    monkeypatch.undo()
 
     with pytest.raises(ValueError, match="another setting.*'steps': \\(2, 3\\)"):
         run(model, tmp_path, monkeypatch, "--steps", "3")
@@ -164,8 +173,6 @@ def test_only_clips_that_all_methods_have_are_compared():
     assert rows["a"]["clips"] == rows["b"]["clips"] == [[0, 0], [1, 0]]
     assert len(rows["e"]["clips"]) == 3
     assert [row["psnr_db"]["mean"] for row in rows.values()] == [3.0, 5.0, 0.5]
-    alike = report.summarize(lines, asked, alike=True)["rows"]
-    assert {tuple(map(tuple, row["clips"])) for row in alike} == {((0, 0), (1, 0))}
 
 
 def test_rectified_clips_are_compared_with_the_same_plain_ones():
@@ -180,6 +187,43 @@ def test_rectified_clips_are_compared_with_the_same_plain_ones():
     text = report.to_markdown({"rows": found, "errors": {}, "asked": [4, 1]} | FRAME)
     assert "| `a+` | 0.500 | 0.600 | 7.50 (2.00 to 13.00) | +2.50 dB (+2.00 to +3.00) |" in text
     assert "Rectified: 2 clips of each method, of 2 of 4 held-out prompts" in text
+
+
+def figure_row(method, asked, psnr, clips=((0, 0),), rectify=False):
+    figure = {"mean": psnr, "interval": [psnr - 1, psnr + 1]}
+    row = {"method": method, "asked": asked, "density": asked, "rectify": rectify}
+    return row | {"clips": [list(x) for x in clips], "psnr_db": figure, "ssim": figure}
+
+
+def test_the_best_of_each_kind_is_drawn_under_its_name():
+    rows = [figure_row("topk", 0.2, 20), figure_row("adaspa", 0.2, 30), figure_row("svg", 0.4, 35)]
+    rows += [figure_row("radial", 0.2, 25), figure_row("radial", 0.2, 28, rectify=True)]
+    rows += [figure_row("schedule", 0.4, 40)]
+    assert [row["method"] for row in plot.best(rows[:3], "psnr_db")] == ["adaspa", "svg"]
+    panel = plot.draw_frontier({"rows": rows} | FRAME).axes[0]
+    words = {text.get_text() for text in panel.texts}
+    assert words == {
+        "by content: adaspa and svg", "pattern of the grid: radial", "pattern, rectified: radial",
+        "mixed by head: tuned schedule", "dense: no difference",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_points_are_joined_where_they_are_of_the_same_clips(alike):
+    rows = [figure_row("topk", 0.2, 20), figure_row("topk", 0.4, 30, [(0, 0 if alike else 1)])]
+    figure = plot.draw_methods({"rows": rows} | FRAME)
+    assert [panel.get_title("left") for panel in figure.axes] == ["topk"]
+    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    others = lines.pop(0)
+    assert others == [[0.2, 20], [0.4, 30]]
+    assert ([[0.2, 20], [0.4, 30]] in lines) == alike
+    assert [[0.2, 19], [0.2, 21]] in lines and [[0.4, 30]] in lines
+
+
+def test_names_do_not_overlap():
+    assert plot.spread([1, 5, 9], 1) == [1, 5, 9]
+    assert plot.spread([1, 1, 2, 9], 2) == pytest.approx([-2 / 3, 4 / 3, 10 / 3, 9])
+    assert plot.spread([0, 1.5, 1.5], 1) == pytest.approx([0, 1, 2])
 
 
 def test_fvd_is_of_all_clips_together():

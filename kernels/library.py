@@ -174,6 +174,27 @@ def gather(rest: tuple, num_tokens: int) -> tuple:
     return lists, *rest[_NUM_LISTS:]
 
 
+def mask_of(lists: BlockLists, num_tokens: int) -> Tensor:
+    """``lists.mask(num_tokens)``, as an operator where a compiler traces: it depends on values."""
+    if not torch.compiler.is_compiling():
+        return lists.mask(num_tokens)
+    return torch.ops.vidattn.mask(num_tokens, *flatten(lists))
+
+
+_mask = torch.library.custom_op(
+    "vidattn::mask",
+    lambda num_tokens, *rest: gather(rest, num_tokens)[0].mask(num_tokens),
+    mutates_args=(),
+    schema=f"(int num_tokens, {LISTS}) -> Tensor",
+)
+
+
+@_mask.register_fake
+def _(num_tokens, *rest):
+    order, (_, batch, heads, _) = rest[0], rest[_NUM_TENSORS:]
+    return order.new_empty(batch, heads, num_tokens, num_tokens, dtype=torch.bool)
+
+
 def _is_of(lists: BlockLists, tensors: tuple, numbers: tuple) -> bool:
     return _numbers(lists) == numbers and all(a is b for a, b in zip(_tensors(lists), tensors))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.library import mask_of
 
 TAKES = ("scale", "key_mask")
 
@@ -35,7 +36,7 @@ def attention(
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    mask = lists.mask(q.shape[2])
+    mask = mask_of(lists, q.shape[2])
     if key_mask is not None:
         mask = mask & key_mask[:, None, None]
     return masked_attention(q, k, v, mask, scale)

@@ -191,11 +191,14 @@ def test_a_forward_derivative_is_refused_in_words():
 @pytest.mark.parametrize(
     ("name", "backend", "dtype"),
     [
-        *itertools.product(("topk", "cluster", "strided"), ("auto", "torch"), (torch.float32,)),
+        *itertools.product(
+            ("topk", "cluster", "strided"), ("auto", "torch", "reference"), (torch.float32,)
+        ),
+        ("neighborhood", "reference", torch.float32),
         ("topk", "torch", torch.bfloat16),
     ],
 )
-def test_attention_with_a_plan_from_content_is_one_graph(name, backend, dtype):
+def test_attention_is_one_graph(name, backend, dtype):
     q, k, v = random_inputs(GRID, dtype=dtype)[:3]
     plan = vidattn.plan(name, GRID, q, k)
 

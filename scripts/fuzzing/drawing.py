@@ -111,9 +111,6 @@ def _draw_engine(rng: Random, case: Case) -> dict:
         return {"dtype": "float16" if case.dtype == "float16" else "float32"}
     if engine == "cpp" and case.dtype == "float64":
         return {"dtype": "float32"}
-    if engine == "reference" and case.kind == "compile":
-        # its mask depends on the numbers in the lists
-        return {"engine": "auto"}
     return {}
 
 

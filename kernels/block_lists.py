@@ -6,6 +6,7 @@ block, M distinct masks.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,10 @@ from vidattn.kernels.box import Box
 # what hides a pair when added to its score: below every real score, and finite, so that the largest
 # score of a row that sees nothing can be subtracted
 HIDDEN = -1e28
+
+
+# lists that are alive, with what engines derived from them, by the id of their key_block
+_alive: weakref.WeakValueDictionary[int, BlockLists] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +46,14 @@ class BlockLists:
     masks: Tensor | None = None  # (M, n, n) bool, query by key
     # what an engine derives from the lists once; never changes a result
     cache: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        self.remember()
+
+    def remember(self) -> None:
+        """Let ``find`` find these lists, of all that share a ``key_block``."""
+        if not torch.compiler.is_compiling():
+            _alive[id(self.key_block)] = self
 
     @property
     def num_blocks(self) -> int:
@@ -247,6 +260,12 @@ class BlockLists:
         held = {name: getattr(self, name) for name in names}
         moved = {name: None if x is None else x.to(device) for name, x in held.items()}
         return replace(self, order=order, **moved)
+
+
+def find(key_block: Tensor) -> BlockLists | None:
+    """The lists that were made, or remembered, last with this very tensor, if any are alive."""
+    lists = _alive.get(id(key_block))
+    return None if lists is None or lists.key_block is not key_block else lists
 
 
 def partial_mask(lists: BlockLists, rows: Tensor, entries: Tensor) -> Tensor:

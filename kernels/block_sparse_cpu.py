@@ -100,6 +100,7 @@ def missing(dtype: torch.dtype) -> str | None:
     return None
 
 
+@lru_cache
 def instruction_sets() -> tuple[str, ...]:
     """Those of ``SETS`` that this processor has, best first."""
     level = torch.backends.cpu.get_cpu_capability()

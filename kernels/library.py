@@ -6,13 +6,13 @@ Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n s
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable
+from operator import is_
 
 import torch
 from torch import Tensor
 
-from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.block_lists import BlockLists, find
 from vidattn.kernels.box import Box
 from vidattn.kernels.derivatives import FORWARD, once, refuse_transforms
 
@@ -24,8 +24,6 @@ LISTS = (
 )
 REST = "float scale, Tensor? key_mask, Tensor? key_bias"
 _NUM_LISTS, _NUM_TENSORS = LISTS.count(",") + 1, LISTS.count("Tensor")
-# lists that are alive, with what engines derived from them, by the id of their key_block
-_alive: weakref.WeakValueDictionary[int, BlockLists] = weakref.WeakValueDictionary()
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, ...]]
@@ -137,8 +135,7 @@ def _keep(ctx, inputs, output):
 
 def flatten(lists: BlockLists) -> tuple:
     """The arguments ``LISTS`` of an operator."""
-    if not torch.compiler.is_compiling():
-        _alive[id(lists.key_block)] = lists
+    lists.remember()
     return *_tensors(lists), *_numbers(lists)
 
 
@@ -161,7 +158,7 @@ def gather(rest: tuple, num_tokens: int) -> tuple:
     """
     tensors, numbers = rest[:_NUM_TENSORS], rest[_NUM_TENSORS:_NUM_LISTS]
     order, row_start, num_full, key_block, key, low, high, mask_id, masks = tensors
-    lists = _alive.get(id(key_block))
+    lists = find(key_block)
     if lists is None or not _is_of(lists, tensors, numbers):
         block, batch, heads, guard = numbers
         lists = BlockLists(
@@ -196,7 +193,7 @@ def _(num_tokens, *rest):
 
 
 def _is_of(lists: BlockLists, tensors: tuple, numbers: tuple) -> bool:
-    return _numbers(lists) == numbers and all(a is b for a, b in zip(_tensors(lists), tensors))
+    return _numbers(lists) == numbers and all(map(is_, _tensors(lists), tensors))
 
 
 def new_like(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vidattn.engines import BACKENDS, ENGINES, QUANTISED, choose, taken
+from vidattn.engines import BACKENDS, ENGINES, QUANTISED, choose
 from vidattn.inputs import check_inputs
 from vidattn.kernels.compensation import compensate
 from vidattn.kernels.dense import dense_attention
@@ -80,12 +80,10 @@ def attend(
     if plan.device != q.device:
         plan = plan.to(q.device)
     plan.check_counts(*q.shape[:2])
-    options = {"scale": scale, "backend": backend, "need_lse": return_lse}
     outs, lses = [], []
     for part, samples, heads in plan.parts():
-        given = (_of_part(x, samples, heads, q.shape[1]) for x in (q, k, v))
-        mask = None if key_mask is None else key_mask[samples].flatten(0, -2)
-        out, lse = _attend(*given, part, key_mask=mask, **options)
+        given = _of_part(q, k, v, key_mask, samples, heads)
+        out, lse = _attend(*given, part, scale=scale, backend=backend, need_lse=return_lse)
         outs.append(out)
         lses.append(lse)
     out = plan.put_back(outs)
@@ -128,48 +126,64 @@ def engines_of(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     names = {
-        _engine((q, k, v, part.lists), part, backend, _options(part, scale, key_mask, False))
+        "pytorch"
+        if _is_pytorchs(part, backend, False)
+        else _engine((q, k, v, part.lists), part, backend, _options(part, scale, key_mask, False))
         for part, *_ in plan.parts()
     }
     return tuple(sorted(names))
 
 
-def _of_part(x: Tensor, samples: Index, heads: Index, num_heads: int) -> Tensor:
-    """What some of H query heads, of some samples, attend with of queries, keys or values."""
-    is_all = isinstance(heads, slice)
-    return x if is_all else x[samples, heads // (num_heads // x.shape[1])]
+def _of_part(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, samples: Index, heads: Index
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What some of H query heads, of some samples, attend with."""
+    if isinstance(heads, slice):
+        return q, k, v, key_mask
+    key_heads = heads // (q.shape[1] // k.shape[1])
+    mask = None if key_mask is None else key_mask[samples].flatten(0, -2)
+    return q[samples, heads], k[samples, key_heads], v[samples, key_heads], mask
 
 
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    key_mask: Tensor | None,
     plan: Plan,
     *,
     scale: float,
-    key_mask: Tensor | None,
     backend: str,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    _check_gradient(q, k, v, plan)
-    call, options = (q, k, v, plan.lists), _options(plan, scale, key_mask, need_lse)
-    name = _engine(call, plan, backend, options)
-    if name == "pytorch":
+    if plan.precision is not None:
+        _check_gradient(q, k, v, plan)
+    if _is_pytorchs(plan, backend, need_lse):
         mask = None if key_mask is None else key_mask[:, None, None]
-        return dense_attention(q, k, v, mask=mask, scale=options["scale"]), None
-    engine = _engines_for(plan)[name]
+        return dense_attention(q, k, v, mask=mask, scale=scale * plan.sharpness), None
+    call, options = (q, k, v, plan.lists), _options(plan, scale, key_mask, need_lse)
+    engine = _engines_for(plan)[_engine(call, plan, backend, options)]
     gain, shift = _compensation(v, plan, key_mask, q.shape[1])
     options |= {"gain": gain, "shift": shift}
-    out, lse = engine.attention(*call, **taken(engine, options))
+    out, lse = engine.attention(*call, **{name: options[name] for name in engine.TAKES})
     if "gain" not in engine.TAKES:
         out = compensate(out, plan.lists, gain, shift)
     return out, lse
 
 
+def _is_pytorchs(plan: Plan, backend: str, need_lse: bool) -> bool:
+    """Whether PyTorch's own attention runs a plan."""
+    return plan.is_dense and backend == "auto" and not need_lse
+
+
 def _options(plan: Plan, scale: float, key_mask: Tensor | None, need_lse: bool) -> dict:
-    """All that an engine may be told of a call."""
-    options = {"scale": scale * plan.sharpness, "key_mask": key_mask, "need_lse": need_lse}
-    return options | {"precision": plan.precision, "gain": None, "shift": None}
+    """All that an engine may be told of a call, gain and shift aside."""
+    return {
+        "scale": scale * plan.sharpness,
+        "key_mask": key_mask,
+        "need_lse": need_lse,
+        "precision": plan.precision,
+    }
 
 
 def _engines_for(plan: Plan) -> dict[str, ModuleType]:
@@ -178,8 +192,6 @@ def _engines_for(plan: Plan) -> dict[str, ModuleType]:
 
 def _engine(call: tuple, plan: Plan, backend: str, options: dict) -> str:
     """What runs a plan: the engine that was asked for, or the one that is chosen."""
-    if backend == "auto" and plan.is_dense and not options["need_lse"]:
-        return "pytorch"
     engines = _engines_for(plan)
     if backend not in ("auto", *engines):
         raise ValueError(
@@ -191,9 +203,7 @@ def _engine(call: tuple, plan: Plan, backend: str, options: dict) -> str:
 
 
 def _check_gradient(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    if plan.precision is None or not torch.is_grad_enabled():
-        return
-    if any(x.requires_grad for x in (q, k, v)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         # rounding has gradient 0: anything else would be that of attention nobody computed
         raise ValueError(
             f"a plan of precision {plan.precision!r} has no gradient: use torch.no_grad(), or "

@@ -1,8 +1,8 @@
 """Which engine runs a call: the only place where one is chosen.
 
 An engine is a module of ``kernels``. Its ``attention`` takes q, k, v, block lists and the options
-that its ``TAKES`` names, and gives the output with the log-sum-exp. Its ``obstacle`` is given the
-same; it says what keeps the engine from that call and what to do, or None where nothing does.
+that its ``TAKES`` names, and gives the output with the log-sum-exp. Its ``obstacle`` is given all
+options, and says what keeps the engine from a call and what to do, or None where nothing does.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ def choose(
         ValueError: the obstacle of the engine that was asked for.
     """
     if backend != "auto":
-        engine = engines[backend]
-        if (obstacle := engine.obstacle(*call, **taken(engine, options))) is not None:
+        if (obstacle := engines[backend].obstacle(*call, **options)) is not None:
             raise ValueError(obstacle)
         return backend
     q = call[0]
@@ -79,15 +78,9 @@ def choose(
 
 
 def _is_for(engine: ModuleType, call: tuple, options: Mapping[str, object]) -> bool:
-    given = taken(engine, options)
-    if engine.obstacle(*call, **given) is not None:
+    if engine.obstacle(*call, **options) is not None:
         return False
-    return engine is not flash or flash.is_faster(*call, **given)
-
-
-def taken(engine: ModuleType, options: Mapping[str, object]) -> dict[str, object]:
-    """The options that an engine takes."""
-    return {name: options[name] for name in engine.TAKES}
+    return engine is not flash or flash.is_faster(*call, **options)
 
 
 @lru_cache

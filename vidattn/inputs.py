@@ -34,7 +34,7 @@ def check_inputs(
         )
     # planning looks at any, autocast makes them one
     may_mix = len(given) == 2 or (not q.is_meta and torch.is_autocast_enabled(q.device.type))
-    if any((x.dtype != q.dtype and not may_mix) or x.device != q.device for x in given):
+    if any((x.dtype != q.dtype and not may_mix) or x.device != q.device for x in given[1:]):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in given)
         raise ValueError(f"{_list(names)} must share one dtype and one device, got {kinds}")
     if scale is not None and type(scale) is not float:

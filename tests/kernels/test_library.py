@@ -11,6 +11,7 @@ from tests.kernels import attention_cases as cases
 from vidattn.attention import attend
 from vidattn.grid import Grid
 from vidattn.kernels import block_sparse_torch, library
+from vidattn.kernels.block_lists import BlockLists
 from vidattn.plan import Plan
 
 GRID = Grid(2, 5, 7, text=3)
@@ -51,6 +52,20 @@ def test_one_graph_holds_attention_and_its_gradient():
     torch.compile(loss, backend="aot_eager", fullgraph=True)(*actual).backward()
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_graph_looks_at_the_lists_of_a_plan_once(monkeypatch):
+    looked = []
+    check = BlockLists._check_bounds
+    monkeypatch.setattr(
+        BlockLists, "_check_bounds", lambda lists, n: (looked.append(n), check(lists, n))
+    )
+    q, k, v = (x.detach() for x in leaves())
+    run = torch.compile(partial(attend, backend="torch"), backend="aot_eager", fullgraph=True)
+    plan = PLANS["box"]()
+    for _ in range(3):
+        run(q, k, v, plan=plan)
+    assert len(looked) == 1
 
 
 def test_lists_that_share_tensors_are_told_apart():

@@ -49,6 +49,10 @@ class Family:
         beside: where the tokens stand that share the sequence with the video (text, conditions).
         locate: for models that the axes do not describe: takes the transformer and the arguments
             of its forward by name.
+        prefix: text in front of the sequence attends to itself alone, causally, in a call of its
+            own; the video reads its keys, which stand before its own.
+        latents, times: names of the arguments with the latents, a tensor or a list of them, and
+            with the time step.
         paired_mask: the mask of (B, 1, S, S) is that of the keys, paired with itself.
         may_skip: an attention may run without computing scores, as perturbed guidance does.
         pixels: what height and width of the frames are multiples of, whatever else they must be.
@@ -60,6 +64,9 @@ class Family:
     axes: str = "BCTHW"
     beside: Literal["nothing", "before", "after"] = "nothing"
     locate: Callable[[nn.Module, Arguments], Place] | None = None
+    prefix: bool = False
+    latents: str = "hidden_states"
+    times: str = "timestep"
     paired_mask: bool = False
     may_skip: bool = False
     pixels: int = 1
@@ -92,10 +99,15 @@ def attentions(family: Family, model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def num_heads(module: nn.Module) -> int | None:
+    """Heads of an attention layer, where it says how many."""
+    return getattr(module, "heads", getattr(module, "num_attention_heads", None))
+
+
 def shape_of(model: nn.Module) -> Model:
     """What schedules compare with what they were made for."""
     modules = attentions(family_of(model), model)
-    heads = {getattr(module, "heads", None) for _, module in modules}
+    heads = {num_heads(module) for _, module in modules}
     return Model(type(model).__name__, len(modules), heads.pop() if len(heads) == 1 else None)
 
 

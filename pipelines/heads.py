@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vidattn.method import Method
+from vidattn.pipelines.family import num_heads
 from vidattn.schedule import Part
 
 
@@ -60,7 +61,7 @@ def heads_here(module: nn.Module, q: Tensor, model: nn.Module | None = None) -> 
     Raises:
         ValueError: some are missing, and which is not known.
     """
-    num, first, left = q.shape[1], 0, getattr(module, "heads", None)
+    num, first, left = q.shape[1], 0, num_heads(module)
     if (cut := _cut(module, q.shape[-1])) is not None:
         first, left, total = cut
     else:

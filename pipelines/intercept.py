@@ -58,6 +58,7 @@ class Layer(TorchFunctionMode):
         self.name, self.index, self.owner, self.model = name, index, owner, model
         family = family_of(model)
         self.paired_mask, self.text_first = family.paired_mask, family.beside == "before"
+        self.prefix = family.prefix
         # for dense calls: what the user chose with set_attention_backend, else what the processor
         # would have run on
         self.chosen_backend = None
@@ -92,6 +93,8 @@ class Layer(TorchFunctionMode):
             if dropout_p or is_causal:
                 return plain(scale=scale, enable_gqa=enable_gqa)
             return torch.ops.vidattn.attend(query, key, value, attn_mask, scale, self.number)
+        if is_causal and self.prefix:
+            return plain(scale=scale, enable_gqa=enable_gqa)
         self.hits += 1
         if _scores_are_skipped():
             self.owner.skipped(self, allowed=True)

@@ -95,8 +95,9 @@ class RootHook:
             return None
         arguments = {**dict(zip(self.parameters, args)), **kwargs}
         size, num_before = site.family.place(model, arguments)
-        hidden_states = arguments["hidden_states"]
-        timestep = torch.as_tensor(arguments["timestep"])
+        given = arguments[site.family.latents]
+        hidden_states = given if isinstance(given, Tensor) else given[0]
+        timestep = torch.as_tensor(arguments[site.family.times])
         if not torch.compiler.is_compiling():
             site.put_in()
             site.begin(hidden_states, timestep, size, num_before)
@@ -104,24 +105,35 @@ class RootHook:
         hidden_states = torch.ops.vidattn.begin(
             hidden_states, timestep, size, num_before, site.number
         )
+        if not isinstance(given, Tensor):
+            hidden_states = [hidden_states, *given[1:]]
         if args:
-            at = self.parameters.index("hidden_states")
+            at = self.parameters.index(site.family.latents)
             if at < len(args):
                 return (*args[:at], hidden_states, *args[at + 1 :]), kwargs
-        return args, {**kwargs, "hidden_states": hidden_states}
+        return args, {**kwargs, site.family.latents: hidden_states}
 
     def after(self, model: nn.Module, args: tuple, output):
         """Forward hook."""
         site = self.site
         if site is None:
             return None
-        first = output if isinstance(output, Tensor) else output[0]
         if not torch.compiler.is_compiling():
-            site.end(first)
+            site.end(_first(output))
             return None
-        first = torch.ops.vidattn.end(first, site.number)
-        if isinstance(output, Tensor):
-            return first
-        if isinstance(output, tuple):
-            return (first, *output[1:])
-        return type(output)(first, *[output[key] for key in list(output.keys())[1:]])
+        return _with_first(output, torch.ops.vidattn.end(_first(output), site.number))
+
+
+def _first(output: object) -> Tensor:
+    """The first tensor in the output of a model."""
+    return output if isinstance(output, Tensor) else _first(output[0])
+
+
+def _with_first(output: object, first: Tensor) -> object:
+    """The output of a model with another first tensor."""
+    if isinstance(output, Tensor):
+        return first
+    inner = _with_first(output[0], first)
+    if isinstance(output, list | tuple):
+        return type(output)([inner, *output[1:]])
+    return type(output)(inner, *[output[key] for key in list(output.keys())[1:]])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vidattn.grid import Grid
@@ -21,6 +22,7 @@ class Call(NamedTuple):
 
     Args:
         num_moved: how many tokens at the front of the sequence stand at the end of the grid.
+        num_silent: how many of those at the front have keys, and no queries.
         keys: (B, S) bool, those that may be read, in the order of the grid.
         scale: factor of the scores, None for the usual one.
         heads: which of the model's it has.
@@ -28,17 +30,21 @@ class Call(NamedTuple):
 
     grid: Grid
     num_moved: int
+    num_silent: int
     keys: Tensor | None
     scale: float | None
     heads: Heads
 
     def to_grid(self, x: Tensor) -> Tensor:
-        """(B, H, S, ...) of the sequence in the order of the grid."""
+        """(B, H, S, ...) of the sequence in the order of the grid, 0 for queries that are none."""
+        if silent := self.grid.num_tokens - x.shape[2]:
+            x = torch.cat([x.new_zeros(*x.shape[:2], silent, *x.shape[3:]), x], dim=2)
         return x.roll(-self.num_moved, 2) if self.num_moved else x
 
     def from_grid(self, x: Tensor) -> Tensor:
         """(B, H, S, ...) in the order of the grid as the sequence has it."""
-        return x.roll(self.num_moved, 2) if self.num_moved else x
+        x = x.roll(self.num_moved, 2) if self.num_moved else x
+        return x[:, :, self.num_silent :] if self.num_silent else x
 
 
 def find_video(
@@ -56,11 +62,12 @@ def find_video(
     Raises:
         ValueError: the sequence has no grid, its mask is none of keys, or some heads are unknown.
     """
-    length, (t, h, w) = q.shape[2], current.size
+    length, (t, h, w) = k.shape[2], current.size
+    silent = length - q.shape[2]
     beside = length - t * h * w
-    if beside < 0 or k.shape[2] != length:
+    if beside < 0 or silent < 0 or silent and not family.prefix:
         raise ValueError(
-            f"its {length} queries and {k.shape[2]} keys do not fit the video of {t}x{h}x{w}"
+            f"its {q.shape[2]} queries and {length} keys do not fit the video of {t}x{h}x{w}"
         )
     before = current.num_before
     if before < 0:
@@ -76,4 +83,4 @@ def find_video(
     grid = Grid(t, h, w, text=beside, text_first=bool(before) and not num_moved)
     if keys is not None and num_moved:
         keys = keys.roll(-num_moved, 1)
-    return Call(grid, num_moved, keys, scale, heads_here(module, q, model))
+    return Call(grid, num_moved, silent, keys, scale, heads_here(module, q, model))

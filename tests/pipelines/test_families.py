@@ -4,6 +4,11 @@ The mask is put together here from the plan of the video alone and from what ``t
 place of the video in the sequence, not from what the family says.
 """
 
+import importlib
+import inspect
+import pkgutil
+
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,13 +51,16 @@ class MaskedSoftmax(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def attention(self, query, key, value, attn_mask=None, scale=None, **rest):
-        length = query.shape[2]
-        if key.shape[2] != length or length < self.case.num_video:
+        length, silent = key.shape[2], self.case.silent
+        is_other = query.shape[2] + silent != length or length < self.case.num_video
+        if is_other or rest.get("is_causal"):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale, **rest)
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         self.calls += 1
         start, stop = self.case.before(length), self.case.before(length) + self.case.num_video
         keep = torch.ones(length, length, dtype=torch.bool)
         keep[start:stop, start:stop] = self.mask
+        keep = keep[silent:]
         scores = query.double() @ key.double().mT * (scale or query.shape[-1] ** -0.5)
         if attn_mask is not None:
             assert attn_mask.dtype == torch.bool
@@ -67,6 +75,24 @@ def relative_rms(actual, expected):
 
 def test_every_known_model_has_a_tiny_one():
     assert {key.partition("/")[0] for key in TINY} == set(known_models())
+
+
+def test_every_transformer_of_diffusers_is_patched_or_refused_by_name():
+    """What a new release brings is noticed."""
+    patched, found = set(known_models()), set()
+    for folder in (diffusers.models.transformers, diffusers.models.unets):
+        for entry in pkgutil.iter_modules(folder.__path__):
+            module = importlib.import_module(f"{folder.__name__}.{entry.name}")
+            found |= {
+                name
+                for name, thing in vars(module).items()
+                if inspect.isclass(thing)
+                and issubclass(thing, diffusers.ModelMixin)
+                and thing.__module__ == module.__name__
+            }
+    refused = {name for family in families() if family.refuse for name in family.models}
+    strangers = {name for name in found - patched - refused if "2D" not in name}
+    assert len(found) > 70 and not strangers
 
 
 def test_no_class_is_claimed_twice():

@@ -21,6 +21,7 @@ from tests.pipelines.tiny_inputs import (
     cogvideox,
     coordinates,
     cosmos,
+    cosmos3,
     even,
     framepack,
     hunyuan,
@@ -261,6 +262,25 @@ TINY: dict[str, Tiny] = {
             "max_size": (4, 16, 16),
         },
         cosmos,
+    ),
+    "Cosmos3OmniTransformer": Tiny(
+        {
+            "hidden_size": 24,
+            "head_dim": 12,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 2,
+            "intermediate_size": 24,
+            "latent_channel": 4,
+            "patch_latent_dim": 16,
+            "vocab_size": 8,
+            "rope_axes_dim": (2, 2, 2),
+            "sound_gen": True,
+            "sound_dim": 3,
+        },
+        cosmos3,
+        before=lambda length: 6,
+        silent=6,
     ),
     "Kandinsky5Transformer3DModel": Tiny(
         {

@@ -13,6 +13,7 @@ from fuzzing.inputs import Inputs, make_inputs, score_scale
 from fuzzing.oracle import TOLERANCE, Answer, Truth, attention, off_by, read_plan
 from fuzzing.plans import make_plan
 from fuzzing.quantised import ROUGHNESS, rounded_attention
+from fuzzing.second import check_second, is_for
 from fuzzing.states import WITHOUT_GRADIENT, within
 from torch import Tensor
 
@@ -80,6 +81,8 @@ def check_results(case: Case, inputs: Inputs, plan: AnyPlan, truth: Truth) -> No
         compare(answer, found, ROUGHNESS[case.precision] + _tolerance(case))
     else:
         compare(attention(*given, pulls), found, _tolerance(case))
+        if is_for(case, truth):
+            check_second(case, inputs, plan, truth)
 
 
 def _tolerance(case: Case) -> float:

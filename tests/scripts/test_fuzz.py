@@ -12,6 +12,7 @@ import torch
 from vidattn.content import Content
 from vidattn.engines import ENGINES
 from vidattn.grid import Grid
+from vidattn.kernels import library
 from vidattn.methods import list_methods, neighborhood, topk
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -105,6 +106,14 @@ def test_a_lost_gradient_is_found(monkeypatch):
 
     monkeypatch.setattr(ENGINES["torch"], "attention", wrong)
     assert find("attend", engines=("torch",)).startswith("dq is off")
+
+
+@pytest.mark.parametrize("engine_name", ["cpp", "torch"])
+def test_a_gradient_of_a_gradient_that_is_lost_is_found(engine_name, monkeypatch):
+    """As if nothing said that gradients are constants to the next derivative."""
+    monkeypatch.setattr(library, "once", lambda grads, inputs: grads)
+    found = find("attend", engines=(engine_name,), cases=120)
+    assert found.startswith("a gradient of a gradient is off")
 
 
 def test_a_window_off_by_one_is_found(monkeypatch):

@@ -25,8 +25,9 @@ def stack(plans: Sequence[AnyPlan], num_heads: int) -> AnyPlan:
     first = plans[0]
     if len(plans) == 1:
         return first
-    if all(plan.parts()[0][0] is plan and _goes_with(plan, first) for plan in plans):
-        return _together(plans)
+    whole = [part for plan in plans for part, *_ in plan.parts() if part is plan]
+    if len(whole) == len(plans) and all(_goes_with(plan, whole[0]) for plan in whole):
+        return _together(whole)
     groups: list[tuple[list[Plan], list[int]]] = []
     for sample, plan in enumerate(plans):
         for part, heads in _by_head(plan, num_heads):

@@ -5,7 +5,7 @@ Letters: B batch, H heads, S tokens, R rows, the heads of one sample or of all s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -176,15 +176,8 @@ class HeadPlan(AnyPlan):
         figures |= {"density": self.density, "visited_density": self.visited_density}
         return figures | {name: sum(part[name] for part in parts) for name in sums}
 
-    def of_queries(self, wanted: Tensor) -> HeadPlan:
-        return replace(self, plans=tuple(plan.of_queries(wanted) for plan in self.plans))
-
-    def with_precision(self, precision: str | None) -> HeadPlan:
-        plans = tuple(plan.with_precision(precision) for plan in self.plans)
-        return replace(self, plans=plans)
-
-    def unsharpened(self) -> HeadPlan:
-        plans = tuple(plan.unsharpened() for plan in self.plans)
+    def _each(self, change: Callable[[Plan], Plan]) -> HeadPlan:
+        plans = tuple(map(change, self.plans))
         return self if plans == self.plans else replace(self, plans=plans)
 
     def _of_heads(self, heads: Sequence[int]) -> HeadPlan:

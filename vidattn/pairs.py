@@ -16,13 +16,14 @@ from vidattn.listing import rows_at_once
 BLOCKS_AT_ONCE = 512
 
 
-def num_visible(lists: BlockLists, layout: Layout, listed: int) -> int:
-    """Pairs that are read, of those in the listed blocks."""
+def num_visible(lists: BlockLists, layout: Layout) -> int:
+    """Pairs that are read."""
     if lists.box is not None:
         video = layout.live[: layout.num_video_blocks * layout.block].nonzero().flatten()
         # one box for all samples and heads
         return lists.box.num_visible(video).sum().item() * lists.batch * lists.heads
-    return listed if lists.masks is None else listed - _num_masked(lists, layout)
+    pairs = num_listed(lists, layout)
+    return pairs if lists.masks is None else pairs - _num_masked(lists, layout)
 
 
 def num_listed(lists: BlockLists, layout: Layout) -> int:

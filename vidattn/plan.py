@@ -6,7 +6,7 @@ Letters: B batch, H heads, S tokens, N slots, n slots to a block, nv video block
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
@@ -88,27 +88,27 @@ class AnyPlan(ABC):
     def summary(self) -> dict[str, float | int | str]:
         """Figures worth printing: densities, blocks and memory."""
 
-    @abstractmethod
     def of_queries(self: Kind, wanted: Tensor) -> Kind:
         """The plan of query blocks with any of the (S,) bool ``wanted``; others read nothing."""
+        return self._each(lambda plan: replace(plan, lists=plan.lists.of_queries(wanted)))
 
-    @abstractmethod
     def with_precision(self: Kind, precision: str | None) -> Kind:
         """The same plan with its products in another precision, which has no gradient but for None.
 
         "int8_qk" multiplies queries and keys as 8-bit integers, "int8" weights and values too,
         "int8_qk_int4_pv" those as 4-bit integers, simulated by the "torch" engine.
         """
+        return self._each(lambda plan: replace(plan, precision=precision))
 
-    @abstractmethod
     def unsharpened(self: Kind) -> Kind:
         """The plan with the scale of dense attention; itself where it has that."""
+        return self._each(lambda x: x if x.sharpness == 1 else replace(x, sharpness=1.0))
 
     @abstractmethod
     def of_row(self, sample: int, head: int) -> Plan:
         """The plan that one head of one sample follows, with one list (see ``select_heads``)."""
 
-    def select_heads(self, heads: Sequence[int]) -> AnyPlan:
+    def select_heads(self: Kind, heads: Sequence[int]) -> Kind:
         """The plan of some heads, in ascending order, numbered anew.
 
         Raises:
@@ -134,7 +134,10 @@ class AnyPlan(ABC):
         return {}
 
     @abstractmethod
-    def _of_heads(self, heads: Sequence[int]) -> AnyPlan: ...
+    def _each(self: Kind, change: Callable[[Plan], Plan]) -> Kind: ...
+
+    @abstractmethod
+    def _of_heads(self: Kind, heads: Sequence[int]) -> Kind: ...
 
     @abstractmethod
     def _copy_on(self: Kind, device: torch.device) -> Kind: ...
@@ -144,8 +147,7 @@ class AnyPlan(ABC):
 class Plan(AnyPlan):
     """Block lists over a layout of the tokens of a grid.
 
-    It is shared by all samples, or all heads, where ``lists.batch``, or ``lists.heads``, is 1.
-    Memory grows with the listed blocks.
+    Where ``lists.batch`` or ``lists.heads`` is 1, all samples or heads share it.
     """
 
     grid: Grid
@@ -164,9 +166,9 @@ class Plan(AnyPlan):
         layout, lists = self.layout, self.lists
         if lists.order is not layout.order or lists.block != layout.block:
             raise ValueError(
-                f"the lists are of another layout, {lists.order.numel()} slots in blocks of "
-                f"{lists.block}, than the plan's {layout.order.numel()} in blocks of "
-                f"{layout.block}: make them with its order and its block"
+                f"the lists are of another layout, {lists.order.numel()} slots by {lists.block}, "
+                f"than the plan's {layout.order.numel()} by {layout.block}: make them with its "
+                "order and its block"
             )
         # found out now: a compiler that traces attention could not
         is_plain = all(x is None for x in (self.gain, self.rest, self.precision))
@@ -193,24 +195,21 @@ class Plan(AnyPlan):
         return found[0]
 
     def check_counts(self, num_samples: int, num_heads: int) -> None:
-        batch, heads = self.num_samples, self.num_heads
-        if batch not in (1, num_samples) or heads not in (1, num_heads):
+        if self.num_samples not in (1, num_samples) or self.num_heads not in (1, num_heads):
             raise ValueError(
-                f"the plan is for {batch} samples and {heads} heads, q has {num_samples} "
-                f"and {num_heads}: each must be equal, or 1 in the plan"
+                f"the plan is for {self.num_samples} samples and {self.num_heads} heads, q has "
+                f"{num_samples} and {num_heads}: each must be equal, or 1 in the plan"
             )
 
     @cached_property
     def density(self) -> float:
-        return self._share(num_visible(self.lists, self.layout, self._num_listed))
+        if self.lists.box is None and self.lists.masks is None:
+            return self.visited_density
+        return self._share(num_visible(self.lists, self.layout))
 
     @cached_property
     def visited_density(self) -> float:
-        return self._share(self._num_listed)
-
-    @cached_property
-    def _num_listed(self) -> int:
-        return num_listed(self.lists, self.layout)
+        return self._share(num_listed(self.lists, self.layout))
 
     def _share(self, pairs: int) -> float:
         return pairs / (self.grid.num_video_tokens**2 * self.num_samples * self.num_heads)
@@ -236,15 +235,6 @@ class Plan(AnyPlan):
             "memory_mib": sum(x.nbytes for x in (self.lists, *beside)) / 2**20,
         }
 
-    def of_queries(self, wanted: Tensor) -> Plan:
-        return replace(self, lists=self.lists.of_queries(wanted))
-
-    def with_precision(self, precision: str | None) -> Plan:
-        return replace(self, precision=precision)
-
-    def unsharpened(self) -> Plan:
-        return self if self.sharpness == 1 else replace(self, sharpness=1.0)
-
     def of_row(self, sample: int, head: int) -> Plan:
         plan = self.select_heads([head])
         lists = plan.lists
@@ -254,6 +244,9 @@ class Plan(AnyPlan):
             x if x is None or len(x) == 1 else x[sample, None] for x in (plan.gain, plan.rest)
         )
         return replace(plan, lists=lists, gain=gain, rest=rest)
+
+    def _each(self, change: Callable[[Plan], Plan]) -> Plan:
+        return change(self)
 
     def _of_heads(self, heads: Sequence[int]) -> Plan:
         is_shared = self.num_heads == 1

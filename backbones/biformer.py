@@ -7,18 +7,19 @@ Letters: B batch, C channels, H, W size of a feature map.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
+from vidattn.backbones.checkpoints import rename
 from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
 from vidattn.backbones.exporting import attention
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 
 HEAD_DIM = 32
 
@@ -116,41 +117,29 @@ class BiFormer(DoublingPyramid):
     """BiFormer; takes images of any size.
 
     Args:
-        in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        embed_dim: channels of the first stage; each stage doubles them.
         depths: blocks of each stage.
         topks: regions that a region reads, for each stage; None for full attention.
         mlp_ratio: hidden channels of the perceptrons over their width.
         has_positions: whether every block begins with a depth-wise convolution.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
         stem_layer: takes channels of the image and of the first stage; a cell is 4 x 4 pixels.
         downsample_layer: takes the channels before and after; a cell becomes 2 x 2 cells.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 64,
+        *,
         depths: Sequence[int] = (2, 2, 8, 2),
         topks: Sequence[int | None] = (1, 4, 16, None),
         mlp_ratio: float = 3.0,
         has_positions: bool = True,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         stem_layer: Callable[..., nn.Module] = conv_stem,
         downsample_layer: Callable[..., nn.Module] = conv_downsample,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
         check_stages(depths=depths, topks=topks)
-        dd = {"device": device, "dtype": dtype}
 
-        def block(dim: int, rate: float, stage: int, index: int) -> BiFormerBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> BiFormerBlock:
             topk = topks[stage]
             if topk is None:
                 attn = FullAttention(dim, **dd)
@@ -160,23 +149,17 @@ class BiFormer(DoublingPyramid):
             return BiFormerBlock(dim, attn, **options, **dd)
 
         super().__init__(
-            stem_layer(in_chans, embed_dim, **dd),
+            stem_layer,
             block,
             downsample_layer,
             nn.BatchNorm2d,
             output_fmt="NCHW",
-            embed_dim=embed_dim,
             depths=depths,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
+            **Options(embed_dim=64) | options,
         )
 
 
-# (pattern, replacement) from the names of the authors, each applied in this order
+# from the names of the authors
 NAMES = (
     (r"^downsample_layers\.0\.", "stem."),
     (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
@@ -187,17 +170,7 @@ NAMES = (
     (r"\.mlp\.[23]\.", ".mlp.fc2."),
     (r"^head\.(?!fc\.)", "head.fc."),
 )
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of ``model`` from one of the authors, or in its own layout."""
-    state_dict = state_dict.get("model", state_dict)
-    renamed = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+checkpoint_filter_fn = rename(NAMES)
 
 
 def _create(name: str, pretrained: bool, **options) -> BiFormer:

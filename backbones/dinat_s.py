@@ -7,36 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from timm.layers import PatchEmbed
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
-from torch import nn
 
 from vidattn.backbones.dinat import AT_224, AT_384, IN1K, IN22K
 from vidattn.backbones.nat import NeighborhoodTransformer, create
+from vidattn.backbones.patchify import patchify
 from vidattn.backbones.pyramid import pretrained_cfg
-
-
-def patchify(patch: int, in_chans: int, dim: int, **dd) -> PatchEmbed:
-    """A layer that turns every patch into a cell; images are padded to whole patches.
-
-    Args:
-        patch: pixels to a side of a patch.
-        in_chans: channels of an image.
-        dim: channels of a cell.
-        dd: device and dtype.
-    """
-    return PatchEmbed(
-        None,
-        patch,
-        in_chans,
-        dim,
-        norm_layer=nn.LayerNorm,
-        output_fmt="NHWC",
-        dynamic_img_pad=True,
-        **dd,
-    )
-
 
 TINY = {
     "embed_dim": 96,

@@ -19,56 +19,57 @@ class DoublingPyramid(Pyramid):
     """A stem, stages that double their channels, a norm and a head.
 
     Args:
-        stem: from images to the feature map of the first stage.
+        stem: makes what leads from images to the feature map of the first stage from the channels
+            of both.
         block: makes a block from its channels, the rate at which it leaves a branch out, its stage
             and its place in the stage, the last two from 0.
         downsample: makes the layer between two stages from the channels before and behind it.
-        norm: makes the norm of the last feature map from its channels.
-        embed_dim: channels of the first stage.
+        norm: makes the norm of the last feature map from its channels. All four take ``device``
+            and ``dtype`` too.
         depths: blocks of each stage.
         patch: pixels of the image to a cell of the first stage.
-        in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        growth: channels of a stage over those of the one before, and cells to a side the other way.
         output_fmt: layout of feature maps, "NHWC" or "NCHW".
+        in_chans, num_classes, global_pool, embed_dim, drop_rate, drop_path_rate: as in ``Options``.
     """
 
     def __init__(
         self,
-        stem: nn.Module,
-        block: Callable[[int, float, int, int], nn.Module],
+        stem: Callable[..., nn.Module],
+        block: Callable[..., nn.Module],
         downsample: Callable[..., nn.Module],
         norm: Callable[..., nn.Module] = nn.LayerNorm,
         *,
-        embed_dim: int,
         depths: Sequence[int],
         patch: int = 4,
-        in_chans: int,
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
-        drop_path_rate: float,
+        growth: int = 2,
         output_fmt: str = "NHWC",
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         dd = {"device": device, "dtype": dtype}
-        widths = [embed_dim * 2**i for i in range(len(depths))]
+        entry = stem(in_chans, embed_dim, **dd)
+        widths = [embed_dim * growth**i for i in range(len(depths))]
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
         for i, dim in enumerate(widths):
             down = downsample(widths[i - 1], dim, **dd) if i else nn.Identity()
-            stages.append(Stage(down, [block(dim, rate, i, j) for j, rate in enumerate(rates[i])]))
+            blocks = [block(dim, rate, i, j, **dd) for j, rate in enumerate(rates[i])]
+            stages.append(Stage(down, blocks))
         options = {"input_fmt": output_fmt, **dd}
         super().__init__(
-            stem,
+            entry,
             stages,
             norm(widths[-1], **dd),
             ClassifierHead(widths[-1], num_classes, global_pool, drop_rate, **options),
             in_chans=in_chans,
-            taps=[(dim, patch * 2**i) for i, dim in enumerate(widths)],
+            taps=[(dim, patch * growth**i) for i, dim in enumerate(widths)],
         )
 
 

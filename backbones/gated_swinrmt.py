@@ -19,11 +19,12 @@ import torch
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from typing_extensions import Unpack
 
 from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.dinat_s import patchify
 from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.patchify import patchify
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 from vidattn.backbones.window_attention import (
     PatchMerging,
     attend_in_windows,
@@ -145,41 +146,29 @@ class GatedSwinRMT(DoublingPyramid):
     """Gated-SwinRMT; takes images of any size.
 
     Args:
-        in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        embed_dim: channels of the first stage; each stage doubles them.
         depths: blocks of each stage.
         num_heads: of each stage.
         decay_ranges: of each stage, as GatedWindowAttention takes them.
         window: cells along each axis of a window; every other block shifts them by half.
         kind: of the attention, "retention" or "swat".
         mlp_ratio: hidden channels of the perceptrons over their width.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 64,
+        *,
         depths: Sequence[int] = (2, 2, 8, 2),
         num_heads: Sequence[int] = (4, 4, 8, 16),
         decay_ranges: Sequence[float] = (4.0, 4.0, 6.0, 6.0),
         window: int = 7,
         kind: str = "retention",
         mlp_ratio: float = 3.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
         check_stages(depths=depths, num_heads=num_heads, decay_ranges=decay_ranges)
-        dd = {"device": device, "dtype": dtype}
 
-        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> AttentionBlock:
             attn = GatedWindowAttention(
                 dim,
                 num_heads[stage],
@@ -192,17 +181,11 @@ class GatedSwinRMT(DoublingPyramid):
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
         super().__init__(
-            patchify(4, in_chans, embed_dim, **dd),
+            partial(patchify, 4),
             block,
             partial(PatchMerging, axes=(1, 2)),
-            embed_dim=embed_dim,
             depths=depths,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
+            **Options(embed_dim=64) | options,
         )
 
 

@@ -8,18 +8,21 @@ Letters: B batch, n heads, H, W size of a feature map, N its cells, C channels, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
+from typing_extensions import Unpack
 
 from vidattn.backbones import neighborhood_checkpoint
 from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.dinat_s import patchify
+from vidattn.backbones.checkpoints import tensors_of
 from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.patchify import patchify
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 from vidattn.backbones.window_attention import WindowAttention
 
 
@@ -83,39 +86,27 @@ class InLineSwin(DoublingPyramid):
     here at every size; the windows of the last stage then are its whole map too.
 
     Args:
-        in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        embed_dim: channels of the first stage; each stage doubles them.
         depths: blocks of each stage.
         num_heads: of each stage.
         are_linear: whether the attention of a stage is linear; else it is that of Swin.
         window: cells to a side of the windows of Swin, which every other block shifts.
         mlp_ratio: hidden channels of the perceptrons over their width.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 96,
+        *,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         are_linear: Sequence[bool] = (True, True, True, False),
         window: int = 7,
         mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
         check_stages(depths=depths, num_heads=num_heads, are_linear=are_linear)
-        dd = {"device": device, "dtype": dtype}
 
-        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> AttentionBlock:
             heads = num_heads[stage]
             if are_linear[stage]:
                 attn = InLineAttention(dim, heads, **dd)
@@ -125,17 +116,11 @@ class InLineSwin(DoublingPyramid):
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
         super().__init__(
-            patchify(4, in_chans, embed_dim, **dd),
+            partial(patchify, 4),
             block,
             PatchMerging,
-            embed_dim=embed_dim,
             depths=depths,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
+            **options,
         )
 
     @torch.jit.ignore
@@ -146,8 +131,8 @@ class InLineSwin(DoublingPyramid):
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of ``model`` from one of the authors, or in its own layout."""
-    state_dict = state_dict.get("model", state_dict)
-    renamed = neighborhood_checkpoint.checkpoint_filter_fn(state_dict, model)
+    tensors = tensors_of(state_dict)
+    renamed = neighborhood_checkpoint.checkpoint_filter_fn(tensors, model)
     table = ".relative_position_bias_table"
     renamed = {name.replace(table, ".rpb"): tensor for name, tensor in renamed.items()}
     return neighborhood_checkpoint.resize_biases(renamed, model)

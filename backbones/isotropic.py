@@ -5,67 +5,57 @@ Hassani and Shi, "Dilated Neighborhood Attention Transformer", arXiv:2209.15001,
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
+from typing_extensions import Unpack
 
 from vidattn.backbones.attention_block import AttentionBlock
 from vidattn.backbones.dinat import URL
-from vidattn.backbones.dinat_s import patchify
+from vidattn.backbones.doubling_pyramid import DoublingPyramid
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
-from vidattn.backbones.pyramid import Pyramid, Stage, pretrained_cfg
+from vidattn.backbones.patchify import patchify
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 
 PATCH = 16
 # cells to a side at 224 pixels
 SIDE = 14
 
 
-class IsotropicTransformer(Pyramid):
+class IsotropicTransformer(DoublingPyramid):
     """Blocks of neighborhood attention on patches of 16 x 16 pixels, all at one resolution.
 
     Args:
-        in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        embed_dim: channels of a cell.
         depth: blocks.
         num_heads: of every block.
         window: cells along each axis that a cell reads; None for the 14 x 14 of an image of 224
             pixels, which then is full attention.
         dilation: distance between the cells of a window, in every other block from the second on.
         mlp_ratio: hidden channels of the perceptrons over their width.
-        drop_rate: dropout before the classifier.
         proj_drop_rate: dropout at the end of every branch.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 384,
+        *,
         depth: int = 12,
         num_heads: int = 12,
         window: int | None = 7,
         dilation: int = 1,
         mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
-        dd = {"device": device, "dtype": dtype}
-
-        def block(index: int, rate: float) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> AttentionBlock:
             attn = NeighborhoodAttention2d(
-                embed_dim,
+                dim,
                 num_heads,
                 window=window or SIDE,
-                dilation=dilation if index % 2 else 1,
+                dilation=dilation if stage % 2 else 1,
                 pads=window is not None,
                 proj_drop=proj_drop_rate,
                 **dd,
@@ -74,15 +64,15 @@ class IsotropicTransformer(Pyramid):
                 attn, mlp_ratio=mlp_ratio, drop=proj_drop_rate, drop_path=rate, **dd
             )
 
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
         super().__init__(
-            patchify(PATCH, in_chans, embed_dim, **dd),
+            partial(patchify, PATCH),
+            block,
+            nn.Identity,
+            growth=1,
+            patch=PATCH,
             # a stage to a block, so that the output of every block can be taken
-            [Stage(nn.Identity(), [block(i, rate)]) for i, rate in enumerate(rates)],
-            nn.LayerNorm(embed_dim, **dd),
-            ClassifierHead(embed_dim, num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
-            in_chans=in_chans,
-            taps=[(embed_dim, PATCH)] * depth,
+            depths=(1,) * depth,
+            **Options(embed_dim=384) | options,
         )
 
     @torch.jit.ignore

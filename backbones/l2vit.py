@@ -7,7 +7,6 @@ Letters: B batch, C channels, H, W size of a feature map.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -15,10 +14,12 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from typing_extensions import Unpack
 
+from vidattn.backbones.checkpoints import rename
 from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
 from vidattn.backbones.linear_attention import LinearAttention, LocalConcentration
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 from vidattn.backbones.window_attention import WindowAttention
 
 
@@ -121,53 +122,35 @@ class L2ViT(DoublingPyramid):
     """L2ViT; takes images of any size.
 
     Args:
-        in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        embed_dim: channels of the first stage; each stage doubles them.
         depths: blocks of each stage; every other one, from the second on, has linear attention.
         num_heads: of each stage.
         window: cells to a side of the windows of the other blocks.
         mlp_ratio: hidden channels of the perceptrons over their width.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 96,
+        *,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window: int = 7,
         mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
         check_stages(depths=depths, num_heads=num_heads)
-        dd = {"device": device, "dtype": dtype}
 
-        def block(dim: int, rate: float, stage: int, index: int) -> L2ViTBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> L2ViTBlock:
             options = {"mlp_ratio": mlp_ratio, "drop_path": rate, **dd}
             local = None if index % 2 else window
             return L2ViTBlock(dim, num_heads[stage], window=local, **options)
 
         super().__init__(
-            ConvStem(in_chans, embed_dim, **dd),
+            ConvStem,
             block,
             Downsample,
-            embed_dim=embed_dim,
             depths=depths,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
+            **options,
         )
 
     @torch.jit.ignore
@@ -184,7 +167,7 @@ class L2ViT(DoublingPyramid):
                 nn.init.zeros_(module.bias)
 
 
-# (pattern, replacement) from the names of the authors, each applied in this order
+# from the names of the authors
 NAMES = (
     (r"^downsample_layers\.0\.(?:proj\.)?", "stem."),
     (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
@@ -195,17 +178,7 @@ NAMES = (
     (r"\.local_mp\.", ".local."),
     (r"^head\.(?!fc\.)", "head.fc."),
 )
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of ``model`` from one of the authors, or in its own layout."""
-    state_dict = state_dict.get("model", state_dict)
-    renamed = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+checkpoint_filter_fn = rename(NAMES)
 
 
 FILES = "https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0/"

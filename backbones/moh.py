@@ -14,13 +14,15 @@ from collections.abc import Sequence
 import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vidattn.backbones.aggregated_attention import AggregatedAttention, CosineAttention
+from vidattn.backbones.checkpoints import rename
 from vidattn.backbones.convolved_block import ConvolvedBlock, GatedConvolution
 from vidattn.backbones.doubling_pyramid import build, check_stages
 from vidattn.backbones.head_routing import HeadRouter
-from vidattn.backbones.overlapping_patches import OverlappingPyramid, rename
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.overlapping_patches import OverlappingPyramid, names_of_pvt
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 
 # cells to a side of the first stage at 224 pixels
 SIDE = 56
@@ -32,36 +34,25 @@ class MoHViT(OverlappingPyramid):
     In training, ``vidattn.backbones.head_routing.balance_losses`` gives what to add to the loss.
 
     Args:
-        in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        embed_dim: channels of the first stage; each stage doubles them.
         depths: blocks of each stage.
         num_heads: of each stage.
         num_shared: heads that every token takes, for each stage.
         num_routed: heads that a token takes of the others, for each stage.
         strides: cells to a side of what attention pools, for each stage; 1 for full attention.
         mlp_ratios: hidden channels over width, were there no gates, for each stage.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 72,
+        *,
         depths: Sequence[int] = (5, 5, 22, 5),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         num_shared: Sequence[int] = (3, 6, 3, 4),
         num_routed: Sequence[int] = (0, 0, 6, 12),
         strides: Sequence[int] = (8, 4, 2, 1),
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
         check_stages(
             depths=depths,
@@ -71,9 +62,8 @@ class MoHViT(OverlappingPyramid):
             strides=strides,
             mlp_ratios=mlp_ratios,
         )
-        dd = {"device": device, "dtype": dtype}
 
-        def block(dim: int, rate: float, stage: int, index: int) -> ConvolvedBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> ConvolvedBlock:
             heads = num_heads[stage]
             if dim % heads:
                 raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {heads}")
@@ -90,14 +80,8 @@ class MoHViT(OverlappingPyramid):
 
         super().__init__(
             block,
-            embed_dim=embed_dim,
             depths=depths,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
+            **Options(embed_dim=72) | options,
         )
 
     @torch.jit.ignore
@@ -106,33 +90,25 @@ class MoHViT(OverlappingPyramid):
         return {"*.rpb", "*.temperature", "*.queries.embedding", "*.position_bias.*"}
 
 
-# parts of names in released files, and here
+# from the names of the authors, which begin as those of PVT v2
 NAMES = (
-    (".dwconv.dwconv.", ".dwconv."),
-    (".attn.cpb_", ".attn.position_bias."),
-    (".attn.temperature", ".attn.queries.temperature"),
-    (".attn.query_embedding", ".attn.queries.embedding"),
-    (".attn.relative_pos_bias_local", ".attn.rpb"),
-    (".attn.learnable_tokens", ".attn.tokens"),
-    (".attn.learnable_bias", ".attn.token_bias"),
-    (".attn.wg_0.", ".attn.router.kinds."),
-    (".attn.wg_1.", ".attn.router.shared."),
-    (".attn.wg.", ".attn.router.routed."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"\.attn\.cpb_", ".attn.position_bias."),
+    (r"\.attn\.temperature", ".attn.queries.temperature"),
+    (r"\.attn\.query_embedding", ".attn.queries.embedding"),
+    (r"\.attn\.relative_pos_bias_local", ".attn.rpb"),
+    (r"\.attn\.learnable_tokens", ".attn.tokens"),
+    (r"\.attn\.learnable_bias", ".attn.token_bias"),
+    (r"\.attn\.wg_0\.", ".attn.router.kinds."),
+    (r"\.attn\.wg_1\.", ".attn.router.shared."),
+    (r"\.attn\.wg\.", ".attn.router.routed."),
 )
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of ``model`` from one of the authors, or in its own layout."""
-    state_dict = state_dict.get("model", state_dict)
-    if any(name.startswith("stages.") for name in state_dict):
-        return state_dict
-    renamed = {}
-    for name, tensor in state_dict.items():
-        name = rename(name, len(model.feature_info))
-        for old, new in NAMES:
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    return renamed
+    rules = *names_of_pvt(len(model.feature_info)), *NAMES
+    return rename(rules)(state_dict, model)
 
 
 def _create(name: str, pretrained: bool, **options) -> MoHViT:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vidattn.backbones.attention_block import AttentionBlock
 from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
 from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
 from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 
 
 class ConvStem(nn.Module):
@@ -55,10 +56,6 @@ class NeighborhoodTransformer(DoublingPyramid):
     """NAT; DiNAT with dilations; DiNAT_s with patches. Takes images of any size.
 
     Args:
-        in_chans: channels of an image.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
-        embed_dim: channels of the first stage; each stage doubles them.
         depths: blocks of each stage.
         num_heads: of each stage.
         window: cells along each axis that a cell reads.
@@ -66,37 +63,29 @@ class NeighborhoodTransformer(DoublingPyramid):
             beginning with the first, has none.
         mlp_ratio: hidden channels of the perceptrons over their width.
         layer_scale: factor of every branch to begin with; none for None.
-        drop_rate: dropout before the classifier.
         proj_drop_rate: dropout at the end of every branch.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
         stem_layer: takes channels of the image and of the first stage; a cell is 4 x 4 pixels.
         downsample_layer: takes the channels before and after; a cell becomes 2 x 2 cells.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 64,
+        *,
         depths: Sequence[int] = (3, 4, 6, 5),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         window: int = 7,
         dilations: Sequence[int] = (1, 1, 1, 1),
         mlp_ratio: float = 3.0,
         layer_scale: float | None = None,
-        drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         stem_layer: Callable[..., nn.Module] = ConvStem,
         downsample_layer: Callable[..., nn.Module] = ConvDownsample,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
         check_stages(depths=depths, num_heads=num_heads, dilations=dilations)
-        dd = {"device": device, "dtype": dtype}
 
-        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> AttentionBlock:
             attn = NeighborhoodAttention2d(
                 dim,
                 num_heads[stage],
@@ -115,17 +104,11 @@ class NeighborhoodTransformer(DoublingPyramid):
             )
 
         super().__init__(
-            stem_layer(in_chans, embed_dim, **dd),
+            stem_layer,
             block,
             downsample_layer,
-            embed_dim=embed_dim,
             depths=depths,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
+            **Options(embed_dim=64) | options,
         )
 
     @torch.jit.ignore

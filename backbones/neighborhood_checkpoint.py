@@ -5,13 +5,13 @@ Two layouts are read: that of the authors, and that of Hugging Face transformers
 
 from __future__ import annotations
 
-import re
-
 import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
-# (pattern, replacement), each applied to a whole name in this order; {next} is one more
+from vidattn.backbones.checkpoints import new_name
+
+# as checkpoints.py reads them
 AUTHORS = (
     (r"^patch_embed\.", "stem."),
     (r"^(?:levels|layers)\.(\d+)\.downsample\.", "stages.{next}.downsample."),
@@ -53,7 +53,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     rules = TRANSFORMERS if is_transformers else AUTHORS
     # made from the window by whoever needs it
     renamed = {
-        _rename(name, rules): tensor
+        new_name(name, rules): tensor
         for name, tensor in state_dict.items()
         if not name.endswith(".relative_position_index")
     }
@@ -71,15 +71,6 @@ def resize_biases(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
             x = resize_rel_pos_bias_table_simple(x, sides, tuple(tables[name].shape))
         resized[name] = x
     return resized
-
-
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        if "{next}" in replacement and (found := re.match(pattern, name)):
-            # the layer between two stages belonged to the first of them
-            replacement = replacement.format(next=int(found[1]) + 1)
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _join(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

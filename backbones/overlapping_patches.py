@@ -7,14 +7,16 @@ Letters: B batch, C channels, H, W size of a feature map.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from vidattn.backbones.checkpoints import Rules
 from vidattn.backbones.doubling_pyramid import DoublingPyramid
+from vidattn.backbones.pyramid import Options
 
 
 class OverlappingStem(nn.Module):
@@ -52,31 +54,20 @@ class OverlappingPyramid(DoublingPyramid):
 
     Args:
         block: as DoublingPyramid takes it.
-        in_chans: channels of an image.
-        embed_dim: channels of the first stage.
-        options: of DoublingPyramid.
+        depths: blocks of each stage.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        block: Callable[[int, float, int, int], nn.Module],
+        block: Callable[..., nn.Module],
         *,
-        in_chans: int,
-        embed_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options,
+        depths: Sequence[int],
+        **options: Unpack[Options],
     ):
-        dd = {"device": device, "dtype": dtype}
+        norm = partial(nn.LayerNorm, eps=1e-6)
         super().__init__(
-            OverlappingStem(in_chans, embed_dim, **dd),
-            block,
-            OverlappingDownsample,
-            partial(nn.LayerNorm, eps=1e-6),
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            **options,
-            **dd,
+            OverlappingStem, block, OverlappingDownsample, norm, depths=depths, **options
         )
 
     @torch.jit.ignore
@@ -94,22 +85,16 @@ class OverlappingPyramid(DoublingPyramid):
                 nn.init.zeros_(module.bias)
 
 
-def rename(name: str, num_stages: int) -> str:
-    """The name that a tensor has here, from that in files laid out as those of PVT v2.
+def names_of_pvt(num_stages: int) -> Rules:
+    """What ``rename`` takes, from the names of tensors in files laid out as those of PVT v2.
 
     Args:
-        name: "patch_embed1.proj.weight", "block1.0.norm1.weight", "norm1.weight" and the like.
         num_stages: of the model.
     """
-    found = re.match(r"^(patch_embed|block|norm)(\d+)\.(.*)$", name)
-    if not found:
-        return re.sub(r"^head\.(?!fc\.)", "head.fc.", name)
-    kind, stage, rest = found[1], int(found[2]), found[3]
-    if kind == "block":
-        index, _, rest = rest.partition(".")
-        return f"stages.{stage - 1}.blocks.{index}.{rest}"
-    if kind == "norm":
-        return (
-            f"norm.{rest}" if stage == num_stages else f"stages.{stage}.downsample.prenorm.{rest}"
-        )
-    return f"stem.{rest}" if stage == 1 else f"stages.{stage - 1}.downsample.{rest}"
+    rules = [(r"^head\.(?!fc\.)", "head.fc."), (r"^patch_embed1\.", "stem.")]
+    rules.append((rf"^norm{num_stages}\.", "norm."))
+    for i in range(1, num_stages + 1):
+        rules.append((rf"^block{i}\.", f"stages.{i - 1}.blocks."))
+        rules.append((rf"^patch_embed{i}\.", f"stages.{i - 1}.downsample."))
+        rules.append((rf"^norm{i}\.", f"stages.{i}.downsample.prenorm."))
+    return rules

@@ -14,6 +14,7 @@ from timm.layers import ClassifierHead, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 FORMATS = ("NCHW", "NHWC")
 
@@ -42,6 +43,31 @@ def pretrained_cfg(
         "classifier": "head.fc",
         **fields,
     }
+
+
+class Options(TypedDict, total=False):
+    """What every pyramid takes; its class says which defaults are others.
+
+    Attributes:
+        in_chans: channels of an image, 3 by default.
+        num_classes: 1000 by default; 0 for no classifier.
+        global_pool: pooling of the head, as timm names it, "avg" by default; "" for none.
+        embed_dim: channels of the first stage, 96 by default.
+        drop_rate: dropout before the classifier, 0 by default.
+        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0, and is
+            0 by default.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    in_chans: int
+    num_classes: int
+    global_pool: str
+    embed_dim: int
+    drop_rate: float
+    drop_path_rate: float
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class Stage(nn.Module):

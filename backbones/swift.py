@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import get_device_dtype, trunc_normal_
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from vidattn.backbones.attention_block import AttentionBlock
+from vidattn.backbones.checkpoints import new_name, tensors_of
 from vidattn.backbones.doubling_pyramid import build, check_stages
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 from vidattn.backbones.volume_pyramid import VolumePyramid
 from vidattn.backbones.window_attention import PatchMerging, WindowAttention, pad_axes
 
@@ -82,49 +84,37 @@ class SwiFT(VolumePyramid):
     """SwiFT; takes scans of one size, and of any length up to that it is made for.
 
     The blocks of the last stage read the whole brain, in windows of time that are not shifted. As
-    in the released code, the last map has no norm.
+    in the released code, the last map has no norm. The released model tells two classes apart by
+    one output, the logit of the second.
 
     Args:
-        in_chans: channels of a scan.
-        num_classes: 0 for no classifier; 1 for the released one of two classes, whose output is the
-            logit of the second.
-        global_pool: pooling of the head, as timm names it; "" for none.
         scan_size: voxels along each axis, and frames.
         patch: voxels along each axis of a patch, and frames.
-        embed_dim: channels of the first stage; each stage doubles them.
         depths: blocks of each stage.
         num_heads: of each stage.
         window: cells along each axis, and frames, that a cell reads; every other block shifts
             them by half.
         mlp_ratio: hidden channels of the perceptrons over their width.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 1,
-        num_classes: int = 1,
-        global_pool: str = "avg",
+        *,
         scan_size: Sequence[int] = (96, 96, 96, 20),
         patch: Sequence[int] = (6, 6, 6, 1),
-        embed_dim: int = 36,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window: Sequence[int] = (4, 4, 4, 4),
         mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
         check_stages(depths=depths, num_heads=num_heads)
-        dd = {"device": device, "dtype": dtype}
         sizes = [[-(-voxels // side) for voxels, side in zip(scan_size, patch)]]
         for _ in depths[1:]:
             sizes.append([*(-(-cells // 2) for cells in sizes[-1][:3]), sizes[-1][3]])
 
-        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> AttentionBlock:
             is_last = stage == len(depths) - 1
             sides = [*sizes[-1][:3], window[3]] if is_last else window
             shift = [0 if is_last or index % 2 == 0 else side // 2 for side in sides]
@@ -132,22 +122,16 @@ class SwiFT(VolumePyramid):
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
         super().__init__(
-            ScanPatches(in_chans, embed_dim, patch, **dd),
+            partial(ScanPatches, patch=patch),
             block,
             partial(PatchMerging, axes=(3, 2, 1)),
             nn.Identity,
             patch=patch[0],
-            embed_dim=embed_dim,
             depths=depths,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
+            **Options(in_chans=1, num_classes=1, embed_dim=36) | options,
         )
-        for i, (stage, size) in enumerate(zip(self.stages, sizes)):
-            positions = Positions(embed_dim * 2**i, size, **dd)
+        for stage, tap, size in zip(self.stages, self.feature_info, sizes):
+            positions = Positions(tap["num_chs"], size, **get_device_dtype(self))
             stage.downsample = nn.Sequential(stage.downsample, positions)
 
     @torch.jit.ignore
@@ -156,8 +140,7 @@ class SwiFT(VolumePyramid):
         return {"*.pos_embed", "*.time_embed"}
 
 
-# (pattern, replacement) from the names of the authors, each applied in this order; {next} is one
-# more
+# from the names of the authors
 NAMES = (
     (r"^(?:model\.)?patch_embed\.", "stem."),
     (r"^(?:model\.)?pos_embeds\.(\d+)\.", r"stages.\1.downsample.1."),
@@ -171,15 +154,11 @@ NAMES = (
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of ``model`` from one of the authors, or in its own layout."""
     renamed = {}
-    for name, tensor in state_dict.get("state_dict", state_dict).items():
+    for name, tensor in tensors_of(state_dict).items():
         # of no use to them either
         if re.fullmatch(r"(model\.)?norm\.(weight|bias)", name):
             continue
-        for pattern, replacement in NAMES:
-            if "{next}" in replacement and (found := re.match(pattern, name)):
-                # the layer between two stages belonged to the first of them
-                replacement = replacement.format(next=int(found[1]) + 1)
-            name = re.sub(pattern, replacement, name)
+        name = new_name(name, NAMES)
         # theirs have the channels first, and axes of one cell
         if name.endswith(".pos_embed") and tensor.dim() == 6:
             tensor = tensor[0].movedim(0, -1)

@@ -16,10 +16,12 @@ import torch
 from timm.models import adapt_input_conv, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from typing_extensions import Unpack
 
 from vidattn.backbones.attention_block import AttentionBlock
+from vidattn.backbones.checkpoints import new_name, tensors_of
 from vidattn.backbones.doubling_pyramid import build, check_stages
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.pyramid import Options, pretrained_cfg
 from vidattn.backbones.volume_pyramid import VolumePyramid
 from vidattn.backbones.window_attention import PatchMerging, WindowAttention, pad_axes
 
@@ -45,56 +47,38 @@ class VideoSwin(VolumePyramid):
     The released weights for Something-Something v2 are of a base model with ``window=(16, 7, 7)``.
 
     Args:
-        in_chans: channels of a video.
-        num_classes: 0 for no classifier.
-        global_pool: pooling of the head, as timm names it; "" for none.
         patch: frames, rows and columns of a patch.
-        embed_dim: channels of the first stage; each stage doubles them.
         depths: blocks of each stage.
         num_heads: of each stage.
         window: frames, rows and columns that a cell reads; every other block shifts them by half.
         mlp_ratio: hidden channels of the perceptrons over their width.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: rate at which the last block leaves a branch out; it grows from 0.
+        options: as every pyramid takes them.
     """
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 400,
-        global_pool: str = "avg",
+        *,
         patch: Sequence[int] = (2, 4, 4),
-        embed_dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window: Sequence[int] = (8, 7, 7),
         mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ):
         check_stages(depths=depths, num_heads=num_heads)
-        dd = {"device": device, "dtype": dtype}
 
-        def block(dim: int, rate: float, stage: int, index: int) -> AttentionBlock:
+        def block(dim: int, rate: float, stage: int, index: int, **dd) -> AttentionBlock:
             shift = [side // 2 if index % 2 else 0 for side in window]
             attn = WindowAttention(dim, num_heads[stage], window, shift, by_place=True, **dd)
             return AttentionBlock(attn, mlp_ratio=mlp_ratio, drop_path=rate, **dd)
 
         super().__init__(
-            VideoPatches(in_chans, embed_dim, patch, **dd),
+            partial(VideoPatches, patch=patch),
             block,
             partial(PatchMerging, axes=(2, 3)),
             patch=patch[-1],
-            embed_dim=embed_dim,
             depths=depths,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **dd,
+            **Options(num_classes=400) | options,
         )
 
     @torch.jit.ignore
@@ -103,10 +87,10 @@ class VideoSwin(VolumePyramid):
         return {"*.rpb"}
 
 
-# (pattern, replacement) from the names of the authors, then of torchvision, each applied in this
-# order
+# from the names of the authors, then of torchvision
 NAMES = (
     (r"^backbone\.", ""),
+    (r"^layers\.(\d+)\.downsample\.", "stages.{next}.downsample."),
     (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
     (r"^cls_head\.fc_cls\.", "head.fc."),
     (r"^patch_embed\.", "stem."),
@@ -123,21 +107,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     What was trained with other windows in space, or with other channels, is resized.
     """
     renamed = {}
-    for name, tensor in state_dict.get("state_dict", state_dict).items():
+    for name, tensor in tensors_of(state_dict).items():
         # made from the window by whoever needs it
         if name.endswith(".relative_position_index"):
             continue
-        # the layer between two stages belongs to the first of them, in the files of the authors
-        if found := re.match(r"(?:backbone\.)?layers\.(\d+)\.downsample\.", name):
-            name = f"stages.{int(found[1]) + 1}.downsample.{name[found.end() :]}"
         # stages and what lies between them take turns, in those of torchvision
         if found := re.match(r"features\.(\d+)\.(\d+\.)?", name):
             stage, is_between = divmod(int(found[1]), 2)
             place = f"{stage + 1}.downsample." if is_between else f"{stage}.blocks.{found[2]}"
             name = f"stages.{place}{name[found.end() :]}"
-        for pattern, replacement in NAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+        renamed[new_name(name, NAMES)] = tensor
     return _resize(renamed, model)
 
 

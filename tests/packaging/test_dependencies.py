@@ -14,6 +14,7 @@ DISTRIBUTION = {
     "cv2": "opencv-python-headless",
     "google": "protobuf",
     "huggingface_hub": "huggingface-hub",
+    "typing_extensions": "typing-extensions",
     "yaml": "pyyaml",
 }
 

@@ -141,12 +141,14 @@ class BiFormer(DoublingPyramid):
 
         def block(dim: int, rate: float, stage: int, index: int, **dd) -> BiFormerBlock:
             topk = topks[stage]
+            attn: nn.Module
             if topk is None:
                 attn = FullAttention(dim, **dd)
             else:
                 attn = BiLevelRoutingAttention(dim, dim // HEAD_DIM, topk, **dd)
-            options = {"mlp_ratio": mlp_ratio, "drop_path": rate, "has_position": has_positions}
-            return BiFormerBlock(dim, attn, **options, **dd)
+            return BiFormerBlock(
+                dim, attn, mlp_ratio=mlp_ratio, drop_path=rate, has_position=has_positions, **dd
+            )
 
         super().__init__(
             stem_layer,

@@ -28,7 +28,8 @@ class DoublingPyramid(Pyramid):
             and ``dtype`` too.
         depths: blocks of each stage.
         patch: pixels of the image to a cell of the first stage.
-        growth: channels of a stage over those of the one before, and cells to a side the other way.
+        growth: channels of a stage over those of the one before, and cells to a side the other way;
+            1 for stages that are all alike.
         output_fmt: layout of feature maps, "NHWC" or "NCHW".
         in_chans, num_classes, global_pool, embed_dim, drop_rate, drop_path_rate: as in ``Options``.
     """

@@ -158,9 +158,9 @@ class FactorizedAttention(nn.Module):
             nn.Conv2d(wide, wide, 3, padding=1, groups=wide, **dd),
             nn.Conv2d(wide, wide, 1, **dd),
         )
-        options = {"window": window, **dd}
         self.fine = nn.ModuleList(
-            FineGroup(fine, num_heads, dilation=dilation, **options) for dilation in dilations
+            FineGroup(fine, num_heads, window=window, dilation=dilation, **dd)
+            for dilation in dilations
         )
         self.proj = nn.Linear(dim, dim, **dd)
 

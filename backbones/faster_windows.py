@@ -9,6 +9,7 @@ Letters: B batch, H, W size of a feature map, C channels, n heads, D head dim.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +248,6 @@ def in_windows(
 
 
 @fx.wrap
-def attend(packed: Tensor, *arguments: object) -> Tensor:
+def attend(packed: Tensor, *arguments: Any) -> Tensor:
     """``packed_windows``, left whole in the graphs of FX."""
     return packed_windows(packed, *arguments)

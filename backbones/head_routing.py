@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 
@@ -89,7 +90,9 @@ def balance_losses(model: nn.Module) -> Iterator[list[Tensor]]:
     """
     losses: list[Tensor] = []
 
-    def listen(router: HeadRouter):
+    def listen(router: HeadRouter) -> RemovableHandle:
+        assert router.routed is not None
+
         def look(module, inputs, logits):
             # a checkpointed block that is computed again adds nothing
             if ModuleTracker().is_bw:

@@ -8,6 +8,7 @@ Letters: B batch, C channels, H, W size of a feature map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
@@ -60,7 +61,7 @@ class L2ViTBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.position = ConvolvedPosition(dim, **dd)
         self.norm1 = nn.LayerNorm(dim, **dd)
         if window is None:
@@ -68,8 +69,9 @@ class L2ViTBlock(nn.Module):
             self.local = LocalConcentration(dim, drop_path, **dd)
         else:
             sides = (window, window)
-            options = {"has_bias": False, "shrinks": False, **dd}
-            self.attn = WindowAttention(dim, num_heads, sides, (0, 0), **options)
+            self.attn = WindowAttention(
+                dim, num_heads, sides, (0, 0), has_bias=False, shrinks=False, **dd
+            )
             self.local = ConvolvedPosition(dim, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)

@@ -7,6 +7,7 @@ Letters: B batch, C channels, H, W size of a feature map.
 # cannot read.
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -124,7 +125,7 @@ class Pyramid(nn.Module):
         self.head_hidden_size = head.num_features
         self.global_pool = head.global_pool.pool_type
         self.output_fmt = head.input_fmt
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": channels, "reduction": reduction, "module": f"stages.{i}"}
             for i, (channels, reduction) in enumerate(taps)
         ]

@@ -53,7 +53,7 @@ def load(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = find_compiler()
     flags = (*FLAGS, *flags)
-    made_of = (*_texts(source), *flags, sys.platform, platform.machine())
+    made_of: tuple[str | bytes, ...] = (*_texts(source), *flags, sys.platform, platform.machine())
     name = f"{source.stem}-{_hash(*made_of)}"
     version = _hash(*compiler, _version(compiler)) if compiler else "*"
     cache, temporary = _folders()

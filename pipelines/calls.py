@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class Calls:
 
     def __init__(
         self,
-        pipe: object,
+        pipe: Any,
         handle: object,
         generations: Generations,
         begin: Callable[[], None],

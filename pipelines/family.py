@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from vidattn.grid import Size
 from vidattn.registry import unknown
 from vidattn.schedule import Model
 
-Arguments = Mapping[str, object]
+Arguments = Mapping[str, Any]
 
 # what wrappers of modules call the module inside
 WRAPPED = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")

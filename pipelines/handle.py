@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -139,6 +140,7 @@ class Handle:
             RuntimeError: it has another transformer than was patched, or one more, and strict.
         """
         parts = parts_of(self._pipe)
+        assert parts is not None
         for site in self.sites:
             if parts.get(site.name) is not site.model:
                 raise RuntimeError(
@@ -173,7 +175,8 @@ def find_handle(model: nn.Module) -> Handle | None:
     for hook in model._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, RootHook) and owner.site is not None:
-            return owner.site.handle
+            site: Any = owner.site
+            return site.handle
     return None
 
 
@@ -181,7 +184,7 @@ def handle_of(pipe: object) -> Handle | None:
     """The handle of a patched pipeline, None for one that is not patched."""
     if not hasattr(pipe, "__dict__"):
         return None
-    found = [mark.handle for mark in marks(pipe) if isinstance(mark, Calls)]
+    found: list[Any] = [mark.handle for mark in marks(pipe) if isinstance(mark, Calls)]
     return found[0] if found else None
 
 

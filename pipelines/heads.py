@@ -7,7 +7,7 @@ parallelism cuts the projections by heads. Letters: B batch, H heads, S tokens, 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -79,7 +79,7 @@ def heads_here(module: nn.Module, q: Tensor, model: nn.Module | None = None) -> 
     return Heads(first, num, total)
 
 
-def context_parallel(processor: object, model: nn.Module | None = None) -> object | None:
+def context_parallel(processor: object, model: nn.Module | None = None) -> Any:
     """The settings of diffusers' context parallelism of a processor, None outside of it.
 
     Some processors are told nothing of those of their model.

@@ -9,6 +9,7 @@ import itertools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor
 # the operators read what changes from step to step, which a replayed CUDA graph would freeze
 TAGS = tuple(tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe")
 # operators of torch take no Python objects, so they find theirs by number
-_by_number: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+_by_number: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -73,7 +74,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad(), _recording():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = _run(*leaves, mask, scale, layer)
+        out = _run(leaves[0], leaves[1], leaves[2], mask, scale, layer)
     return tuple(x.contiguous() for x in torch.autograd.grad(out, leaves, grad))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ class Shards(NamedTuple):
         return torch.cat(text + video if self.text_first else video + text)
 
 
-def find_shards(config: object, length: int, num_text: int, text_first: bool, device) -> Shards:
+def find_shards(config: Any, length: int, num_text: int, text_first: bool, device) -> Shards:
     """What every process has, from what this one has and a setting of diffusers."""
     size = config.ring_degree * config.ulysses_degree
     if not (config.ulysses_anything or config.ring_anything):
@@ -67,7 +67,7 @@ def find_shards(config: object, length: int, num_text: int, text_first: bool, de
 
 
 def attend(
-    config: object,
+    config: Any,
     shards: Shards,
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
     q: Tensor,
@@ -158,7 +158,7 @@ def _exchange(
     return [part.view(shape) for part, shape in zip(got.split(taken), shapes)]
 
 
-def _gather_mask(mask: Tensor, shards: Shards, config: object) -> Tensor:
+def _gather_mask(mask: Tensor, shards: Shards, config: Any) -> Tensor:
     """A mask of all keys in the usual order, from one of this process's."""
     group, size = config._flattened_mesh.get_group(), len(shards.lengths)
     longest = max(shards.lengths)

@@ -115,6 +115,7 @@ def _schedule(
         if twice := sorted(choice.options.keys() & options):
             raise ValueError(f"{method!r} has the options {twice} already: give them once")
         method = create_method(choice.name, **choice.options, **options)
+    assert method is not None
     return Schedule((Rule(method),), guard, name=label(method))
 
 

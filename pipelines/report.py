@@ -130,7 +130,7 @@ class Report:
 
     def _rows(self) -> list[tuple[str, ...]]:
         """The table: its head, and a row for each run of layers that did the same."""
-        rows = [HEAD]
+        rows: list[tuple[str, ...]] = [HEAD]
         for _, run in itertools.groupby(self.layers, key=_what_it_did):
             rows.append(_row(list(run)))
         if len({methods for layer in self.layers for methods in layer.methods}) < 2:
@@ -157,7 +157,7 @@ class Report:
         if self.total_ms is None:
             return parts[0]
         others = {"VAE": self.vae_ms, "text encoder": self.text_encoder_ms, "rest": self.rest_ms}
-        parts += [f"{name} {ms / 1e3:.2f} s" for name, ms in others.items()]
+        parts += [f"{name} {ms / 1e3:.2f} s" for name, ms in others.items() if ms is not None]
         return f"{self.total_ms / 1e3:.2f} s in all: {', '.join(parts)}"
 
 

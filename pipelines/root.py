@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ class ContextOf:
 
     @contextmanager
     def __call__(self, name: str, **steps: object) -> Iterator[None]:
-        with type(self.model).cache_context(self.model, name, **steps):
+        cls: Any = type(self.model)
+        with cls.cache_context(self.model, name, **steps):
             if self._local is None:
                 yield
                 return
@@ -83,7 +84,7 @@ class RootHook:
     """The two hooks of a transformer; a copy of them does nothing."""
 
     def __init__(self, site: Passes | None = None, parameters: list[str] | None = None):
-        self.site, self.parameters = site, parameters
+        self.site, self.parameters = site, parameters or []
 
     def __reduce__(self):
         return RootHook, ()

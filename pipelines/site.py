@@ -238,9 +238,9 @@ class Site:
         if mine is not None:
             plan = plan.of_queries(mine.roll(-call.num_moved))
         q, k, v = map(call.to_grid, (q, k, v))
-        given = {"scale": call.scale, "key_mask": call.keys}
-        out = attend(q, k, v, plan, **given)
-        return call.from_grid(out), engines_of(q, k, v, plan, **given)
+        out = attend(q, k, v, plan, scale=call.scale, key_mask=call.keys)
+        engines = engines_of(q, k, v, plan, scale=call.scale, key_mask=call.keys)
+        return call.from_grid(out), engines
 
 
 def _dense(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, mine) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 MARK = "_vidattn"
 
@@ -49,7 +50,7 @@ def _shown(cls: type, name: str) -> type | None:
 
 
 @cache
-def swapped(base: type, namespace_of: Callable[[type], dict[str, object]]) -> type:
+def swapped(base: Any, namespace_of: Callable[[type], dict[str, object]]) -> type:
     """The class that ``namespace_of`` makes of another, one for all instances: Dynamo guards it."""
     ours = namespace_of(base)
     namespace = {
@@ -61,13 +62,15 @@ def swapped(base: type, namespace_of: Callable[[type], dict[str, object]]) -> ty
         "_vidattn_names": frozenset(ours),
         **ours,
     }
-    return _behind(type(base))(base.__name__, (base,), namespace)
+    meta: Any = type(base)
+    return _behind(meta)(base.__name__, (base,), namespace)
 
 
 def swap_in(thing: object, namespace_of: Callable[[type], dict[str, object]], mark: object) -> None:
     """Put a mark on ``thing``, whose class becomes what ``namespace_of`` makes of its own."""
     if not is_swapped(thing):
-        object.__setattr__(thing, "__class__", swapped(type(thing), namespace_of))
+        base: Any = type(thing)
+        object.__setattr__(thing, "__class__", swapped(base, namespace_of))
     thing.__dict__[MARK] = (*marks(thing), mark)
 
 
@@ -78,8 +81,9 @@ def swap_out(thing: object, mark: object) -> None:
         thing.__dict__[MARK] = left
         return
     thing.__dict__.pop(MARK, None)
-    if "_vidattn_base" in vars(type(thing)):
-        object.__setattr__(thing, "__class__", type(thing)._vidattn_base)
+    ours: Any = type(thing)
+    if "_vidattn_base" in vars(ours):
+        object.__setattr__(thing, "__class__", ours._vidattn_base)
 
 
 def is_swapped(thing: object) -> bool:
@@ -87,12 +91,12 @@ def is_swapped(thing: object) -> bool:
     return hasattr(type(thing), "_vidattn_base")
 
 
-def marks(thing: object) -> tuple[object, ...]:
+def marks(thing: object) -> tuple[Any, ...]:
     """The marks on ``thing``, in the order in which they were put."""
     return thing.__dict__.get(MARK, ())
 
 
-def _reduce(self, protocol):
+def _reduce(self: Any, protocol: int) -> tuple[object, ...]:
     state = {name: value for name, value in self.__dict__.items() if name != MARK}
     return _new, (type(self)._vidattn_base,), state
 

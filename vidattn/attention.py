@@ -6,6 +6,7 @@ Letters: B batch, H heads, S tokens, D head dim.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +21,42 @@ from vidattn.registry import unknown
 from vidattn.steady import cast_by_autocast
 
 
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AnyPlan,
+    *,
+    scale: float | None = ...,
+    key_mask: Tensor | None = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AnyPlan,
+    *,
+    scale: float | None = ...,
+    key_mask: Tensor | None = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AnyPlan,
+    *,
+    scale: float | None = ...,
+    key_mask: Tensor | None = ...,
+    backend: str = ...,
+    return_lse: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attend(
     q: Tensor,
     k: Tensor,

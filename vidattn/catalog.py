@@ -126,7 +126,9 @@ def _lineage(tree: ast.Module, node: ast.ClassDef) -> list[tuple[ast.Module, ast
 def _fields(tree: ast.Module, node: ast.ClassDef) -> Iterator[Option]:
     """The fields that a dataclass declares itself, but those that a run sets."""
     for line in node.body:
-        if not isinstance(line, ast.AnnAssign) or "ClassVar" in ast.unparse(line.annotation):
+        if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+            continue
+        if "ClassVar" in ast.unparse(line.annotation):
             continue
         if line.value is not None and ast.unparse(line.value).startswith("run_state("):
             continue
@@ -166,8 +168,8 @@ def _reads_content(node: ast.ClassDef) -> Iterator[bool | None]:
     """Whether a class says it reads content, None where that takes some working out."""
     for line in node.body:
         if isinstance(line, ast.FunctionDef) and line.name == "reads_content":
-            value = line.body[-1].value
-            yield value.value if isinstance(value, ast.Constant) else None
+            value = getattr(line.body[-1], "value", None)
+            yield bool(value.value) if isinstance(value, ast.Constant) else None
 
 
 def _paragraphs(node: ast.Module | ast.ClassDef) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from dataclasses import dataclass, field
+from typing import Any
 
 from vidattn.catalog import describe
 from vidattn.config import alternatives, describe_type, show_value
@@ -107,7 +108,7 @@ def parse_value(option: str, text: str, hint: object) -> object:
     raise ValueError(f"{option} must be {describe_type(hint)}, got {text!r}")
 
 
-def _parse(text: str, kind: object) -> object:
+def _parse(text: str, kind: Any) -> object:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is type(None):
         return {"none": None}[text.lower()]

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -45,7 +45,8 @@ def build(cls: type[Config], given: object, what: str) -> Config:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"{what} must hold keys and values, got {given!r}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    kind: Any = cls
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = typing.get_type_hints(cls)
     for key in given:
         if key not in fields:
@@ -60,14 +61,15 @@ def build(cls: type[Config], given: object, what: str) -> Config:
         raise ValueError(f"{what}: {error}") from error
 
 
-def convert(value: object, hint: object, what: str) -> object:
+def convert(value: Any, hint: Any, what: str) -> object:
     """A value read from YAML as the type of a dataclass field.
 
     Raises:
         ValueError: it fits none of the types of the field.
     """
     for kind in alternatives(hint):
-        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        is_config = dataclasses.is_dataclass(kind) and isinstance(value, Mapping)
+        if is_config:
             return build(kind, value, what)
         if _fits(value, kind):
             return _tuple(value) if isinstance(value, list) else value
@@ -77,7 +79,7 @@ def convert(value: object, hint: object, what: str) -> object:
     raise ValueError(f"{what} must be {describe_type(hint)}, got {value!r}")
 
 
-def plain(config: object) -> dict[str, object]:
+def plain(config: Any) -> dict[str, object]:
     """The fields of a dataclass that differ from their defaults, as YAML writes them."""
     found = {}
     for field in dataclasses.fields(config):
@@ -97,7 +99,7 @@ def _tuple(value: object) -> object:
     return tuple(_tuple(x) for x in value) if isinstance(value, list) else value
 
 
-def _fits(value: object, kind: object) -> bool:
+def _fits(value: Any, kind: Any) -> bool:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return value in args
@@ -111,19 +113,19 @@ def _fits(value: object, kind: object) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def alternatives(hint: object) -> tuple[object, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
     """The types that a union allows, or the one type there is."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def takes_words(hint: object) -> bool:
+def takes_words(hint: Any) -> bool:
     """Whether a type has words among its values."""
     kinds = alternatives(hint)
     return any(kind is str or typing.get_origin(kind) is typing.Literal for kind in kinds)
 
 
-def describe_type(hint: object) -> str:
+def describe_type(hint: Any) -> str:
     """A type in plain words: 'one integer or t,h,w', 'a number or none'."""
     words = {int: "one integer", float: "a number", bool: "true or false", str: "a word"}
     words |= {type(None): "none", dict: "keys and values"}

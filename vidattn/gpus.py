@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import yaml
 
@@ -48,7 +49,9 @@ def _gpus() -> dict[str, Gpu]:
     text = resource("configs/gpus.yaml").read_text(encoding="utf-8")
     gpus = {}
     for name, entry in yaml.safe_load(text).items():
-        known = {key: Figure(*x) if isinstance(x, list) else x for key, x in entry.items()}
+        known: dict[str, Any] = {
+            key: Figure(*x) if isinstance(x, list) else x for key, x in entry.items()
+        }
         gpus[name] = Gpu(name, **known)
     return gpus
 

@@ -9,6 +9,7 @@ Letters: B batch, H query heads, K key heads, S tokens, D head dim, nv video blo
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from vidattn.plan import AnyPlan, Plan
 from vidattn.selection import select_share
 
 # the axes t, h, w from the one that changes least to the one that changes most
-ORDERS = tuple(itertools.permutations(range(3)))
+ORDERS = tuple(itertools.permutations(range(3), 3))
 # a block is sparse below this share of what uniform attention would give it
 SPARSE = 0.1
 
@@ -45,7 +46,7 @@ def order_scores(
     for axes in ORDERS:
         layout = raster_layout(grid, block, axes).to(q.device)
         nv = layout.num_video_blocks
-        given = {"scale": scale, "key_mask": key_mask}
+        given: dict[str, Any] = {"scale": scale, "key_mask": key_mask}
         total, peak = block_weights(q, k, layout.order, block, **given)
         total, peak = total[..., :nv, :nv], peak[..., :nv, :nv]
         tokens = layout.tokens_per_block[:nv]

@@ -99,6 +99,7 @@ def find_presets(models: Mapping[str, Model], is_whole: bool = True) -> list[str
     found = []
     for name in list_presets():
         made_for, shape = load_schedule(name).model, find_video_model(name)
+        assert made_for is not None
         wanted = (made_for.transformer, shape.layers, shape.heads)
         is_same = {(x.transformer, x.layers, x.heads) for x in models.values()} == {wanted}
         if is_same and (not is_whole or len(models) == shape.experts):

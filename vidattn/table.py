@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Collection, Sequence
+from typing import Any
 
 GAP, INDENT = "  ", " "
-WHOLE = {"break_long_words": False, "break_on_hyphens": False}
+WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 Row = Sequence[str]
 
 

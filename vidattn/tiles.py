@@ -105,4 +105,4 @@ def fit_reach(wanted: float, counts: Size, density: Callable[[Size], float], adv
 def _beside(box: Size, counts: Size) -> list[Size]:
     """The boxes that differ from one by a tile at most on every axis."""
     axes = ([far for far in (x - 1, x, x + 1) if 0 <= far < n] for x, n in zip(box, counts))
-    return list(itertools.product(*axes))
+    return [(t, h, w) for t, h, w in itertools.product(*axes)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,9 +40,10 @@ def write_video(path: Path, frames: Tensor, *, fps: float) -> None:
         return
     height, width = pictures.shape[1:3]
     pictures = np.pad(pictures, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with imageio.get_writer(
+    writer: Any = imageio.get_writer(
         path, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=1
-    ) as writer:
+    )
+    with writer:
         for picture in pictures:
             writer.append_data(picture)
 

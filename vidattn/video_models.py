@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -74,7 +74,9 @@ def _models() -> dict[str, VideoModel]:
     text = resource("configs/video_models.yaml").read_text(encoding="utf-8")
     models = {}
     for name, entry in yaml.safe_load(text).items():
-        words = {key: tuple(x) if isinstance(x, list) else x for key, x in entry.items()}
+        words: dict[str, Any] = {
+            key: tuple(x) if isinstance(x, list) else x for key, x in entry.items()
+        }
         models[name] = VideoModel(name=name, **words)
     return models
 

@@ -69,6 +69,7 @@ def test_second_run_installs_nothing(project):
     assert run(project, "test.sh")[2] == [
         "-m ruff check .",
         "-m ruff format --check .",
+        "-m mypy",
         "-m pytest -n auto --dist loadfile",
     ]
 
@@ -107,7 +108,7 @@ def test_failed_install_is_tried_again(project):
     assert len(installs(run(project, "test.sh")[2])) == 1
 
 
-@pytest.mark.parametrize("failing", ["ruff check", "ruff format", "pytest"])
+@pytest.mark.parametrize("failing", ["ruff check", "ruff format", "mypy", "pytest"])
 def test_failed_check_fails_the_command(project, failing):
     fake(project, f'[[ "$*" != "-m {failing}"* ]]')
     assert run(project, "test.sh")[0] != 0

@@ -9,6 +9,7 @@ Letters: B batch, n heads, H, W size of a feature map, C channels, D head dim, R
 from __future__ import annotations
 
 import torch
+from einops import rearrange, reduce
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
@@ -125,17 +126,16 @@ def attend_to_copies(qkv: Tensor, num_heads: int, side: int, topk: int, scale: f
 def attend_by_plan(qkv: Tensor, num_heads: int, side: int, topk: int, scale: float) -> Tensor:
     """``attend_regions`` by a block list, so that no key or value is copied."""
     B, H, W, _ = qkv.shape
-    means = qkv.detach().unflatten(2, (side, -1)).unflatten(1, (side, -1)).mean((2, 4))
-    routes = route(means.flatten(1, 2), topk, scale).flatten().int()
+    means = reduce(qkv.detach(), "b (r y) (s x) c -> b (r s) c", "mean", r=side, s=side)
+    routes = route(means, topk, scale).flatten().int()
     row_start = torch.arange(0, routes.numel() + 1, topk, device=qkv.device)
     num_full = torch.full([B * side * side], topk, dtype=torch.int32, device=qkv.device)
     order = cells_of_regions(H // side, W // side, side, qkv.device).flatten().int()
     block = order.numel() // side**2
     lists = BlockLists(order, block, B, 1, row_start, num_full, routes)
     plan = Plan(Grid(1, H, W), Layout(order, block, side**2), lists)
-    # (B, n, S, D) each
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4).unbind()
-    return attend(q, k, v, plan, scale=scale).transpose(1, 2).reshape(B, H, W, -1)
+    q, k, v = rearrange(qkv, "b h w (qkv n d) -> qkv b n (h w) d", qkv=3, n=num_heads)
+    return rearrange(attend(q, k, v, plan, scale=scale), "b n (h w) d -> b h w (n d)", h=H)
 
 
 def cells_of_regions(rows: int, columns: int, side: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import halo_attn
 from timm.models import davit, swin_transformer, swin_transformer_v2
 from torch import Tensor, fx, nn
@@ -105,9 +106,9 @@ class FasterHaloAttn(Faster):
         """(B, C, H, W) to (B, its own channels, H / stride, W / stride)."""
         attn = self.module
         size, stride = tuple(x.shape[2:]), attn.block_stride
-        x = x.permute(0, 2, 3, 1).contiguous()
+        x = rearrange(x, "b c h w -> b h w c").contiguous()
         q = _pointwise(attn.q, x[:, ::stride, ::stride]).unflatten(-1, (attn.num_heads, -1))
-        kv = _pointwise(attn.kv, x).unflatten(-1, (attn.num_heads, -1)).flatten(1, 2)
+        kv = rearrange(_pointwise(attn.kv, x), "b h w (n d) -> b (h w) n d", n=attn.num_heads)
         k, v = kv.split([attn.dim_head_qk, attn.dim_head_v], -1)
         rows, columns = self._position_scores(q)
         if attn.scale_pos_embed:
@@ -115,8 +116,8 @@ class FasterHaloAttn(Faster):
         windows = halo_windows(size, attn.block_size, attn.halo_size, stride)
         queries = torch.cat([q, rows, columns], -1).flatten(1, 2)
         out = window_attention(queries, k, v, windows, scale=scale_of(attn))
-        out = out.view(*q.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-        return attn.pool(out)
+        out = rearrange(out, "b (h w) n d -> b (n d) h w", h=q.shape[1])
+        return attn.pool(out.contiguous())
 
     def _position_scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, n, window) what a query gives every row of its window, and every column."""

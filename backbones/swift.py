@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from einops import rearrange
 from timm.layers import get_device_dtype, trunc_normal_
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
@@ -161,9 +162,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         name = new_name(name, NAMES)
         # theirs have the channels first, and axes of one cell
         if name.endswith(".pos_embed") and tensor.dim() == 6:
-            tensor = tensor[0].movedim(0, -1)
+            tensor = rearrange(tensor, "1 c x y z 1 -> x y z 1 c")
         elif name.endswith(".time_embed") and tensor.dim() == 6:
-            tensor = tensor[0, :, 0, 0, 0].mT
+            tensor = rearrange(tensor, "1 c 1 1 1 t -> t c")
         renamed[name] = tensor
     return renamed
 

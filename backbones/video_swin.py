@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from einops import rearrange
 from timm.models import adapt_input_conv, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -150,10 +151,9 @@ def resize_biases(rpb: Tensor, window: Sequence[int]) -> Tensor:
     side = math.isqrt(len(rpb) // frames)
     if len(rpb) != frames * side**2 or [side, side] == size:
         return rpb
-    # (frames, n, rows, columns)
-    table = rpb.view(frames, side, side, -1).permute(0, 3, 1, 2)
+    table = rearrange(rpb, "(t y x) n -> t n y x", t=frames, y=side)
     table = interpolate(table, size, mode="bicubic", align_corners=False)
-    return table.permute(0, 2, 3, 1).flatten(0, 2)
+    return rearrange(table, "t n y x -> (t y x) n")
 
 
 def _create(name: str, pretrained: bool, **options) -> VideoSwin:

@@ -125,12 +125,12 @@ class RootHook:
         return _with_first(output, torch.ops.vidattn.end(_first(output), site.number))
 
 
-def _first(output: object) -> Tensor:
+def _first(output: Any) -> Tensor:
     """The first tensor in the output of a model."""
     return output if isinstance(output, Tensor) else _first(output[0])
 
 
-def _with_first(output: object, first: Tensor) -> object:
+def _with_first(output: Any, first: Tensor) -> Any:
     """The output of a model with another first tensor."""
     if isinstance(output, Tensor):
         return first

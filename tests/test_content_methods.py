@@ -120,6 +120,18 @@ def test_a_full_budget_is_dense_whatever_else_is_chosen(name, full):
                 assert this.plan(grid, Reading(size * q, size * k)).mask().all()
 
 
+@pytest.mark.parametrize("full", FULL, ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "paro"])
+def test_a_full_budget_leaves_out_padded_keys_alone(name, full):
+    if not options_of(name).issuperset(full):
+        pytest.skip("has no such option")
+    grid = Grid(5, 4, 6, text=3)
+    q, k = torch.randn(2, 1, 2, grid.num_tokens, 8)
+    key_mask = torch.rand(1, grid.num_tokens) < 0.7
+    mask = create_method(name, **full).plan(grid, Reading(q, k, key_mask=key_mask)).mask()
+    assert (mask | ~key_mask[:, None, None]).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_padded_keys_change_nothing(name):
     grid = GRIDS[0]

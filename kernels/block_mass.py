@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vidattn.kernels.block_lists import HIDDEN
+from vidattn.kernels.partial_bias import HIDDEN
 from vidattn.kernels.slots import Slots
 
 # bytes of scores in flight, which stay in a cache of the second level, and queries they are of

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.kernels.block_lists import HIDDEN
 from vidattn.kernels.halo import Halo, Run
 from vidattn.kernels.onednn import fast_float32_products
+from vidattn.kernels.partial_bias import HIDDEN
 from vidattn.kernels.workers import num_workers, run
 from vidattn.kernels.workspace import LN2, LOG2E, MAX_PLAIN_SCORE, Workspace
 

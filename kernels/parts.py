@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.kernels.block_lists import BlockLists, partial_bias
+from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.chunks import Chunk, make_chunks
+from vidattn.kernels.partial_bias import partial_bias
 from vidattn.kernels.slots import Rows, Slots
 from vidattn.kernels.workers import num_workers
 

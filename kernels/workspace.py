@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from vidattn.kernels.block_lists import HIDDEN
+from vidattn.kernels.partial_bias import HIDDEN
 from vidattn.kernels.parts import Hidden
 
 LN2, LOG2E = math.log(2), math.log2(math.e)

@@ -19,6 +19,6 @@ for _module in pkgutil.iter_modules(__path__):
     if _module.name != "__main__":
         import_module(f"{__name__}.{_module.name}")
 
-from vidattn.backbones.faster_windows import accelerate  # noqa: E402
+from vidattn.backbones.faster.windows import accelerate  # noqa: E402
 
 __all__ = ["accelerate"]

@@ -15,11 +15,11 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
-from vidattn.backbones.checkpoints import rename
-from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
 from vidattn.backbones.exporting import attention
-from vidattn.backbones.pyramid import Options, pretrained_cfg
+from vidattn.backbones.layers.bilevel_routing import BiLevelRoutingAttention
+from vidattn.backbones.pyramids.checkpoints import rename
+from vidattn.backbones.pyramids.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 HEAD_DIM = 32
 

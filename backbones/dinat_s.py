@@ -11,9 +11,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 
 from vidattn.backbones.dinat import AT_224, AT_384, IN1K, IN22K
+from vidattn.backbones.layers.patchify import patchify
 from vidattn.backbones.nat import NeighborhoodTransformer, create
-from vidattn.backbones.patchify import patchify
-from vidattn.backbones.pyramid import pretrained_cfg
+from vidattn.backbones.pyramids.pyramid import pretrained_cfg
 
 TINY = {
     "embed_dim": 96,

@@ -12,12 +12,12 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vidattn.backbones.checkpoints import rename
-from vidattn.backbones.convolved_block import ConvolvedBlock, ConvolvedMlp
-from vidattn.backbones.doubling_pyramid import build, check_stages
-from vidattn.backbones.factorized_attention import FactorizedAttention
-from vidattn.backbones.overlapping_patches import OverlappingPyramid, names_of_pvt
-from vidattn.backbones.pyramid import Options, pretrained_cfg
+from vidattn.backbones.layers.convolved_block import ConvolvedBlock, ConvolvedMlp
+from vidattn.backbones.layers.factorized_attention import FactorizedAttention
+from vidattn.backbones.pyramids.checkpoints import rename
+from vidattn.backbones.pyramids.doubling_pyramid import build, check_stages
+from vidattn.backbones.pyramids.overlapping_patches import OverlappingPyramid, names_of_pvt
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 
 class FaViT(OverlappingPyramid):

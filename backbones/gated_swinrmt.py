@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from typing_extensions import Unpack
 
-from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
-from vidattn.backbones.patchify import patchify
-from vidattn.backbones.pyramid import Options, pretrained_cfg
-from vidattn.backbones.window_attention import (
+from vidattn.backbones.layers.attention_block import AttentionBlock
+from vidattn.backbones.layers.patchify import patchify
+from vidattn.backbones.layers.window_attention import (
     PatchMerging,
     attend_in_windows,
     crop,
     pad_to_windows,
 )
+from vidattn.backbones.pyramids.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 KINDS = ("retention", "swat")
 

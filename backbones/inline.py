@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from typing_extensions import Unpack
 
-from vidattn.backbones import neighborhood_checkpoint
-from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.checkpoints import tensors_of
-from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
-from vidattn.backbones.patchify import patchify
-from vidattn.backbones.pyramid import Options, pretrained_cfg
-from vidattn.backbones.window_attention import WindowAttention
+from vidattn.backbones.layers.attention_block import AttentionBlock
+from vidattn.backbones.layers.patchify import patchify
+from vidattn.backbones.layers.window_attention import WindowAttention
+from vidattn.backbones.pyramids import neighborhood_checkpoint
+from vidattn.backbones.pyramids.checkpoints import tensors_of
+from vidattn.backbones.pyramids.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 
 class InLineAttention(nn.Module):

@@ -12,13 +12,13 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from typing_extensions import Unpack
 
-from vidattn.backbones.attention_block import AttentionBlock
 from vidattn.backbones.dinat import URL
-from vidattn.backbones.doubling_pyramid import DoublingPyramid
-from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
-from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
-from vidattn.backbones.patchify import patchify
-from vidattn.backbones.pyramid import Options, pretrained_cfg
+from vidattn.backbones.layers.attention_block import AttentionBlock
+from vidattn.backbones.layers.neighborhood_attention import NeighborhoodAttention2d
+from vidattn.backbones.layers.patchify import patchify
+from vidattn.backbones.pyramids.doubling_pyramid import DoublingPyramid
+from vidattn.backbones.pyramids.neighborhood_checkpoint import checkpoint_filter_fn
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 PATCH = 16
 # cells to a side at 224 pixels

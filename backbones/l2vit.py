@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from typing_extensions import Unpack
 
-from vidattn.backbones.checkpoints import rename
-from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
-from vidattn.backbones.linear_attention import LinearAttention, LocalConcentration
-from vidattn.backbones.pyramid import Options, pretrained_cfg
-from vidattn.backbones.window_attention import WindowAttention
+from vidattn.backbones.layers.linear_attention import LinearAttention, LocalConcentration
+from vidattn.backbones.layers.window_attention import WindowAttention
+from vidattn.backbones.pyramids.checkpoints import rename
+from vidattn.backbones.pyramids.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 
 class ConvolvedPosition(nn.Module):

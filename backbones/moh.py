@@ -16,13 +16,13 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vidattn.backbones.aggregated_attention import AggregatedAttention, CosineAttention
-from vidattn.backbones.checkpoints import rename
-from vidattn.backbones.convolved_block import ConvolvedBlock, GatedConvolution
-from vidattn.backbones.doubling_pyramid import build, check_stages
-from vidattn.backbones.head_routing import HeadRouter
-from vidattn.backbones.overlapping_patches import OverlappingPyramid, names_of_pvt
-from vidattn.backbones.pyramid import Options, pretrained_cfg
+from vidattn.backbones.layers.aggregated_attention import AggregatedAttention, CosineAttention
+from vidattn.backbones.layers.convolved_block import ConvolvedBlock, GatedConvolution
+from vidattn.backbones.layers.head_routing import HeadRouter
+from vidattn.backbones.pyramids.checkpoints import rename
+from vidattn.backbones.pyramids.doubling_pyramid import build, check_stages
+from vidattn.backbones.pyramids.overlapping_patches import OverlappingPyramid, names_of_pvt
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 # cells to a side of the first stage at 224 pixels
 SIDE = 56
@@ -31,7 +31,8 @@ SIDE = 56
 class MoHViT(OverlappingPyramid):
     """MoH-ViT; takes images of any size.
 
-    In training, ``vidattn.backbones.head_routing.balance_losses`` gives what to add to the loss.
+    In training, ``vidattn.backbones.layers.head_routing`` has the ``balance_losses`` that are added
+    to the loss.
 
     Args:
         depths: blocks of each stage.

@@ -14,11 +14,11 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
-from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
-from vidattn.backbones.neighborhood_checkpoint import checkpoint_filter_fn
-from vidattn.backbones.pyramid import Options, pretrained_cfg
+from vidattn.backbones.layers.attention_block import AttentionBlock
+from vidattn.backbones.layers.neighborhood_attention import NeighborhoodAttention2d
+from vidattn.backbones.pyramids.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramids.neighborhood_checkpoint import checkpoint_filter_fn
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 
 class ConvStem(nn.Module):

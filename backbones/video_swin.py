@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from typing_extensions import Unpack
 
-from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.checkpoints import new_name, tensors_of
-from vidattn.backbones.doubling_pyramid import build, check_stages
-from vidattn.backbones.pyramid import Options, pretrained_cfg
-from vidattn.backbones.volume_pyramid import VolumePyramid
-from vidattn.backbones.window_attention import PatchMerging, WindowAttention, pad_axes
+from vidattn.backbones.layers.attention_block import AttentionBlock
+from vidattn.backbones.layers.window_attention import PatchMerging, WindowAttention, pad_axes
+from vidattn.backbones.pyramids.checkpoints import new_name, tensors_of
+from vidattn.backbones.pyramids.doubling_pyramid import build, check_stages
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
+from vidattn.backbones.pyramids.volume_pyramid import VolumePyramid
 
 
 class VideoPatches(nn.Module):

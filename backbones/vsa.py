@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, grid_sample, leaky_relu
 from typing_extensions import Unpack
 
-from vidattn.backbones.attention_block import AttentionBlock
-from vidattn.backbones.doubling_pyramid import DoublingPyramid, build, check_stages
-from vidattn.backbones.patchify import patchify
-from vidattn.backbones.pyramid import Options, pretrained_cfg
-from vidattn.backbones.window_attention import PatchMerging, attend_in_blocks, crop, pad_axes
+from vidattn.backbones.layers.attention_block import AttentionBlock
+from vidattn.backbones.layers.patchify import patchify
+from vidattn.backbones.layers.window_attention import PatchMerging, attend_in_blocks, crop, pad_axes
+from vidattn.backbones.pyramids.doubling_pyramid import DoublingPyramid, build, check_stages
+from vidattn.backbones.pyramids.pyramid import Options, pretrained_cfg
 
 
 class ZeroConv2d(nn.Conv2d):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidattn.kernels.block_segments import even_block
+from vidattn.kernels.engines.block_segments import even_block
 from vidattn.kernels.slots import Slots
 
 LEVELS = 127

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from vidattn import gpus
+from vidattn.simulation import gpus
 
 
 @lru_cache

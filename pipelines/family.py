@@ -1,6 +1,6 @@
 """What differs between the diffusers families: where the tokens of the video are.
 
-A family is one file in this folder with a ``FAMILY``, or several of them in a tuple; nothing else
+A family is one file in families/ with a ``FAMILY``, or several of them in a tuple; nothing else
 has to know about it.
 """
 
@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-import vidattn.pipelines
+import vidattn.pipelines.families
 from vidattn.grid import Size
-from vidattn.registry import unknown
 from vidattn.schedule import Model
+from vidattn.support.registry import unknown
 
 Arguments = Mapping[str, Any]
 
@@ -113,10 +113,10 @@ def shape_of(model: nn.Module) -> Model:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family: what each file in this folder calls ``FAMILY``."""
+    """Every family: what each file in families/ calls ``FAMILY``."""
     found: list[Family] = []
-    for entry in pkgutil.iter_modules(list(vidattn.pipelines.__path__)):
-        module = importlib.import_module(f"vidattn.pipelines.{entry.name}")
+    for entry in pkgutil.iter_modules(list(vidattn.pipelines.families.__path__)):
+        module = importlib.import_module(f"vidattn.pipelines.families.{entry.name}")
         family = getattr(module, "FAMILY", ())
         found += (family,) if isinstance(family, Family) else family
     return tuple(found)

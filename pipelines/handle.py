@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from vidattn.pipelines.calls import Calls
 from vidattn.pipelines.generation import Generation
+from vidattn.pipelines.hooks.calls import Calls
+from vidattn.pipelines.hooks.root import RootHook
+from vidattn.pipelines.hooks.swap import marks
 from vidattn.pipelines.models import parts_of, video_transformers
 from vidattn.pipelines.report import LayerReport, Report
-from vidattn.pipelines.root import RootHook
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.site import Site
 from vidattn.pipelines.steps import Told
-from vidattn.pipelines.swap import marks
 from vidattn.schedule import Schedule
 
 

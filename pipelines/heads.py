@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vidattn.method import Method
 from vidattn.pipelines.family import num_heads
+from vidattn.planning.method import Method
 from vidattn.schedule import Part
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import nn
 
 from vidattn.choice import parse_choice
-from vidattn.method import Method
 from vidattn.methods import create_method, label
 from vidattn.pipelines.family import shape_of
 from vidattn.pipelines.handle import Handle, find_handle, handle_of
 from vidattn.pipelines.models import find_transformers, parts_of, unwrap
 from vidattn.pipelines.settings import Settings
+from vidattn.planning.method import Method
 from vidattn.schedule import DenseGuard, Rule, Schedule
 from vidattn.schedule_file import find_presets, list_presets, load_schedule
 

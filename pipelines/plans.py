@@ -11,14 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vidattn.fidelity import recall
 from vidattn.head_plan import HeadPlan
 from vidattn.pipelines.passes import Pass, is_backward
 from vidattn.pipelines.sequence import Call
 from vidattn.pipelines.settings import Settings
 from vidattn.plan import AnyPlan
-from vidattn.reading import Memory, Reading
-from vidattn.sampled import sample
+from vidattn.planning.reading import Memory, Reading
+from vidattn.planning.sampled import sample
+from vidattn.quality.fidelity import recall
 from vidattn.schedule import Part
 
 Parts = tuple[Part, ...]

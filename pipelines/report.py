@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from vidattn.grid import Grid
-from vidattn.table import table
+from vidattn.support.table import table
 
 HEAD = ("layer", "sparse", "dense", "density", "searches", "recall", "ms per call", "methods")
 PROSE = ("dense", "methods")

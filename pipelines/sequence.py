@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vidattn.grid import Grid
-from vidattn.pipelines import masks
 from vidattn.pipelines.family import Family
 from vidattn.pipelines.heads import Heads, heads_here
+from vidattn.pipelines.hooks import masks
 from vidattn.pipelines.passes import Pass
 
 

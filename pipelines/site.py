@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from vidattn.attention import attend, engines_of
 from vidattn.grid import Size
 from vidattn.pipelines.break_even import break_even
-from vidattn.pipelines.checkpoint import tie, untie
 from vidattn.pipelines.family import attentions, family_of, shape_of
-from vidattn.pipelines.intercept import Layer, give_back, keep_choice, owner, take
-from vidattn.pipelines.operators import numbered
+from vidattn.pipelines.hooks.checkpoint import tie, untie
+from vidattn.pipelines.hooks.intercept import Layer, give_back, keep_choice, owner, take
+from vidattn.pipelines.hooks.operators import numbered
+from vidattn.pipelines.hooks.root import ContextOf, install
+from vidattn.pipelines.hooks.swap import swap_out
 from vidattn.pipelines.passes import Pass, Passes, is_backward
 from vidattn.pipelines.plans import Plans
-from vidattn.pipelines.root import ContextOf, install
 from vidattn.pipelines.sequence import Call, find_video
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.stopwatch import Stopwatch
-from vidattn.pipelines.swap import swap_out
 from vidattn.plan import AnyPlan
 from vidattn.schedule import Model, Part
 

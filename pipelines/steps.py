@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidattn.pipelines.loop import Loop
 from vidattn.plan import AnyPlan
-from vidattn.reading import Memory
+from vidattn.planning.reading import Memory
 
 # what tells a forward pass from the others of its step: evaluation, name and number
 PassKey = tuple[int, str | None, int]

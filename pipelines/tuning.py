@@ -14,14 +14,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.allocation import allocate
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.method import Method
 from vidattn.methods import label
 from vidattn.methods.dense import Dense
-from vidattn.pipelines.watch import Sight, watching
+from vidattn.pipelines.allocation import allocate
+from vidattn.pipelines.hooks.watch import Sight, watching
 from vidattn.plan import AnyPlan
+from vidattn.planning.method import Method
 from vidattn.schedule import DenseGuard, Model, Rule, Schedule
 
 # name of the transformer and number of the layer

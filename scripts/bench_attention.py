@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attention_bound import measured_rates, shares_of_bound
-from resident_memory import extra_mib
+from benchmarks.attention_bound import measured_rates, shares_of_bound
+from benchmarks.resident_memory import extra_mib
 from torch import Tensor
 from tqdm import tqdm
 
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.hardware import hardware
-from vidattn.kernels.block_sparse_cpu import instruction_set
+from vidattn.kernels.engines.block_sparse_cpu import instruction_set
 from vidattn.methods import plan as plan_of
 from vidattn.plan import Plan
-from vidattn.visible import visible_keys
+from vidattn.planning.visible import visible_keys
+from vidattn.runs.hardware import hardware
 
 HEADS = 2
 # a function slower than this is timed once

@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 import timm
 import torch
-from resident_memory import extra_mib
+from benchmarks.resident_memory import extra_mib
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from vidattn.backbones import accelerate
-from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
-from vidattn.hardware import hardware
+from vidattn.backbones.layers.neighborhood_attention import NeighborhoodAttention2d
+from vidattn.runs.hardware import hardware
 
 
 class Family(NamedTuple):

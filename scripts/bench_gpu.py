@@ -21,14 +21,14 @@ from time import monotonic
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gpu_checks import Check, checks
-from gpu_peers import peers, tiles, windows
-from gpu_planning import planning
-from gpu_step import step
-from gpu_times import Row, Sizes, ceilings, dense, sparse
+from benchmarks.gpu_checks import Check, checks
+from benchmarks.gpu_peers import peers, tiles, windows
+from benchmarks.gpu_planning import planning
+from benchmarks.gpu_step import step
+from benchmarks.gpu_times import Row, Sizes, ceilings, dense, sparse
 
-from vidattn.gpus import find_gpu
-from vidattn.hardware import hardware
+from vidattn.runs.hardware import hardware
+from vidattn.simulation.gpus import find_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 # parts in their order, with the share of all time at which the next one begins at the latest
@@ -181,7 +181,7 @@ def said(error: Exception) -> str:
 
 def prewarm(arch: int) -> None:
     """Compile what a run launches, for a GPU that is not here."""
-    from fake_gpu import fake_gpu
+    from benchmarks.fake_gpu import fake_gpu
 
     # as a run has them: whether a number is a multiple of 16 is compiled in
     sizes, count = replace(Sizes.of("cpu", "triton"), rounds=1), 0

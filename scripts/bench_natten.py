@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from resident_memory import extra_mib
+from benchmarks.resident_memory import extra_mib
 from torch import Tensor
 
-from vidattn.hardware import hardware
 from vidattn.neighborhood import neighborhood_attention
+from vidattn.runs.hardware import hardware
 
 SIZE, WINDOW = (8, 32, 32), (5, 7, 7)
 NATTEN, OURS = "NATTEN", "vidattn, cpp"

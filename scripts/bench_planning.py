@@ -23,11 +23,11 @@ import torch.nn.functional as F
 
 from vidattn.commands.draw import smooth_reading
 from vidattn.grid import Grid
-from vidattn.hardware import hardware
-from vidattn.method import Method
 from vidattn.methods import create_method, label, list_methods
 from vidattn.methods import plan as plan_of
-from vidattn.reading import Reading
+from vidattn.planning.method import Method
+from vidattn.planning.reading import Reading
+from vidattn.runs.hardware import hardware
 
 # HunyuanVideo at 129x720x1280, and a round million
 GRIDS = ((33, 45, 80), (250, 50, 80))

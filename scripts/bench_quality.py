@@ -22,29 +22,29 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from density_choices import add_density_arguments, choices_at, plain_label
-from quality_plot import draw_frontier, draw_methods
-from quality_report import Compared, summarize, to_markdown
+from benchmarks.density_choices import add_density_arguments, choices_at, plain_label
+from benchmarks.quality_plot import draw_frontier, draw_methods
+from benchmarks.quality_report import Compared, summarize, to_markdown
 from safetensors.torch import load_file, save_file
 from t2v.data import held_out_prompts
 
 from vidattn.choice import Choice
-from vidattn.commands.choice import ScheduleChoice
-from vidattn.commands.clip import Clip, Guards, make_clip
 from vidattn.commands.compare import plan_density
-from vidattn.commands.folder import find_model
-from vidattn.commands.likeness import Measure, choose_measures
-from vidattn.commands.model import load_pipeline
-from vidattn.commands.output import writable_folder, write_atomically, write_json
-from vidattn.commands.request import Request, resolve
-from vidattn.fidelity import fidelity
 from vidattn.flags.values import positive_int
 from vidattn.flags.video import add_model_arguments
 from vidattn.grid import Grid
-from vidattn.hardware import hardware
 from vidattn.methods import create_method
-from vidattn.perception.fvd import video_features
-from vidattn.pipelines.watch import Sight, watching
+from vidattn.pipelines.hooks.watch import Sight, watching
+from vidattn.quality.fidelity import fidelity
+from vidattn.quality.fvd import video_features
+from vidattn.quality.measures import Measure, choose_measures
+from vidattn.runs.choices import ScheduleChoice
+from vidattn.runs.clip import Clip, Guards, make_clip
+from vidattn.runs.folder import find_model
+from vidattn.runs.hardware import hardware
+from vidattn.runs.model import load_pipeline
+from vidattn.runs.output import writable_folder, write_atomically, write_json
+from vidattn.runs.request import Request, resolve
 from vidattn.schedule_file import load_schedule
 
 QUICK = {"prompts": 1, "seeds": 1, "frames": 9, "side": 64, "steps": 2, "densities": (0.5,)}

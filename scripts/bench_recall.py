@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from density_choices import add_density_arguments, choices_at
-from motion_latents import fit_pca, heads_of, read_clip, tokens_of
-from packages import ROBOT_CLIPS, unpack
+from benchmarks.density_choices import add_density_arguments, choices_at
+from benchmarks.motion_latents import fit_pca, heads_of, read_clip, tokens_of
+from fetching.packages import ROBOT_CLIPS, unpack
 from torch import Tensor
 
 from vidattn.choice import Choice
-from vidattn.commands.output import writable_folder, write_atomically, write_json
-from vidattn.fidelity import fidelity
 from vidattn.grid import Grid
-from vidattn.hardware import hardware
 from vidattn.methods import create_method
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
+from vidattn.quality.fidelity import fidelity
+from vidattn.runs.hardware import hardware
+from vidattn.runs.output import writable_folder, write_atomically, write_json
 
 FOLDER = "media/videos/whitepaper_figure_5"
 CLIPS = {

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vidattn.choice import Choice, parse_choice
-from vidattn.commands.clip import Guards, make_clip
 from vidattn.commands.compare import plan_density
-from vidattn.commands.model import load_pipeline
-from vidattn.commands.output import writable_file, write_atomically
-from vidattn.commands.request import request_of, resolve
 from vidattn.flags.video import add_model_arguments, add_request_arguments
-from vidattn.likeness import psnr
-from vidattn.video import beside, write_video
+from vidattn.quality.likeness import psnr
+from vidattn.runs.clip import Guards, make_clip
+from vidattn.runs.model import load_pipeline
+from vidattn.runs.output import writable_file, write_atomically
+from vidattn.runs.request import request_of, resolve
+from vidattn.runs.video import beside, write_video
 
 PROMPTS = (
     "a blue bag moving left over a light background",

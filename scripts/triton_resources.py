@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 
 import triton
-from triton_machine_code import FUNCTIONS, INTEGERS, Case, Resources, complaints, measure
+from benchmarks.triton_machine_code import FUNCTIONS, INTEGERS, Case, Resources, complaints, measure
 
-from vidattn.kernels import triton_tiles
-from vidattn.kernels.triton_configs import ARCHITECTURES, HEAD_DIMS, KERNELS, QUANTISING, Tile
+from vidattn.kernels.triton import tiles as triton_tiles
+from vidattn.kernels.triton.configs import ARCHITECTURES, HEAD_DIMS, KERNELS, QUANTISING, Tile
 
 # by version of Triton
 Rows = dict[str, dict[Case, Resources]]
@@ -73,9 +74,12 @@ def _kept() -> Rows:
 
 @cache
 def _source(kernel: str) -> str:
-    """What the figures of a kernel depend on, beside its tile and Triton."""
+    """What the figures of a kernel depend on, beside its tile and Triton: code, not its imports."""
     files = (FUNCTIONS[kernel].fn.__code__.co_filename, triton_tiles.__file__)
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
+    text = "".join(Path(file).read_text(encoding="utf-8") for file in files)
+    imports = r"^(?:from|import) (?:[^(\n]*\([^)]*\)|[^\n]*)\n"
+    code = re.sub(imports, "", text, flags=re.MULTILINE)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def _write(rows: Rows) -> None:

@@ -25,7 +25,7 @@ from backbone_training.sources import Source, open_source, require_same_classes
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from vidattn.commands.output import writable_file, write_json
+from vidattn.runs.output import writable_file, write_json
 
 
 def input_of(model: nn.Module) -> Input:

@@ -63,7 +63,7 @@ def seed():
 @pytest.fixture(scope="session")
 def original(tmp_path_factory):
     """The folder of the tiny pipeline of the command line's tests; not to be changed."""
-    from tests.cli_cases import tiny_wan
+    from tests.commands.cli_cases import tiny_wan
 
     folder = tmp_path_factory.mktemp("tiny") / "wan"
     tiny_wan().save_pretrained(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from vidattn.pipelines.watch import Sight, watching
+from vidattn.pipelines.hooks.watch import Sight, watching
 
 BUNDLE = Path(__file__).parents[1] / "assets" / "tiny-t2v"
 

@@ -22,7 +22,7 @@ from vidattn.head_plan import HeadPlan
 from vidattn.kernels.box import Box
 from vidattn.methods import create_method
 from vidattn.plan import Plan
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 
 GRID = Grid(2, 7, 5, text=6)
 

@@ -6,8 +6,8 @@ import typing
 import pytest
 
 from vidattn.catalog import describe, list_methods
-from vidattn.config import show_value
 from vidattn.methods import create_method, method_class
+from vidattn.support.config import show_value
 
 
 @pytest.mark.parametrize("name", list_methods())

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from vidattn.config import build, plain, read_yaml
+from vidattn.support.config import build, plain, read_yaml
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vidattn import attention, engines
 from vidattn.attention import attend, engines_of
 from vidattn.engines import ENGINES, MASSES, QUANTISED, choose
 from vidattn.grid import Grid
-from vidattn.kernels import block_sparse_triton, flash
+from vidattn.kernels.engines import block_sparse_triton, flash
 
 GRID = Grid(2, 7, 5, text=6)
 
@@ -57,7 +57,7 @@ def test_engines_have_one_face(table):
 
 
 ENGINE = """
-from vidattn.kernels import block_sparse_torch
+from vidattn.kernels.engines import block_sparse_torch
 
 TAKES = ("scale", "key_mask")
 

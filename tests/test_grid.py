@@ -7,7 +7,7 @@ import torch
 
 from tests.grids import AWKWARD, PUBLISHED
 from vidattn.grid import Grid, dilation_order, frame_layout, raster_layout, tile_layout
-from vidattn.tile_size import fit_tile
+from vidattn.planning.tile_size import fit_tile
 
 LAYOUTS = {
     "raster": lambda grid: raster_layout(grid, 16),

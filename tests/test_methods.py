@@ -11,7 +11,7 @@ from tests.grids import AWKWARD, PUBLISHED
 from vidattn.catalog import describe
 from vidattn.grid import Grid
 from vidattn.methods import create_method, label, list_methods, method_class, plan
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 
 # options that a method may not be able to serve on every grid
 EDGES = ({"density": 0.001}, {"density": 1.0}, {"tile": (1, 16, 16)}, {"near": 50})

@@ -184,7 +184,7 @@ def test_any_tile_gives_the_same(case, edge, tiles_of):
 
 @pytest.mark.parametrize("budget", [1, 5000, 20_000])
 def test_any_amount_of_memory_gives_the_same(monkeypatch, budget, tiles_of):
-    monkeypatch.setattr("vidattn.kernels.neighborhood_torch.BUDGET", budget)
+    monkeypatch.setattr("vidattn.kernels.windows.neighborhood_torch.BUDGET", budget)
     tiles_of(2)
     few = {"batch": 1, "heads": 2, "key_heads": 2}
     assert_right(inputs((23,), window=3, num_extra=2), {"window": 3})
@@ -193,7 +193,7 @@ def test_any_amount_of_memory_gives_the_same(monkeypatch, budget, tiles_of):
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_any_number_of_workers(monkeypatch, num_workers):
-    kernel = "vidattn.kernels.neighborhood_torch"
+    kernel = "vidattn.kernels.windows.neighborhood_torch"
     monkeypatch.setattr(f"{kernel}.SHARED_FROM", 0)
     monkeypatch.setattr(f"{kernel}.num_workers", lambda device: num_workers)
     assert_right(inputs((6, 7), batch=3, window=3), {"window": 3})

@@ -8,9 +8,9 @@ import torch
 import vidattn
 from tests.pipelines.tiny import TINY, build
 from vidattn.methods.radial import Radial
-from vidattn.resources import resource
 from vidattn.schedule_file import PRESETS, list_presets, load_schedule
-from vidattn.video_models import find_video_model, list_video_models
+from vidattn.simulation.video_models import find_video_model, list_video_models
+from vidattn.support.resources import resource
 
 PUBLISHED = {
     "wan2.1-1.3b",

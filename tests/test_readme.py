@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.cli_cases import run
+from tests.commands.cli_cases import run
 from tests.readme_cases import PAGES, ROOT, Page
 from vidattn.catalog import describe, list_methods
 from vidattn.engines import ENGINES
@@ -96,7 +96,7 @@ def test_a_command_with_the_bundled_model_gets_as_far_as_its_weights(
     def load(*_):
         raise Loaded
 
-    monkeypatch.setattr("vidattn.commands.serve.load_pipeline", load)
+    monkeypatch.setattr("vidattn.runs.serve.load_pipeline", load)
     _, _, err = run(capfd, *MAKING[line][1:])
     assert err.startswith("vidattn: Loaded"), err
 
@@ -112,7 +112,7 @@ def test_a_command_with_the_bundled_model_runs(line, folder, capfd):
 def test_a_command_with_a_model_of_the_hub_says_how_to_get_it(line, folder, capfd, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # the device that --offload wants may not be here
-    monkeypatch.setattr("vidattn.commands.serve.find_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr("vidattn.runs.serve.find_device", lambda *_: torch.device("cpu"))
     code, _, err = run(capfd, *MAKING[line][1:])
     model = re.search(r"--model (\S+)", line)[1]
     assert code == 2 and f"hf download {model} --local-dir DIR" in err

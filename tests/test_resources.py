@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidattn.resources import resource
+from vidattn.support.resources import resource
 
 
 def test_a_shipped_folder_is_found():

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.content_cases import coherent
+from tests.planning.content_cases import coherent
 from vidattn.attention import attend
-from vidattn.calibration import Calibrator
 from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods
-from vidattn.reading import Reading
+from vidattn.planning.calibration import Calibrator
+from vidattn.planning.reading import Reading
 
 GRID = Grid(3, 4, 6, text=5)
 

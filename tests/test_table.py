@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidattn.table import table
+from vidattn.support.table import table
 
 HEAD = ["method", "density", "whole run", "PSNR", "what it keeps"]
 ROWS = [

@@ -7,10 +7,10 @@ import vidattn
 from tests.waits import Waits
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.kernels.block_segments import segments
+from vidattn.kernels.engines.block_segments import segments
 from vidattn.listing import BLOCKS_AT_ONCE
 from vidattn.methods import create_method
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 
 # more rows of lists than are taken together on a CPU
 GRID, HEADS = Grid(7, 24, 40), 8

@@ -14,11 +14,11 @@ from torch import Tensor
 from vidattn.engines import BACKENDS, ENGINES, QUANTISED, choose
 from vidattn.inputs import check_inputs
 from vidattn.kernels.compensation import compensate
-from vidattn.kernels.dense import dense_attention
-from vidattn.kernels.pooling import block_means
+from vidattn.kernels.engines.dense import dense_attention
+from vidattn.kernels.scoring.pooling import block_means
 from vidattn.plan import AnyPlan, Index, Plan
-from vidattn.registry import unknown
-from vidattn.steady import cast_by_autocast
+from vidattn.support.registry import unknown
+from vidattn.support.steady import cast_by_autocast
 
 
 @overload

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from vidattn.config import show_value
-from vidattn.registry import unknown
-from vidattn.resources import resource
+from vidattn.support.config import show_value
+from vidattn.support.registry import unknown
+from vidattn.support.resources import resource
 
 PRESETS = "configs/presets"
 PACKAGE = Path(__file__).resolve().parent

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vidattn.catalog import describe
-from vidattn.config import alternatives, describe_type, show_value
-from vidattn.registry import unknown
+from vidattn.support.config import alternatives, describe_type, show_value
+from vidattn.support.registry import unknown
 
 if typing.TYPE_CHECKING:
-    from vidattn.method import Method
+    from vidattn.planning.method import Method
 
 SYNTAX = "NAME or NAME:OPTION=VALUE,... as in radial:density=0.3,window=tile"
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from vidattn import __version__
 from vidattn.catalog import list_methods
-from vidattn.commands.choice import add_option_flags
-from vidattn.registry import unknown
+from vidattn.runs.choices import add_option_flags
+from vidattn.support.registry import unknown
 
 COMMANDS = {
     "generate": "make a video",

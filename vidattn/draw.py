@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vidattn.plan import AnyPlan, Plan
-from vidattn.visible import visible_keys
-from vidattn.work import speedup_bound
+from vidattn.planning.visible import visible_keys
+from vidattn.simulation.work import speedup_bound
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

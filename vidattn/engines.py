@@ -14,9 +14,8 @@ from types import ModuleType
 
 import torch
 
-from vidattn.kernels import (
-    block_mass,
-    block_mass_triton,
+from vidattn.kernels.constant import constant_result
+from vidattn.kernels.engines import (
     block_sparse_cpu,
     block_sparse_torch,
     block_sparse_triton,
@@ -26,7 +25,7 @@ from vidattn.kernels import (
     quantised_triton,
     reference,
 )
-from vidattn.kernels.constant import constant_result
+from vidattn.kernels.scoring import block_mass, block_mass_triton
 
 ENGINES = {
     "triton": block_sparse_triton,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vidattn.grid import Size, dilation_order
-from vidattn.kernels import neighborhood_torch
-from vidattn.kernels.halo import EDGES, Axis, Halo, choose_edges, every_pair, window_axis
+from vidattn.kernels.windows import neighborhood_torch
+from vidattn.kernels.windows.halo import EDGES, Axis, Halo, choose_edges, every_pair, window_axis
 from vidattn.methods.neighborhood import axis_window
 
 Flags = tuple[bool, bool, bool]

@@ -25,8 +25,8 @@ from vidattn.kernels.derivatives import refuse_transforms
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.mixture import merge
 from vidattn.plan import Plan
-from vidattn.registry import unknown
-from vidattn.steady import cast_by_autocast
+from vidattn.support.registry import unknown
+from vidattn.support.steady import cast_by_autocast
 
 LAYOUTS = ("heads_first", "heads_last")
 Flags = tuple[bool, bool, bool]

@@ -19,7 +19,7 @@ from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.quantise import PRECISIONS
 from vidattn.listing import Rule, Window, list_blocks, list_rule, list_windows
 from vidattn.pairs import num_listed, num_visible, visible_share
-from vidattn.registry import unknown
+from vidattn.support.registry import unknown
 
 # what picks some samples, or heads, out of (B, H, ...)
 Index = slice | Tensor

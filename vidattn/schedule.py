@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from vidattn.method import Method
 from vidattn.methods import label
 from vidattn.methods.dense import Dense
-from vidattn.registry import unknown
+from vidattn.planning.method import Method
+from vidattn.support.registry import unknown
 
 
 def _check_place(name: str, value: object) -> None:

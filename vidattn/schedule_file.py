@@ -13,12 +13,12 @@ from pathlib import Path
 import yaml
 
 from vidattn.catalog import PRESETS, list_presets
-from vidattn.config import build, plain, read_yaml
 from vidattn.methods import method_class, name_of
-from vidattn.registry import unknown
-from vidattn.resources import resource
 from vidattn.schedule import DenseGuard, Model, Rule, Schedule, show_numbers
-from vidattn.video_models import find_video_model
+from vidattn.simulation.video_models import find_video_model
+from vidattn.support.config import build, plain, read_yaml
+from vidattn.support.registry import unknown
+from vidattn.support.resources import resource
 
 Numbers = int | str | tuple[int | str, ...]
 

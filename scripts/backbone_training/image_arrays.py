@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vidattn.commands.output import write_atomically
+from vidattn.runs.output import write_atomically
 
 # idx names of the split a file belongs to
 IDX_PREFIX = {"train": "train", "test": "t10k"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from runs.log import read_log
 
-from vidattn.commands.output import write_atomically
+from vidattn.runs.output import write_atomically
 
 COLUMNS = ("step", "epoch", "lr", "loss", "test_loss", "top1", "top5", "unreadable", "seconds")
 

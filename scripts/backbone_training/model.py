@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vidattn.backbones  # noqa: F401  (its models register themselves)
-from vidattn.commands.output import write_atomically
-from vidattn.config import build
+from vidattn.runs.output import write_atomically
+from vidattn.support.config import build
 
 METADATA = "vidattn_backbone"
 # under which published checkpoints keep their weights, the better ones first

@@ -17,7 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from vidattn.backbones.head_routing import balance_losses
+from vidattn.backbones.layers.head_routing import balance_losses
 
 # weight of what keeps all heads of MoH-ViT in use, as in the paper
 BALANCE = 0.01

@@ -9,10 +9,10 @@ from fuzzing.inputs import Inputs
 
 from vidattn.grid import Grid, frame_layout, raster_layout, tile_layout
 from vidattn.head_plan import HeadPlan
-from vidattn.method import Method
 from vidattn.methods import create_method
 from vidattn.plan import AnyPlan, Plan
-from vidattn.reading import Reading
+from vidattn.planning.method import Method
+from vidattn.planning.reading import Reading
 
 MADE = ("blocks", "rule", "by head", "by sample")
 # what a method says when a density cannot be had on a grid

@@ -16,7 +16,7 @@ from fuzzing.plans import make_plan
 import vidattn
 from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods, method_class
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 
 NAN, INF = float("nan"), float("inf")
 # by the type of an option: values of which none is one

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from vidattn.commands.output import write_json
-from vidattn.hardware import hardware
+from vidattn.runs.hardware import hardware
+from vidattn.runs.output import write_json
 
 PAGE = """\
 # Fuzzing

@@ -14,7 +14,7 @@ from fuzzing.inputs import Inputs
 from fuzzing.plans import method_of
 from torch import Tensor
 
-from vidattn.method import Method
+from vidattn.planning.method import Method
 
 
 def check_selection(case: Case, inputs: Inputs, plan, mask: Tensor) -> None:

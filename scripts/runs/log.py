@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidattn.commands.output import write_atomically
+from vidattn.runs.output import write_atomically
 
 
 class Log:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import yaml
 
-from vidattn.config import build, read_yaml
+from vidattn.support.config import build, read_yaml
 
 Settings = TypeVar("Settings")
 

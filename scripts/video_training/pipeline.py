@@ -11,11 +11,11 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vidattn.commands.folder import PICKLES, check_folder, find_model
-from vidattn.commands.model import pipeline_config
-from vidattn.commands.request import TEMPORAL, first_attribute, spatial_multiple
-from vidattn.commands.skeleton import skeleton
 from vidattn.pipelines.family import family_of, find_family
+from vidattn.runs.folder import PICKLES, check_folder, find_model
+from vidattn.runs.model import pipeline_config
+from vidattn.runs.request import TEMPORAL, first_attribute, spatial_multiple
+from vidattn.runs.skeleton import skeleton
 
 
 @cache

@@ -21,7 +21,7 @@ from video_training.recorder import SHAPE, Recorder
 from video_training.settings import Settings
 from video_training.stretches import Stretch, check_buckets, cut
 
-from vidattn.commands.output import writable_folder
+from vidattn.runs.output import writable_folder
 
 # of what an entry holds; a change of it makes all anew
 FORMAT = 1

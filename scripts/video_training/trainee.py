@@ -24,9 +24,9 @@ from video_training.pipeline import (
 from video_training.prepare import Prepared
 from video_training.settings import Optimizer, Settings, Tune
 
-from vidattn.commands.model import pipeline_config
 from vidattn.grid import Size
 from vidattn.pipelines.family import family_of
+from vidattn.runs.model import pipeline_config
 
 # the one adapter, as peft names it
 ADAPTER = "default"

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import vidattn.backbones
-from vidattn.backbones.aggregated_attention import AggregatedAttention, CosineAttention
 from vidattn.backbones.biformer import FullAttention
-from vidattn.backbones.bilevel_routing import BiLevelRoutingAttention
-from vidattn.backbones.factorized_attention import CoarseGroup, FineGroup
 from vidattn.backbones.inline import InLineAttention
-from vidattn.backbones.linear_attention import LinearAttention
-from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
-from vidattn.backbones.window_attention import WindowAttention
+from vidattn.backbones.layers.aggregated_attention import AggregatedAttention, CosineAttention
+from vidattn.backbones.layers.bilevel_routing import BiLevelRoutingAttention
+from vidattn.backbones.layers.factorized_attention import CoarseGroup, FineGroup
+from vidattn.backbones.layers.linear_attention import LinearAttention
+from vidattn.backbones.layers.neighborhood_attention import NeighborhoodAttention2d
+from vidattn.backbones.layers.window_attention import WindowAttention
 
 # parameters, and 10 ** 9 multiply-adds as their authors count them, if they do
 FACTS = {

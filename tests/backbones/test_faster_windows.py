@@ -12,8 +12,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from tests.kernels.attention_cases import TOLERANCE, relative_rms
-from vidattn.backbones import accelerate, faster_windows
-from vidattn.kernels import compiler, onednn
+from vidattn.backbones import accelerate
+from vidattn.backbones.faster import windows as faster_windows
+from vidattn.kernels.cpp import compiler, onednn
 
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 V1, V2, DAVIT = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "davit_tiny"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import vidattn.backbones  # noqa: F401
 from tests.backbones.loading import CLASSES, assert_same, load
 from tests.backbones.slow_models import conv, draw, layer, linear, norm
-from vidattn.backbones.head_routing import HeadRouter, balance_losses
+from vidattn.backbones.layers.head_routing import HeadRouter, balance_losses
 
 DIM, HEADS, SHARED, ROUTED, STRIDES = 8, (2, 4), (2, 1), (0, 2), (2, 1)
 OPTIONS = {

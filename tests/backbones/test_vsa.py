@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import vidattn.backbones  # noqa: F401
+from vidattn.backbones.layers.window_attention import WindowAttention
 from vidattn.backbones.vsa import VariedWindowAttention
-from vidattn.backbones.window_attention import WindowAttention
 
 
 def read(cells, row, column):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.backbones.slow_windows import slow_window_attention
-from vidattn.backbones.window_attention import PatchMerging, WindowAttention
+from vidattn.backbones.layers.window_attention import PatchMerging, WindowAttention
 
 
 @pytest.mark.parametrize(

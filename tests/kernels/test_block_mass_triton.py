@@ -8,8 +8,8 @@ import torch
 from tests.kernels.attention_cases import TOLERANCE, random_inputs, relative_rms
 from tests.kernels.triton_interpreter import interpreted  # noqa: F401
 from vidattn.grid import Grid, tile_layout
-from vidattn.kernels import block_mass_triton
-from vidattn.kernels.block_mass import block_mass, dense_mass
+from vidattn.kernels.scoring import block_mass_triton
+from vidattn.kernels.scoring.block_mass import block_mass, dense_mass
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

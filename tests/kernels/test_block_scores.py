@@ -8,8 +8,8 @@ import torch
 
 from tests.kernels import attention_cases as cases
 from vidattn.grid import Grid, tile_layout
-from vidattn.kernels import block_mass as masses
-from vidattn.kernels.pooling import best_scores, block_deviations, block_means
+from vidattn.kernels.scoring import block_mass as masses
+from vidattn.kernels.scoring.pooling import best_scores, block_deviations, block_means
 
 GRID = Grid(3, 5, 7, text=5)
 LAYOUT = tile_layout(GRID, (1, 4, 4))

@@ -24,7 +24,8 @@ from tests.kernels.attention_cases import (
 )
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
-from vidattn.kernels import block_sparse_cpu, compiler
+from vidattn.kernels.cpp import compiler
+from vidattn.kernels.engines import block_sparse_cpu
 from vidattn.plan import Plan
 
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
@@ -339,7 +340,7 @@ def test_without_a_compiler_auto_says_so_and_uses_torch(nothing_loaded, monkeypa
 
 
 def test_importing_compiles_nothing(tmp_path):
-    code = "import vidattn, vidattn.kernels.block_sparse_cpu"
+    code = "import vidattn, vidattn.kernels.engines.block_sparse_cpu"
     env = os.environ | {"VIDATTN_CACHE": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
     assert not (tmp_path / "cache").exists()

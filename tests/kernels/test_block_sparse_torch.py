@@ -21,7 +21,7 @@ from tests.kernels.attention_cases import (
 )
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
-from vidattn.kernels import block_sparse_torch, chunks
+from vidattn.kernels.engines import block_sparse_torch, chunks
 from vidattn.plan import Plan
 
 RAGGED = Grid(3, 13, 9, text=17)

@@ -5,8 +5,8 @@ import torch
 
 from tests.kernels.attention_cases import random_blocks
 from vidattn.grid import Grid
-from vidattn.kernels import chunks
-from vidattn.kernels.chunks import make_chunks
+from vidattn.kernels.engines import chunks
+from vidattn.kernels.engines.chunks import make_chunks
 
 
 @pytest.mark.parametrize("block_bytes", [1, chunks.BUDGET // 5, chunks.BUDGET // 2, 1 << 40])

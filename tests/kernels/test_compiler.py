@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from vidattn.kernels import compiler
+from vidattn.kernels.cpp import compiler
 
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 ANSWER = 'extern "C" int answer() {{ return {}; }}\n'

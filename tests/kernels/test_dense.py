@@ -11,7 +11,7 @@ import vidattn
 from tests.kernels.attention_cases import random_inputs
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.kernels import dense
+from vidattn.kernels.engines import dense
 
 GRID = Grid(2, 3, 4)
 USUAL = torch._C._get_sdp_priority_order()

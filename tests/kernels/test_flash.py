@@ -8,7 +8,7 @@ from tests.kernels.attention_cases import random_inputs
 from vidattn import engines
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.kernels import block_sparse_triton, flash, flex
+from vidattn.kernels.engines import block_sparse_triton, flash, flex
 
 GRID = Grid(2, 8, 16)
 PLAN = vidattn.plan("neighborhood", GRID, window=(1, 5, 5), tile=(1, 8, 16))

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from vidattn.kernels.halo import HIDDEN_PAIR, Axis, Halo, every_pair, window_axis
+from vidattn.kernels.windows.halo import HIDDEN_PAIR, Axis, Halo, every_pair, window_axis
 
 
 def seen(runs, reach) -> dict[int, set[int]]:

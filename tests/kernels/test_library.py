@@ -10,8 +10,9 @@ import vidattn
 from tests.kernels import attention_cases as cases
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.kernels import block_sparse_torch, library
+from vidattn.kernels import library
 from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.engines import block_sparse_torch
 from vidattn.plan import Plan
 
 GRID = Grid(2, 5, 7, text=3)

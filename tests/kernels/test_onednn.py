@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidattn.kernels.onednn import fast_float32_products, has_faster_linear, linear
+from vidattn.kernels.cpp.onednn import fast_float32_products, has_faster_linear, linear
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,9 @@ from tests.kernels.attention_cases import TOLERANCE, random_inputs, relative_rms
 from tests.kernels.triton_interpreter import interpreted  # noqa: F401
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
-from vidattn.kernels import block_segments, library, quantise, quantised_triton
-from vidattn.kernels.triton_configs import ARCHITECTURES, Tile, tile
+from vidattn.kernels import library, quantise
+from vidattn.kernels.engines import block_segments, quantised_triton
+from vidattn.kernels.triton.configs import ARCHITECTURES, Tile, tile
 from vidattn.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("interpreted")

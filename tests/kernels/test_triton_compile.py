@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vidattn.kernels.triton_configs import ARCHITECTURES, KERNELS, Tile, architecture, tile
+from vidattn.kernels.triton.configs import ARCHITECTURES, KERNELS, Tile, architecture, tile
 
 triton = pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -17,8 +17,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted", allow_module_level=True)
 
 import triton_resources as resources  # noqa: E402
-from triton_loops import turns_ahead  # noqa: E402
-from triton_machine_code import Case, Resources, complaints, measure  # noqa: E402
+from benchmarks.triton_loops import turns_ahead  # noqa: E402
+from benchmarks.triton_machine_code import Case, Resources, complaints, measure  # noqa: E402
 
 FORWARD_90 = Case("forward", 90, 128)
 QUICK = [

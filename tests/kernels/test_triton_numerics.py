@@ -18,7 +18,8 @@ from tests.kernels.attention_cases import (
 from tests.kernels.triton_interpreter import interpreted  # noqa: F401
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
-from vidattn.kernels import block_segments, block_sparse_triton, library
+from vidattn.kernels import library
+from vidattn.kernels.engines import block_segments, block_sparse_triton
 from vidattn.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("interpreted")

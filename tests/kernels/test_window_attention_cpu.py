@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.attention_cases import TOLERANCE, relative_rms
-from vidattn.kernels import block_sparse_cpu, compiler, window_attention_cpu, window_attention_torch
-from vidattn.kernels.packed_windows import packed_windows
-from vidattn.kernels.windows import halo_windows, shifted_windows
+from vidattn.kernels.cpp import compiler
+from vidattn.kernels.engines import block_sparse_cpu
+from vidattn.kernels.windows import window_attention_cpu, window_attention_torch
+from vidattn.kernels.windows.packed_windows import packed_windows
+from vidattn.kernels.windows.windows import halo_windows, shifted_windows
 
 needs_compiler = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 SHIFTED, PADDED = shifted_windows((5, 9), (3, 4), (1, 2))

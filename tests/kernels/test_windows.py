@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vidattn.kernels.windows import HIDDEN_SCORE, halo_windows, shifted_windows
+from vidattn.kernels.windows.windows import HIDDEN_SCORE, halo_windows, shifted_windows
 
 SHIFTED = {
     "whole": ((6, 8), (3, 4), (0, 0)),

@@ -1,17 +1,18 @@
 """Triton's interpreter for tests: kernels run on a CPU, for as long as a test module lasts."""
 
+import importlib
 import sys
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-KERNELS = "vidattn.kernels.triton_"
+KERNELS = "vidattn.kernels.triton."
 
 
 def _forget_kernels() -> None:
     """A kernel is compiled or interpreted as the environment says when its module is imported."""
-    kernels = sys.modules["vidattn.kernels"]
+    kernels = importlib.import_module(KERNELS.rstrip("."))
     for name in [name for name in sys.modules if name.startswith(KERNELS)]:
         del sys.modules[name]
         if hasattr(kernels, name.rpartition(".")[2]):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tests.content_cases import by_tokens, coherent, dense_weights, rows_of, tokens_of
-from vidattn.fidelity import recall
+from tests.planning.content_cases import by_tokens, coherent, dense_weights, rows_of, tokens_of
 from vidattn.grid import Grid
 from vidattn.methods.adaspa import AdaSpa, spread_density
 from vidattn.methods.topk import TopK
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
+from vidattn.quality.fidelity import recall
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
 TILE = (2, 4, 4)

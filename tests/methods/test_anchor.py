@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from tests.content_cases import coherent, tokens_of
 from tests.grids import AWKWARD
+from tests.planning.content_cases import coherent, tokens_of
 from vidattn.grid import Grid
 from vidattn.methods import create_method
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 
 GRIDS = [g for g in AWKWARD if g.num_video_tokens < 150]
 TILE, SCALE = (2, 2, 2), 0.3

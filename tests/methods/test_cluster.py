@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from tests.content_cases import coherent
 from tests.grids import AWKWARD
 from tests.kernels.attention_cases import relative_rms, results
+from tests.planning.content_cases import coherent
 from vidattn.grid import Grid
 from vidattn.methods import create_method
 from vidattn.methods.cluster import k_means
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 
 GRIDS = [g for g in AWKWARD if g.num_video_tokens < 150]
 SMALL = {"tile": (1, 2, 4), "block": 4}

@@ -9,11 +9,11 @@ import torch
 from tests.grids import AWKWARD
 from tests.kernels import attention_cases as cases
 from vidattn.attention import attend
-from vidattn.fidelity import fidelity
 from vidattn.grid import Grid
 from vidattn.head_plan import HeadPlan
 from vidattn.methods import create_method, plan
 from vidattn.methods.freeswim import sharpness
+from vidattn.quality.fidelity import fidelity
 
 
 def oracle(grid: Grid, window: tuple[int, int]) -> torch.Tensor:

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import vidattn
-from tests.content_cases import coherent, dense_weights, tokens_of
 from tests.kernels.attention_cases import relative_rms
 from tests.pipelines.sparse import WAN
 from tests.pipelines.tiny import TINY, build
+from tests.planning.content_cases import coherent, dense_weights, tokens_of
 from vidattn.attention import attend
-from vidattn.calibration import Calibrator, load_calibration
 from vidattn.grid import Grid, raster_layout
 from vidattn.methods import create_method
-from vidattn.reading import Reading
-from vidattn.reorder import ORDERS, SPARSE, order_mass, order_scores
+from vidattn.planning.calibration import Calibrator, load_calibration
+from vidattn.planning.reading import Reading
+from vidattn.planning.reorder import ORDERS, SPARSE, order_mass, order_scores
 
 GRID, PADDED = Grid(3, 5, 7), Grid(3, 4, 5, text=6, text_first=True)
 BLOCK = 16

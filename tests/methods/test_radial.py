@@ -8,7 +8,7 @@ import torch
 from tests.grids import PUBLISHED
 from vidattn.grid import Grid
 from vidattn.methods import create_method
-from vidattn.visible import visible_keys
+from vidattn.planning.visible import visible_keys
 
 
 def oracle(

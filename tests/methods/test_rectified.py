@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.content_cases import coherent, dense_weights, peer_scores, rows_of, tokens_of
+from tests.planning.content_cases import coherent, dense_weights, peer_scores, rows_of, tokens_of
 from vidattn.attention import attend
-from vidattn.content import Content
 from vidattn.grid import Grid
 from vidattn.methods.rectified import Rectified
-from vidattn.reading import Reading
+from vidattn.planning.content import Content
+from vidattn.planning.reading import Reading
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 5, 13)]
 TILE = (1, 4, 4)
@@ -78,7 +78,7 @@ def test_ragged_tiles_are_rectified_like_the_others(monkeypatch):
     content = Content(grid, layout, q, k, 0.25, rectify=True)
     # the formula of others: empty slots count as zeros in every mean, blocks all alike, and what
     # they estimate is trusted
-    monkeypatch.setattr("vidattn.content.trust", lambda *given, **told: torch.ones(1, 4))
+    monkeypatch.setattr("vidattn.planning.content.trust", lambda *given, **told: torch.ones(1, 4))
     theirs = content.plan(rows, shares=peer_scores(content).softmax(-1))
     theirs = replace(theirs, rest=theirs.rest * layout.tokens_per_block / layout.block)
     plain = replace(ours, gain=None, rest=None)

@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from tests.content_cases import coherent
 from tests.grids import AWKWARD, PUBLISHED
+from tests.planning.content_cases import coherent
 from vidattn.grid import Grid
 from vidattn.methods import create_method
 from vidattn.methods.strided import share_of_tile
-from vidattn.reading import Reading
-from vidattn.tiles import tile_counts
+from vidattn.planning.reading import Reading
+from vidattn.planning.tiles import tile_counts
 
 
 def plan_of(grid: Grid, heads: int, *, layer: int = 0, **options):

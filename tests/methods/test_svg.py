@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from tests.content_cases import by_tokens, dense_weights, rows_of, tokens_of
+from tests.planning.content_cases import by_tokens, dense_weights, rows_of, tokens_of
 from tests.recorded import recorded
-from vidattn.fidelity import recall
 from vidattn.grid import Grid
 from vidattn.methods.svg import Svg
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
+from vidattn.quality.fidelity import recall
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 5, 13)]
 TILE = (1, 4, 4)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.content_cases import (
+from tests.planning.content_cases import (
     by_tokens,
     coherent,
     dense_weights,
@@ -15,13 +15,13 @@ from tests.content_cases import (
     tokens_of,
 )
 from tests.recorded import recorded
-from vidattn.content import Content
-from vidattn.fidelity import recall
 from vidattn.grid import Grid, tile_layout_on
 from vidattn.methods.topk import TopK
 from vidattn.plan import Plan
-from vidattn.reading import Reading
-from vidattn.selection import select_count, select_share
+from vidattn.planning.content import Content
+from vidattn.planning.reading import Reading
+from vidattn.planning.selection import select_count, select_share
+from vidattn.quality.fidelity import recall
 
 GRIDS = [Grid(5, 9, 4, text=11), Grid(1, 6, 10, text=3, text_first=True), Grid(7, 3, 13)]
 TILE = (2, 4, 4)

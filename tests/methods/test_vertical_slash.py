@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from tests.content_cases import coherent, dense_weights
 from tests.grids import AWKWARD
 from tests.kernels.attention_cases import relative_rms, results
+from tests.planning.content_cases import coherent, dense_weights
 from vidattn.grid import Grid
 from vidattn.methods import create_method
-from vidattn.reading import Reading
-from vidattn.sampled import sample
+from vidattn.planning.reading import Reading
+from vidattn.planning.sampled import sample
 
 GRIDS = [g for g in AWKWARD if g.num_video_tokens < 150]
 TILE, BLOCK = (1, 1, 2), 2

@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 
-from tests.content_cases import coherent, tokens_of
 from tests.grids import AWKWARD
 from tests.kernels.attention_cases import TOLERANCE, relative_rms, results
+from tests.planning.content_cases import coherent, tokens_of
 from tests.waits import Waits
 from vidattn.grid import Grid
 from vidattn.methods import create_method
 from vidattn.methods.vmoba import _chunks
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 
 SMALL = [g for g in AWKWARD if g.num_video_tokens < 150]
 

@@ -56,7 +56,7 @@ def test_wheel_holds_every_module_and_file(wheel):
     assert len(names) == len(set(names))
     data = {
         f"vidattn/{path.relative_to(ROOT).as_posix()}"
-        for pattern in ("configs/**/*.yaml", "assets/tiny-t2v/**/*", "kernels/*.cpp", "kernels/*.h")
+        for pattern in ("configs/**/*.yaml", "assets/tiny-t2v/**/*", "kernels/cpp/*.[ch]*")
         for path in ROOT.glob(pattern)
         if path.is_file()
     }

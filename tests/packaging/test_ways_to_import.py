@@ -17,7 +17,7 @@ import vidattn
 import vidattn.kernels.{MODULE} as kernel
 import kernels
 from importlib.util import find_spec
-from vidattn.resources import resource
+from vidattn.support.resources import resource
 backbones = find_spec("vidattn.backbones").origin
 places = [vidattn.__file__, kernel.__file__, backbones, str(resource("configs"))]
 print(json.dumps([kernels.is_stub, *places]))

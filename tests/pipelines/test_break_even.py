@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vidattn import gpus
 from vidattn.pipelines.break_even import break_even
+from vidattn.simulation import gpus
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from tests.pipelines.tiny_inputs import WAN
 from tests.pipelines.tiny_pipes import run_wan
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines import family
-from vidattn.pipelines.masks import key_mask, paired, unpaired
-from vidattn.pipelines.positions import longest_video
+from vidattn.pipelines.families.positions import longest_video
+from vidattn.pipelines.hooks.masks import key_mask, paired, unpaired
 from vidattn.pipelines.steps import Count
 from vidattn.schedule import DenseGuard
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.pipelines.tiny_inputs import coordinates
-from vidattn.pipelines.positions import last_video
+from vidattn.pipelines.families.positions import last_video
 
 # frames, rows, columns, time of the first frame
 VIDEO = (3, 5, 7, 30.0)

@@ -18,7 +18,7 @@ from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents, padding, text
 from vidattn.methods import create_method
 from vidattn.pipelines.heads import Heads, heads_here
-from vidattn.pipelines.parallel import Shards
+from vidattn.pipelines.hooks.parallel import Shards
 from vidattn.schedule import DenseGuard, Part, Rule, Schedule
 
 NEAR, NEARER = (create_method("neighborhood", window=(1, n, n)) for n in (3, 1))

@@ -11,7 +11,7 @@ from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_pipes import run_wan
 from vidattn.methods import create_method
 from vidattn.pipelines import site
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 from vidattn.schedule import DenseGuard, Model, Rule, Schedule
 
 NEAR, RADIAL = create_method("neighborhood", window=3), create_method("radial", near=0, sink=False)

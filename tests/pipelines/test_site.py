@@ -11,11 +11,11 @@ import vidattn
 from tests.pipelines.sparse import COGVIDEOX, WAN, call_at, outputs, patch
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents
-from vidattn.content_method import ContentMethod
-from vidattn.fidelity import fidelity
 from vidattn.grid import raster_layout
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines.site import Site
+from vidattn.planning.content_method import ContentMethod
+from vidattn.quality.fidelity import fidelity
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 import vidattn
 from tests.pipelines import tiny_pipes
 from tests.pipelines.tiny_pipes import run_wan
-from vidattn.pipelines.swap import marks, swap_in, swap_out
+from vidattn.pipelines.hooks.swap import marks, swap_in, swap_out
 
 
 class Thing:

@@ -12,7 +12,7 @@ from tests.pipelines.sparse import COGVIDEOX, WAN, patch
 from tests.pipelines.test_site import Rarely
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents
-from vidattn.pipelines.checkpoint import Tied
+from vidattn.pipelines.hooks.checkpoint import Tied
 
 
 @pytest.fixture
@@ -151,7 +151,8 @@ def test_compiled_training_of_dense_layers(wan):
 
 def test_a_gradient_that_is_lost_is_refused(wan, monkeypatch):
     """As compiled context parallelism loses it, unless the call is dense."""
-    monkeypatch.setattr("vidattn.pipelines.intercept.context_parallel", lambda *given: object())
+    name = "vidattn.pipelines.hooks.intercept.context_parallel"
+    monkeypatch.setattr(name, lambda *given: object())
     wan.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     with vidattn.patch(wan, "neighborhood", window=3, dense_layers=2):
         TINY[WAN].call(wan).sum().backward()

@@ -8,12 +8,12 @@ from tests.pipelines.sparse import WAN
 from tests.pipelines.test_site import Nearest
 from tests.pipelines.tiny import TINY, build
 from vidattn.grid import Grid
-from vidattn.kernels import reference
+from vidattn.kernels.engines import reference
 from vidattn.methods import create_method
 from vidattn.methods.dense import Dense
 from vidattn.pipelines import site
 from vidattn.pipelines.tuning import Probe, candidates_at
-from vidattn.reading import Reading
+from vidattn.planning.reading import Reading
 from vidattn.schedule import DenseGuard, Model
 
 NEAR, FAR = create_method("neighborhood", window=3), create_method("neighborhood", window=(1, 5, 7))
@@ -26,9 +26,9 @@ def run(probe, key=WAN, times=(500.0,)):
     """What the layers attended to, and what the probe says about it."""
     seen, attend = [], site.Site.attend
 
-    def spy(self, layer, q, k, v, mask, scale):
+    def spy(self, layer, q, k, v, *rest):
         seen.append((layer.index, q, k, v))
-        return attend(self, layer, q, k, v, mask, scale)
+        return attend(self, layer, q, k, v, *rest)
 
     model, case = build(key), TINY[key]
     before = case.call(model)

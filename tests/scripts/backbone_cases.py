@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from vidattn.config import build
+from vidattn.support.config import build
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 arrays = importlib.import_module("backbone_training.image_arrays")

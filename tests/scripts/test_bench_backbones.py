@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from vidattn.backbones.faster_windows import FasterSwinBlock
-from vidattn.backbones.neighborhood_attention import NeighborhoodAttention2d
+from vidattn.backbones.faster.windows import FasterSwinBlock
+from vidattn.backbones.layers.neighborhood_attention import NeighborhoodAttention2d
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))

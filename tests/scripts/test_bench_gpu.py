@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 bench, gpu_checks, gpu_peers, gpu_planning, gpu_times = map(
     importlib.import_module,
-    ("bench_gpu", "gpu_checks", "gpu_peers", "gpu_planning", "gpu_times"),
+    ("bench_gpu", *(f"benchmarks.gpu_{x}" for x in ("checks", "peers", "planning", "times"))),
 )
 # what a bare machine does without
 ABSENT = ("diffusers", "transformers", "torchvision", "peft", "timm", "rich")
@@ -167,7 +167,7 @@ def test_it_runs_from_a_checkout_without_what_a_bare_machine_lacks(tmp_path):
 @pytest.fixture
 def fake():
     pytest.importorskip("triton")
-    return importlib.import_module("fake_gpu").fake_gpu
+    return importlib.import_module("benchmarks.fake_gpu").fake_gpu
 
 
 def test_the_way_to_a_launch_ends_in_a_compiled_kernel(fake, tmp_path, monkeypatch):

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli_cases import tiny_wan
+from tests.commands.cli_cases import tiny_wan
 from vidattn.grid import Grid
 from vidattn.methods import list_methods, plan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 bench = importlib.import_module("bench_quality")
-choices = importlib.import_module("density_choices")
-report = importlib.import_module("quality_report")
-plot = importlib.import_module("quality_plot")
+choices = importlib.import_module("benchmarks.density_choices")
+report = importlib.import_module("benchmarks.quality_report")
+plot = importlib.import_module("benchmarks.quality_plot")
 
 SMALL = ("--prompts", "2", "--seeds", "1", "--frames", "9", "--side", "64", "--steps", "2")
 

@@ -14,7 +14,7 @@ from vidattn.grid import Grid
 from vidattn.methods import plan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-latents = importlib.import_module("motion_latents")
+latents = importlib.import_module("benchmarks.motion_latents")
 bench = importlib.import_module("bench_recall")
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-ort = importlib.import_module("ort_tensors")
+ort = importlib.import_module("fetching.ort_tensors")
 program = importlib.import_module("fetch_backbone_weights")
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidattn.content import Content
 from vidattn.engines import ENGINES
 from vidattn.grid import Grid
 from vidattn.kernels import library
 from vidattn.methods import list_methods, neighborhood, topk
+from vidattn.planning.content import Content
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 cases = importlib.import_module("fuzzing.cases")

@@ -15,7 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 arrays = importlib.import_module("backbone_training.image_arrays")
-packages = importlib.import_module("packages")
+packages = importlib.import_module("fetching.packages")
 program = importlib.import_module("prepare_images")
 
 

@@ -16,7 +16,7 @@ scenes, world = cases.scenes, cases.world
 backgrounds = importlib.import_module("t2v.backgrounds")
 flow = importlib.import_module("t2v.flow")
 motion = importlib.import_module("t2v.motion")
-packages = importlib.import_module("packages")
+packages = importlib.import_module("fetching.packages")
 worlds = importlib.import_module("t2v.worlds")
 Actor, Scene = scenes.Actor, scenes.Scene
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from vidattn.backbones.head_routing import balance_losses
+from vidattn.backbones.layers.head_routing import balance_losses
 
 sys.path.insert(0, str(Path(__file__).parent))
 cases = importlib.import_module("backbone_cases")

@@ -11,7 +11,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from tests.pipelines.tiny import TINY, build
-from vidattn.commands.lora import Lora, load_loras, parse_lora
+from vidattn.runs.lora import Lora, load_loras, parse_lora
 
 sys.path.insert(0, str(Path(__file__).parent))
 cases = importlib.import_module("video_cases")

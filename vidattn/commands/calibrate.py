@@ -7,13 +7,13 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from vidattn.calibration import Calibrator
 from vidattn.choice import Choice
-from vidattn.commands.clip import Guards, pipeline_arguments
-from vidattn.commands.output import write_atomically
-from vidattn.commands.serve import foresee
-from vidattn.commands.warn import warn_about
-from vidattn.pipelines.watch import Sight, watching
+from vidattn.pipelines.hooks.watch import Sight, watching
+from vidattn.planning.calibration import Calibrator
+from vidattn.runs.clip import Guards, pipeline_arguments
+from vidattn.runs.output import write_atomically
+from vidattn.runs.serve import foresee
+from vidattn.runs.warn import warn_about
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 
 from vidattn.choice import Choice
-from vidattn.commands.choice import AllMethods, Served
-from vidattn.commands.clip import Clip, Guards, make_clip, warm_up
 from vidattn.commands.comparison import Row, seconds, to_markdown, to_text
-from vidattn.commands.likeness import Measure, choose_measures
-from vidattn.commands.output import write_atomically, write_json
-from vidattn.commands.record import hardware_line, record
-from vidattn.commands.request import Request
-from vidattn.commands.serve import Outlook, foresee
-from vidattn.commands.warn import warn, warn_about
 from vidattn.grid import Grid
-from vidattn.video import beside, write_video
+from vidattn.quality.measures import Measure, choose_measures
+from vidattn.runs.choices import AllMethods, Served
+from vidattn.runs.clip import Clip, Guards, make_clip, warm_up
+from vidattn.runs.output import write_atomically, write_json
+from vidattn.runs.record import hardware_line, record
+from vidattn.runs.request import Request
+from vidattn.runs.serve import Outlook, foresee
+from vidattn.runs.video import beside, write_video
+from vidattn.runs.warn import warn, warn_about
 
 # of the name of a clip, below what file systems allow
 LONGEST = 120

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vidattn.commands.likeness import Measure
-from vidattn.table import table
+from vidattn.quality.measures import Measure
+from vidattn.support.table import table
 
 COLUMNS = ("speed-up", "whole run", "step", "step speed-up", "density", "in all")
 

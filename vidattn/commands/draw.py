@@ -7,14 +7,14 @@ import re
 
 import torch
 
-from vidattn.commands.output import write_atomically
 from vidattn.draw import draw
 from vidattn.grid import Grid
-from vidattn.method import Method
 from vidattn.plan import AnyPlan
-from vidattn.reading import Reading
-from vidattn.table import fill, table
-from vidattn.work import speedup_bound
+from vidattn.planning.method import Method
+from vidattn.planning.reading import Reading
+from vidattn.runs.output import write_atomically
+from vidattn.simulation.work import speedup_bound
+from vidattn.support.table import fill, table
 
 MADE_UP = "queries and keys made up"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from vidattn.commands.clip import Guards, make_clip
-from vidattn.commands.lora import LoraChoice, check_loras, load_loras
-from vidattn.commands.output import write_atomically, write_json
-from vidattn.commands.record import record
-from vidattn.commands.serve import foresee
-from vidattn.commands.warn import warn_about
-from vidattn.video import write_video
+from vidattn.runs.clip import Guards, make_clip
+from vidattn.runs.lora import LoraChoice, check_loras, load_loras
+from vidattn.runs.output import write_atomically, write_json
+from vidattn.runs.record import record
+from vidattn.runs.serve import foresee
+from vidattn.runs.video import write_video
+from vidattn.runs.warn import warn_about
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,9 +8,9 @@ import yaml
 
 from vidattn.catalog import PRESETS, describe, list_methods, list_presets
 from vidattn.choice import Choice
-from vidattn.config import describe_type
-from vidattn.resources import resource
-from vidattn.table import fill, table
+from vidattn.support.config import describe_type
+from vidattn.support.resources import resource
+from vidattn.support.table import fill, table
 
 
 def run(args: argparse.Namespace) -> None:

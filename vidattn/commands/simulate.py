@@ -7,13 +7,13 @@ import dataclasses
 import re
 
 from vidattn.commands.draw import smooth_reading
-from vidattn.commands.output import write_json
-from vidattn.gpus import Gpu
 from vidattn.grid import Grid, Size
-from vidattn.method import Method
+from vidattn.planning.method import Method
+from vidattn.runs.output import write_json
 from vidattn.schedule import DenseGuard
-from vidattn.simulate import Counts, Estimate, Work, best_first, count_tiles, estimate
-from vidattn.table import fill, table
+from vidattn.simulation.gpus import Gpu
+from vidattn.simulation.simulate import Counts, Estimate, Work, best_first, count_tiles, estimate
+from vidattn.support.table import fill, table
 
 NOTE = """\
 Bounds and a model, nothing was measured. Times are of one layer.

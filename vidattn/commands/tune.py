@@ -11,20 +11,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidattn.choice import Choice
-from vidattn.commands.clip import pipeline_arguments
-from vidattn.commands.output import write_atomically
-from vidattn.commands.request import Request
-from vidattn.commands.serve import Outlook, foresee
-from vidattn.commands.warn import warn_about
 from vidattn.grid import Grid
-from vidattn.likeness import psnr
-from vidattn.method import Method
 from vidattn.methods import label, list_methods
 from vidattn.pipelines.patch import patch
 from vidattn.pipelines.tuning import Losses, Probe, candidates_at
+from vidattn.planning.method import Method
+from vidattn.quality.likeness import psnr
+from vidattn.runs.clip import pipeline_arguments
+from vidattn.runs.output import write_atomically
+from vidattn.runs.request import Request
+from vidattn.runs.serve import Outlook, foresee
+from vidattn.runs.warn import warn_about
 from vidattn.schedule import DenseGuard, Schedule
 from vidattn.schedule_file import save_schedule
-from vidattn.table import table
+from vidattn.support.table import table
 
 # densities that methods are tried at, as shares of the budget and of the whole
 SHARES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.7)

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from vidattn.catalog import describe
-from vidattn.commands.output import writable_file
-from vidattn.commands.request import request_of
 from vidattn.flags.values import finite, positive_int
 from vidattn.flags.video import add_model_arguments, add_request_arguments, read_prompts
+from vidattn.runs.output import writable_file
+from vidattn.runs.request import request_of
 
 EXAMPLES = """\
 examples:

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from vidattn.choice import SYNTAX, Choice
-from vidattn.commands.choice import (
+from vidattn.flags.values import positive_int
+from vidattn.flags.video import add_model_arguments, add_request_arguments
+from vidattn.runs.choices import (
     DEFAULT_METHOD,
     SCHEDULE_HELP,
     AllMethods,
@@ -14,10 +16,8 @@ from vidattn.commands.choice import (
     choices_of,
     parse_all,
 )
-from vidattn.commands.output import writable_folder
-from vidattn.commands.request import request_of
-from vidattn.flags.values import positive_int
-from vidattn.flags.video import add_model_arguments, add_request_arguments
+from vidattn.runs.output import writable_folder
+from vidattn.runs.request import request_of
 
 EXAMPLES = """\
 examples:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from vidattn.choice import SYNTAX
-from vidattn.commands.choice import named_choices
-from vidattn.commands.output import writable_file
+from vidattn.runs.choices import named_choices
+from vidattn.runs.output import writable_file
 
 BARE_METHODS = True
 EXAMPLES = """\

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from vidattn.choice import SYNTAX, Choice
-from vidattn.commands.choice import DEFAULT_METHOD, SCHEDULE_HELP, ScheduleChoice, choices_of
-from vidattn.commands.lora import parse_lora, trained_attention
-from vidattn.commands.output import fresh_file, writable_file
-from vidattn.commands.request import request_of
 from vidattn.flags.video import add_model_arguments, add_request_arguments
+from vidattn.runs.choices import DEFAULT_METHOD, SCHEDULE_HELP, ScheduleChoice, choices_of
+from vidattn.runs.lora import parse_lora, trained_attention
+from vidattn.runs.output import fresh_file, writable_file
+from vidattn.runs.request import request_of
 
 EXAMPLES = """\
 examples:

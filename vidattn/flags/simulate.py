@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from vidattn.choice import SYNTAX
-from vidattn.commands.choice import named_choices
-from vidattn.commands.output import writable_file
 from vidattn.flags.values import count_or_share, positive_int
-from vidattn.gpus import find_gpu, list_gpus
-from vidattn.video_models import find_video_model, list_video_models
+from vidattn.runs.choices import named_choices
+from vidattn.runs.output import writable_file
+from vidattn.simulation.gpus import find_gpu, list_gpus
+from vidattn.simulation.video_models import find_video_model, list_video_models
 
 BARE_METHODS = True
 DEFAULT_MODEL = "wan2.1-14b"

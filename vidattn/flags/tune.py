@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 from vidattn.choice import SYNTAX
-from vidattn.commands.choice import choices_of
-from vidattn.commands.output import writable_file
-from vidattn.commands.request import request_of
 from vidattn.flags.values import positive_int
 from vidattn.flags.video import add_model_arguments, add_request_arguments, read_prompts
+from vidattn.runs.choices import choices_of
+from vidattn.runs.output import writable_file
+from vidattn.runs.request import request_of
 
 EXAMPLES = """\
 examples:

@@ -9,12 +9,12 @@ import typing
 from torch import Tensor
 
 from vidattn.catalog import list_methods
-from vidattn.config import describe_type, show_value, takes_words
 from vidattn.grid import Grid
-from vidattn.method import Method
 from vidattn.plan import AnyPlan
-from vidattn.reading import Reading
-from vidattn.registry import unknown
+from vidattn.planning.method import Method
+from vidattn.planning.reading import Reading
+from vidattn.support.config import describe_type, show_value, takes_words
+from vidattn.support.registry import unknown
 
 
 def method_class(name: str) -> type[Method]:

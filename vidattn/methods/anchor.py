@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content
-from vidattn.content_method import ContentMethod
 from vidattn.grid import Size
-from vidattn.kernels.pooling import best_scores
-from vidattn.method import as_size, check_share
+from vidattn.kernels.scoring.pooling import best_scores
 from vidattn.plan import Plan
-from vidattn.selection import select_share, select_until
-from vidattn.tiles import by_tile, distances, tile_counts
+from vidattn.planning.content import Content
+from vidattn.planning.content_method import ContentMethod
+from vidattn.planning.method import as_size, check_share
+from vidattn.planning.selection import select_share, select_until
+from vidattn.planning.tiles import by_tile, distances, tile_counts
 
 # share of a density that every block of queries gets, however its anchor outshines the rest
 FLOOR = 0.5

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content
-from vidattn.content_method import ContentMethod
 from vidattn.grid import Grid, Size, with_text
 from vidattn.head_plan import HeadPlan
-from vidattn.method import as_size, check_share
 from vidattn.plan import Plan
-from vidattn.selection import select_count, select_mass, select_share
-from vidattn.tile_size import block_tokens, usual_tile
+from vidattn.planning.content import Content
+from vidattn.planning.content_method import ContentMethod
+from vidattn.planning.method import as_size, check_share
+from vidattn.planning.selection import select_count, select_mass, select_share
+from vidattn.planning.tile_size import block_tokens, usual_tile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from vidattn.grid import Grid, raster_layout
-from vidattn.method import Method
 from vidattn.plan import Plan
-from vidattn.reading import Reading
+from vidattn.planning.method import Method
+from vidattn.planning.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True)

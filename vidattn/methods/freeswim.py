@@ -17,8 +17,8 @@ from typing import ClassVar
 from vidattn.grid import Grid
 from vidattn.kernels.box import check_packable
 from vidattn.methods.neighborhood import axis_window
-from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
+from vidattn.planning.pattern import PatternMethod
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ import torch
 from vidattn.grid import Grid, Size
 from vidattn.kernels.box import check_packable
 from vidattn.listing import Window
-from vidattn.method import as_size
-from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
+from vidattn.planning.method import as_size
+from vidattn.planning.pattern import PatternMethod
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vidattn.calibration import Calibration, load_calibration
-from vidattn.content import Content
 from vidattn.grid import Grid, raster_layout
 from vidattn.kernels.quantise import PRECISIONS
-from vidattn.method import Method, check_share, run_state
 from vidattn.plan import AnyPlan
-from vidattn.reading import Memory, Reading
-from vidattn.registry import unknown
-from vidattn.reorder import order_mass, order_scores, ordered_plan, select_blocks
-from vidattn.selection import first_best
+from vidattn.planning.calibration import Calibration, load_calibration
+from vidattn.planning.content import Content
+from vidattn.planning.method import Method, check_share, run_state
+from vidattn.planning.reading import Memory, Reading
+from vidattn.planning.reorder import order_mass, order_scores, ordered_plan, select_blocks
+from vidattn.planning.selection import first_best
+from vidattn.support.registry import unknown
 
 
 @dataclass(frozen=True, kw_only=True)

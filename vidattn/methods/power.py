@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from vidattn.grid import Grid, Size, tile_layout
-from vidattn.method import as_size, check_share
-from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
-from vidattn.tile_size import block_tokens, usual_tile
-from vidattn.tiles import axis_share, by_tile, distances, fit_reach, tile_counts, within
+from vidattn.planning.method import as_size, check_share
+from vidattn.planning.pattern import PatternMethod
+from vidattn.planning.tile_size import block_tokens, usual_tile
+from vidattn.planning.tiles import axis_share, by_tile, distances, fit_reach, tile_counts, within
 
 
 @dataclass(frozen=True, kw_only=True)

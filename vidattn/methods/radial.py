@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from vidattn.grid import Grid, Layout, Size, frame_layout, tile_layout
-from vidattn.method import as_size, check_share
-from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
-from vidattn.registry import unknown
-from vidattn.tile_size import block_tokens, usual_tile
+from vidattn.planning.method import as_size, check_share
+from vidattn.planning.pattern import PatternMethod
+from vidattn.planning.tile_size import block_tokens, usual_tile
+from vidattn.support.registry import unknown
 
 # share of a density that frames read whole may take; on the bundled model windows put the rest to
 # better use

@@ -17,13 +17,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content
-from vidattn.content_method import ContentMethod
 from vidattn.grid import Size
-from vidattn.method import check_share
 from vidattn.plan import Plan
-from vidattn.selection import select_mass, select_share
-from vidattn.tiles import tile_counts, within
+from vidattn.planning.content import Content
+from vidattn.planning.content_method import ContentMethod
+from vidattn.planning.method import check_share
+from vidattn.planning.selection import select_mass, select_share
+from vidattn.planning.tiles import tile_counts, within
 
 
 @dataclass(frozen=True, kw_only=True)

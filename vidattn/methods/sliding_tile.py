@@ -18,11 +18,11 @@ import torch
 from vidattn.grid import Grid, Size
 from vidattn.kernels.box import check_packable
 from vidattn.listing import Window
-from vidattn.method import as_size, check_share
-from vidattn.pattern import PatternMethod
 from vidattn.plan import Plan
-from vidattn.tile_size import block_tokens
-from vidattn.tiles import fit_reach, tile_counts
+from vidattn.planning.method import as_size, check_share
+from vidattn.planning.pattern import PatternMethod
+from vidattn.planning.tile_size import block_tokens
+from vidattn.planning.tiles import fit_reach, tile_counts
 
 TILE = (6, 8, 8)
 # tokens of a block at most: a larger tile is read in pieces

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidattn.content import Content
-from vidattn.content_method import ContentMethod
 from vidattn.grid import Grid, Size
-from vidattn.method import as_size, check_share, run_state
 from vidattn.plan import Plan
-from vidattn.tiles import axis_share, fit_reach, tile_counts, within
+from vidattn.planning.content import Content
+from vidattn.planning.content_method import ContentMethod
+from vidattn.planning.method import as_size, check_share, run_state
+from vidattn.planning.tiles import axis_share, fit_reach, tile_counts, within
 
 
 @dataclass(frozen=True, kw_only=True)

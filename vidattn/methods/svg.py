@@ -23,15 +23,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content
-from vidattn.content_method import ContentMethod
 from vidattn.grid import Grid, Size, tile_layout_on
-from vidattn.method import check_share
 from vidattn.plan import Plan
-from vidattn.sampled import sample, sampled_attention
-from vidattn.selection import first_best, select_share
-from vidattn.tile_size import fit_tile
-from vidattn.tiles import by_tile, distances, tile_counts
+from vidattn.planning.content import Content
+from vidattn.planning.content_method import ContentMethod
+from vidattn.planning.method import check_share
+from vidattn.planning.sampled import sample, sampled_attention
+from vidattn.planning.selection import first_best, select_share
+from vidattn.planning.tile_size import fit_tile
+from vidattn.planning.tiles import by_tile, distances, tile_counts
 
 # sampled queries whose scores are in memory together
 ROWS_AT_ONCE = 16

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vidattn.content import Content
-from vidattn.content_method import ContentMethod
-from vidattn.method import check_share
 from vidattn.plan import Plan
-from vidattn.selection import select_mass, select_share
+from vidattn.planning.content import Content
+from vidattn.planning.content_method import ContentMethod
+from vidattn.planning.method import check_share
+from vidattn.planning.selection import select_mass, select_share
 
 
 @dataclass(frozen=True, kw_only=True)

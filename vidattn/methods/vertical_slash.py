@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidattn.content import Content
-from vidattn.content_method import ContentMethod
 from vidattn.grid import Size, with_text
 from vidattn.head_plan import HeadPlan
-from vidattn.method import check_share
 from vidattn.plan import AnyPlan, Plan
-from vidattn.sampled import sample, sampled_attention
-from vidattn.selection import select_until
-from vidattn.tiles import tile_counts
+from vidattn.planning.content import Content
+from vidattn.planning.content_method import ContentMethod
+from vidattn.planning.method import check_share
+from vidattn.planning.sampled import sample, sampled_attention
+from vidattn.planning.selection import select_until
+from vidattn.planning.tiles import tile_counts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidattn.content import Content
-from vidattn.content_method import ContentMethod
 from vidattn.grid import Grid, Layout, Size, tile_layout_on
 from vidattn.kernels.block_lists import BlockLists
-from vidattn.method import as_size, check_share
 from vidattn.plan import Plan
-from vidattn.registry import unknown
-from vidattn.selection import select_count, select_until
-from vidattn.tile_size import block_tokens, usual_tile
+from vidattn.planning.content import Content
+from vidattn.planning.content_method import ContentMethod
+from vidattn.planning.method import as_size, check_share
+from vidattn.planning.selection import select_count, select_until
+from vidattn.planning.tile_size import block_tokens, usual_tile
+from vidattn.support.registry import unknown
 
 PARTITIONS = ("time", "space", "cube")
 SELECTIONS = ("global", "query", "topk")

@@ -1,1 +1,0 @@
-"""Measures of videos by trained networks, whose weights scripts/fetch_metric_weights.py fetches."""

@@ -1,0 +1,1 @@
+"""What the commands and the training programs share: models, requests, clips and files."""

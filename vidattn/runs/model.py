@@ -1,0 +1,135 @@
+"""Loads a diffusers video pipeline, from the bundled model, a folder, or the hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from vidattn.runs.folder import find_model
+
+
+def load_pipeline(args: argparse.Namespace) -> object:
+    """A diffusers pipeline, ready to run as the flags say.
+
+    Args:
+        args: ``model`` is a folder, a hub id, or None for the bundled model; ``dtype`` is a name,
+            or auto: bfloat16 on a GPU, float32 on a CPU; ``device`` is a name, or auto: the first
+            GPU if there is one; ``offload`` "model" keeps only the running component on the GPU,
+            "sequential" only the running layer.
+
+    Raises:
+        ValueError: a missing or broken model, a pickle checkpoint, or a device that is not there.
+    """
+    device = find_device(args.device, args.offload)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    where = find_model(args.model)
+
+    import diffusers
+    import transformers
+    from diffusers import DiffusionPipeline
+
+    if not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    chosen = getattr(torch, default_dtype(device) if args.dtype == "auto" else args.dtype)
+    try:
+        # the VAE of Wan breaks into blotches below float32; it is small
+        dtypes = {"default": chosen}
+        if "AutoencoderKLWan" in (pipeline_config(where).get("vae") or ()):
+            dtypes["vae"] = torch.float32
+        pipe = DiffusionPipeline.from_pretrained(
+            where, use_safetensors=True, local_files_only=Path(where).is_dir(), dtype=dtypes
+        )
+    except Exception as error:
+        raise _explain(where, error) from error
+    if args.vae_tiling:
+        pipe.vae.enable_tiling()
+    if args.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif args.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def find_device(name: str, offload: str = "none") -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: it is not there, or is a CPU where parts are to be kept off the GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used: {first}") from error
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {offload} needs a GPU, the device is {device}")
+    return device
+
+
+def default_dtype(device: torch.device) -> str:
+    """The name of the dtype that is fast and safe on a device."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def pipeline_config(where: str) -> dict[str, object]:
+    """What the model_index.json of a folder or hub id says.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    if Path(where).is_dir():
+        return json.loads((Path(where) / "model_index.json").read_text(encoding="utf-8"))
+    from diffusers import DiffusionPipeline
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return DiffusionPipeline.load_config(where)
+    except Exception as error:
+        raise _explain(where, error) from error
+
+
+def _explain(where: str, error: Exception) -> ValueError:
+    """What a failed load means for the person who asked for it."""
+    if Path(where).is_dir():
+        return ValueError(f"model folder '{where}' cannot be loaded: {_first_line(error)}")
+    chain, link = [], error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    names = {cls.__name__ for link in chain for cls in type(link).__mro__}
+    if "GatedRepoError" in names:
+        return ValueError(
+            f"'{where}' is gated: accept its license on https://huggingface.co/{where}, then log "
+            "in with `hf auth login`"
+        )
+    offline = {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "ConnectTimeout"}
+    if names & (offline | {"LocalEntryNotFoundError", "ProxyError"}):
+        return ValueError(
+            f"'{where}' is not in the local cache and the hub cannot be reached. Check the network "
+            f"(or HF_HUB_OFFLINE), or run `hf download {where} --local-dir DIR` on a machine that "
+            "has one, copy DIR here and give --model DIR. Without --model the bundled model runs"
+        )
+    if "RepositoryNotFoundError" in names:
+        return ValueError(
+            f"the hub has no '{where}', or it is private: check the spelling, or log in with "
+            "`hf auth login`"
+        )
+    return ValueError(f"'{where}' cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""What a plan costs on hardware that is not here."""

@@ -1,0 +1,1 @@
+"""Names, tables, files and settings: nothing that knows of attention."""

@@ -8,6 +8,7 @@ Letters: N and M videos, F frames, C channels, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -75,7 +76,7 @@ def frechet_distance(features: Tensor, references: Tensor) -> float:
     return max(((means[0] - means[1]).square().sum() + spread).item(), 0.0)
 
 
-def fvd(videos: list[Tensor], references: list[Tensor]) -> float:
+def fvd(videos: Sequence[Tensor], references: Sequence[Tensor]) -> float:
     """Fréchet video distance of two sets of videos, 0 for equal sets.
 
     With fewer videos than its 400 dimensions it is far too large: compare values only

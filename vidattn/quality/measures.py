@@ -116,6 +116,6 @@ def choose_measures(names: str | None, *, side_px: int, num_clips: int) -> list[
             raise unknown("measure", name, MEASURES)
         if (why := MEASURES[name].why_not(side_px, num_clips)) is not None:
             raise ValueError(f"--metrics {name} {why}")
-        if MEASURES[name].network is not None:
-            load_weights(MEASURES[name].network)
+        if (network := MEASURES[name].network) is not None:
+            load_weights(network)
     return [MEASURES[name] for name in dict.fromkeys(asked)]

@@ -1,18 +1,15 @@
 """The shipped Triton kernels, compiled without a GPU, keep to the limits of every architecture."""
 
 import os
-import sys
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 
 import pytest
 
 from vidattn.kernels.triton.configs import ARCHITECTURES, KERNELS, Tile, architecture, tile
 
 triton = pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted", allow_module_level=True)
 

@@ -1,20 +1,16 @@
 """Tiny image sets and a tiny model for the tests of the backbone programs."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from backbone_training import image_arrays as arrays
+from backbone_training import settings
 from PIL import Image
 
 from vidattn.support.config import build
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-arrays = importlib.import_module("backbone_training.image_arrays")
-settings = importlib.import_module("backbone_training.settings")
 
 CLASSES = ("ape", "bat", "cat")
 SIZE = 16

@@ -1,6 +1,5 @@
 """Images of a split: where they come from, what is wrong with them, and in what order they come."""
 
-import importlib
 import logging
 import sys
 import types
@@ -9,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from backbone_training import data, sources
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("backbone_cases")
-data = importlib.import_module("backbone_training.data")
-sources = importlib.import_module("backbone_training.sources")
+from tests.scripts import backbone_cases as cases
+
 arrays, settings = cases.arrays, cases.settings
 FORM = settings.Input(size=cases.SIZE, channels=1, mean=(0.5,), std=(0.25,), crop=1.0)
 

@@ -1,20 +1,17 @@
 """Models by name, weights that fit or do not, and what each way of tuning moves."""
 
 import argparse
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from backbone_training import model as models
+from backbone_training import probe as probes
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("backbone_cases")
-models = importlib.import_module("backbone_training.model")
-probes = importlib.import_module("backbone_training.probe")
+from tests.scripts import backbone_cases as cases
+
 settings = cases.settings
 
 

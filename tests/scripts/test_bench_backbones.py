@@ -1,10 +1,10 @@
 """The benchmark of vision backbones: its settings are what they say, and it writes its figures."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
+import bench_backbones as bench
 import pytest
 import timm
 import torch
@@ -13,8 +13,6 @@ from vidattn.backbones.faster.windows import FasterSwinBlock
 from vidattn.backbones.layers.neighborhood_attention import NeighborhoodAttention2d
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-bench = importlib.import_module("bench_backbones")
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import torch
 from vidattn.attention import attend
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 bench, gpu_checks, gpu_peers, gpu_planning, gpu_times = map(
     importlib.import_module,
     ("bench_gpu", *(f"benchmarks.gpu_{x}" for x in ("checks", "peers", "planning", "times"))),

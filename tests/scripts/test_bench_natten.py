@@ -1,19 +1,17 @@
 """The comparison with NATTEN, which a slow twin stands for."""
 
-import importlib
 import json
 import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_natten as bench
 import pytest
 
 from vidattn.neighborhood import neighborhood_attention
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-bench = importlib.import_module("bench_natten")
 
 
 def slow(q, k, v, kernel_size, wider=0):

@@ -1,11 +1,11 @@
 """The planning benchmark: its figures are those of the plans, and its limits hold here."""
 
-import importlib
 import json
 import math
 import sys
 from pathlib import Path
 
+import bench_planning as bench
 import pytest
 import torch
 
@@ -13,8 +13,6 @@ from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods, plan
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-bench = importlib.import_module("bench_planning")
 
 
 @pytest.mark.parametrize("label", bench.METHODS)

@@ -1,23 +1,20 @@
 """The quality benchmark: a small run that resumes, its intervals, its table and its plot."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
+import bench_quality as bench
 import numpy as np
 import pytest
 import torch
+from benchmarks import density_choices as choices
+from benchmarks import quality_plot as plot
+from benchmarks import quality_report as report
 
 from tests.commands.cli_cases import tiny_wan
 from vidattn.grid import Grid
 from vidattn.methods import list_methods, plan
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-bench = importlib.import_module("bench_quality")
-choices = importlib.import_module("benchmarks.density_choices")
-report = importlib.import_module("benchmarks.quality_report")
-plot = importlib.import_module("benchmarks.quality_plot")
 
 SMALL = ("--prompts", "2", "--seeds", "1", "--frames", "9", "--side", "64", "--steps", "2")
 

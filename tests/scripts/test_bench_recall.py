@@ -1,21 +1,16 @@
 """Real motion as attention inputs: patches, PCA, positions; and the figures of a method."""
 
 import argparse
-import importlib
-import sys
-from pathlib import Path
 
+import bench_recall as bench
 import pytest
 import torch
+from benchmarks import motion_latents as latents
 from torch.testing import assert_close
 
 from vidattn.attention import attend
 from vidattn.grid import Grid
 from vidattn.methods import plan
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-latents = importlib.import_module("benchmarks.motion_latents")
-bench = importlib.import_module("bench_recall")
 
 
 @pytest.fixture

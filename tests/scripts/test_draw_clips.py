@@ -1,17 +1,13 @@
 """The picture that moves: every prompt densely and sparsely, from left to right."""
 
-import importlib
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import draw_clips
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-draw_clips = importlib.import_module("draw_clips")
 
 # the grey of a clip, by its prompt and method
 GREYS = {("a boot", "dense"): 0.2, ("a boot", "topk"): 0.4, ("a bag", "dense"): 0.6}

@@ -1,18 +1,13 @@
 """Weights out of packages: the format of onnxruntime, and position embeddings that were folded."""
 
-import importlib
 import struct
-import sys
-from pathlib import Path
 
+import fetch_backbone_weights as program
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-ort = importlib.import_module("fetching.ort_tensors")
-program = importlib.import_module("fetch_backbone_weights")
+from fetching import ort_tensors as ort
 
 
 class Writer:

@@ -1,18 +1,15 @@
 """Checkpoints of other frameworks are read without running them, and mean the same afterwards."""
 
-import importlib
 import pickle
 import sys
 from pathlib import Path
 
+import fetch_metric_weights as program
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-program = importlib.import_module("fetch_metric_weights")
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ import importlib
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import fuzz as program
 import pytest
 import torch
+from fuzzing import cases, drawing
+from fuzzing import run as runs
 
 from vidattn.engines import ENGINES
 from vidattn.grid import Grid
@@ -15,11 +17,6 @@ from vidattn.kernels import library
 from vidattn.methods import list_methods, neighborhood, topk
 from vidattn.planning.content import Content
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-cases = importlib.import_module("fuzzing.cases")
-drawing = importlib.import_module("fuzzing.drawing")
-runs = importlib.import_module("fuzzing.run")
-program = importlib.import_module("fuzz")
 # all of them before anything is broken: some take functions from others
 METHODS = {name: importlib.import_module(f"vidattn.methods.{name}") for name in list_methods()}
 

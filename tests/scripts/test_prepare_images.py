@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import sys
@@ -10,13 +9,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import prepare_images as program
 import pytest
+from backbone_training import image_arrays as arrays
+from fetching import packages
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-arrays = importlib.import_module("backbone_training.image_arrays")
-packages = importlib.import_module("fetching.packages")
-program = importlib.import_module("prepare_images")
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

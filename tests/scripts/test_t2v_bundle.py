@@ -1,16 +1,13 @@
 """The bundled model: its format, its size, and that stock diffusers runs it."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
+from t2v import data
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-data = importlib.import_module("t2v.data")
 BUNDLE = Path(__file__).parents[2] / "assets" / "tiny-t2v"
 MIB = 2**20
 

@@ -1,18 +1,13 @@
 """The captioned clips: what they show, that they repeat, and what is held out."""
 
 import gzip
-import importlib
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-data = importlib.import_module("t2v.data")
-measure = importlib.import_module("t2v.measure")
+from t2v import data, measure
 
 
 def write_items(folder: Path, per_label: int = 3) -> Path:

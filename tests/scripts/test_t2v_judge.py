@@ -1,20 +1,17 @@
 """The judge, on clips whose truth is known, and its command line."""
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import judge_t2v as judging
 import numpy as np
 import pytest
 import torch
+from t2v import data, measure
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-measure = importlib.import_module("t2v.measure")
-judging = importlib.import_module("judge_t2v")
-data = importlib.import_module("t2v.data")
 
 
 def moving_disc(velocity: tuple[float, float], colour: str = "blue", num_frames: int = 9):

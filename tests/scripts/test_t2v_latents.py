@@ -1,22 +1,18 @@
 """Encoded clips: cut short, added to, on a full disk, of another autoencoder."""
 
 import contextlib
-import importlib
 import io
 import resource
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from t2v import latents
+from t2v import vae as vaes
+from t2v.team import Team
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("world_cases")
-latents = importlib.import_module("t2v.latents")
-vaes = importlib.import_module("t2v.vae")
-Team = importlib.import_module("t2v.team").Team
+from tests.scripts import world_cases as cases
 
 KIND = {"size": [5, 16, 24], "count": 5}
 MICRO_VAE = {"z_dim": 4, "base_dim": 8, "dim_mult": [1, 1, 2], "num_res_blocks": 1}

@@ -1,6 +1,5 @@
 """The loop of a stage: its rates, its two checkpoints, and running for a given time."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from t2v import checkpoint
+from t2v import stage as stages
+from t2v import team as teams
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-checkpoint = importlib.import_module("t2v.checkpoint")
-stages = importlib.import_module("t2v.stage")
-teams = importlib.import_module("t2v.team")
 Team, run_team = teams.Team, teams.run_team
 
 OPTIONS = {

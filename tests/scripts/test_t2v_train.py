@@ -1,25 +1,19 @@
 """The pieces of the training program, and a micro run that is cut short and resumed."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import train_t2v as program
 import yaml
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from t2v import checkpoint, flow, muon, team
+from t2v import stage as stages
+from t2v import vae as vaes
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-sys.path.insert(0, str(Path(__file__).parent))
-flow = importlib.import_module("t2v.flow")
-muon = importlib.import_module("t2v.muon")
-program = importlib.import_module("train_t2v")
-vaes = importlib.import_module("t2v.vae")
-checkpoint = importlib.import_module("t2v.checkpoint")
-team = importlib.import_module("t2v.team")
-cases = importlib.import_module("world_cases")
-stages = importlib.import_module("t2v.stage")
+from tests.scripts import world_cases as cases
+
 TOKENIZER = flow.build_tokenizer(cases.scenes.WORDS, cases.scenes.SPELLINGS)
 
 

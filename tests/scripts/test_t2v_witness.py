@@ -1,18 +1,12 @@
 """What the judge sees in clips of moving emoji whose truth is known."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy import ndimage
+from t2v import blobs, naming, witness
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("world_cases")
-blobs = importlib.import_module("t2v.blobs")
-naming = importlib.import_module("t2v.naming")
-witness = importlib.import_module("t2v.witness")
+from tests.scripts import world_cases as cases
+
 Actor, Scene = cases.scenes.Actor, cases.scenes.Scene
 
 

@@ -1,23 +1,18 @@
 """The clips of moving emoji: what they show, that they repeat, and what is held out."""
 
-import importlib
 import math
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fetching import packages
+from t2v import backgrounds, flow, motion, worlds
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("world_cases")
+from tests.scripts import world_cases as cases
+
 scenes, world = cases.scenes, cases.world
-backgrounds = importlib.import_module("t2v.backgrounds")
-flow = importlib.import_module("t2v.flow")
-motion = importlib.import_module("t2v.motion")
-packages = importlib.import_module("fetching.packages")
-worlds = importlib.import_module("t2v.worlds")
+
 Actor, Scene = scenes.Actor, scenes.Scene
 
 

@@ -1,7 +1,6 @@
 """Whole runs in seconds: what they learn and write, and that a killed one loses nothing."""
 
 import csv
-import importlib
 import math
 import re
 import sys
@@ -11,28 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_backbone as program
+import validate_backbone as validation
 import yaml
 from accelerate import Accelerator
+from backbone_training import checkpoint as checkpoints
+from backbone_training import model as models
+from backbone_training import scores
+from backbone_training import trainee as trainees
+from backbone_training.log import COLUMNS
 from peft import PeftModel
+from runs import checkpoints as folders
+from runs import log as logs
+from runs import settings_file as files
 from safetensors.torch import load_file
 
+from tests.scripts import backbone_cases as cases
 from vidattn.backbones.layers.head_routing import balance_losses
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("backbone_cases")
-program = importlib.import_module("train_backbone")
-validation = importlib.import_module("validate_backbone")
-checkpoints = importlib.import_module("backbone_training.checkpoint")
-models = importlib.import_module("backbone_training.model")
-folders = importlib.import_module("runs.checkpoints")
-files = importlib.import_module("runs.settings_file")
-logs = importlib.import_module("runs.log")
-scores = importlib.import_module("backbone_training.scores")
-trainees = importlib.import_module("backbone_training.trainee")
 settings = cases.settings
 fresh_accelerator = cases.fresh_accelerator
 
-COLUMNS = importlib.import_module("backbone_training.log").COLUMNS
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "backbones").glob("*.yaml"))
 
 

@@ -1,7 +1,6 @@
 """Whole runs in seconds: what they learn and write, and that one that was stopped loses nothing."""
 
 import csv
-import importlib
 import json
 import math
 import os
@@ -16,20 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_video as program
 from accelerate import Accelerator
+from runs import checkpoints as folders
 from safetensors import safe_open
 from safetensors.torch import load_file
+from video_training import batches, prepare
+from video_training import checkpoint as checkpoints
+from video_training import step as steps
+from video_training import trainee as trainees
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("video_cases")
-program = importlib.import_module("train_video")
-adapters = importlib.import_module("video_training.adapter")
-batches = importlib.import_module("video_training.batches")
-checkpoints = importlib.import_module("video_training.checkpoint")
-folders = importlib.import_module("runs.checkpoints")
-prepare = importlib.import_module("video_training.prepare")
-steps = importlib.import_module("video_training.step")
-trainees = importlib.import_module("video_training.trainee")
+from tests.scripts import video_cases as cases
+
 Signals = program.Signals
 SIZE = [9, 32, 48]
 

@@ -1,23 +1,18 @@
 """Low-rank updates load where they are meant to, and the model answers as it was trained to."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import train_video as program
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
+from video_training import adapter as adapters
+from video_training import trainee as trainees
 
 from tests.pipelines.tiny import TINY, build
+from tests.scripts import video_cases as cases
 from vidattn.runs.lora import Lora, load_loras, parse_lora
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("video_cases")
-program = importlib.import_module("train_video")
-adapters = importlib.import_module("video_training.adapter")
-trainees = importlib.import_module("video_training.trainee")
 Tune = cases.settings.Tune
 
 EVERY = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")

@@ -1,20 +1,15 @@
 """Which attention a model is trained with at a noise level and at a step of the run."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from video_training import attention as attentions
 
 from tests.pipelines.tiny import TINY, build
+from tests.scripts import video_cases as cases
 from vidattn.methods import create_method
 from vidattn.pipelines.patch import find_handle
 from vidattn.schedule_file import load_schedule
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("video_cases")
-attentions = importlib.import_module("video_training.attention")
 Attention, Ramp, Sparse = cases.settings.Attention, cases.settings.Ramp, attentions.Sparse
 ALL = {"transformer": (0.0, 1.0)}
 RADIAL = {"method": "radial", "options": {"density": 0.25}}

@@ -1,16 +1,14 @@
 """What is computed once comes back as it was, is found among many, and is whole or not there."""
 
-import importlib
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from video_training import cache as caches
 
-sys.path.insert(0, str(Path(__file__).parent))
-importlib.import_module("video_cases")
-caches = importlib.import_module("video_training.cache")
+import tests.scripts.video_cases  # noqa: F401
+
 Cache = caches.Cache
 
 

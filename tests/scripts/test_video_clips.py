@@ -1,7 +1,6 @@
 """Clips as people have them: what is found, what is left out, and which frames are taken."""
 
 import csv
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,12 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from video_training import clips, frames, stretches
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("video_cases")
-clips = importlib.import_module("video_training.clips")
-frames = importlib.import_module("video_training.frames")
-stretches = importlib.import_module("video_training.stretches")
+from tests.scripts import video_cases as cases
+
 Footage, cut = frames.Footage, stretches.cut
 
 

@@ -1,18 +1,15 @@
 """Noise levels and targets agree with the samplers that the models are run with."""
 
-import importlib
 import math
-import sys
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from diffusers.training_utils import compute_snr
+from video_training import noise as noises
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("video_cases")
-noises = importlib.import_module("video_training.noise")
+from tests.scripts import video_cases as cases
+
 Noise, Process = cases.settings.Noise, noises.Process
 
 

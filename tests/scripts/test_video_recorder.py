@@ -1,20 +1,17 @@
 """What a transformer is trained with is what its pipeline gives it, in every family."""
 
-import importlib
 import inspect
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from video_training import batches
+from video_training import pipeline as pipelines
+from video_training import recorder as recorders
 
-sys.path.insert(0, str(Path(__file__).parent))
-cases = importlib.import_module("video_cases")
-batches = importlib.import_module("video_training.batches")
-pipelines = importlib.import_module("video_training.pipeline")
-recorders = importlib.import_module("video_training.recorder")
+from tests.scripts import video_cases as cases
 
 
 class Seen(Exception):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import diffusers
@@ -12,16 +10,15 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 import yaml
+from runs import settings_file
+from t2v.flow import build_tokenizer
 from transformers import T5Config, T5EncoderModel
+from video_training import settings
 
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import COGVIDEOX, WAN
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-settings = importlib.import_module("video_training.settings")
-settings_file = importlib.import_module("runs.settings_file")
-build_tokenizer = importlib.import_module("t2v.flow").build_tokenizer
 
 BUNDLED = str(ROOT / "assets" / "tiny-t2v")
 CAPTION = "a red boot moving right over a dark background"

@@ -1,15 +1,10 @@
 """Stand-ins for the pictures of the emoji package."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-scenes = importlib.import_module("t2v.scenes")
-world = importlib.import_module("t2v.world")
+from t2v import scenes, world
 
 
 def write_sprites(folder: Path) -> Path:

@@ -233,3 +233,17 @@ PAIRINGS["two of one prompt"] = Pairing(
     comes_off=False,
     options=(("num_videos_per_prompt", 2),),
 )
+
+
+def _interrupt(pipe, step: int, time: object, values: dict) -> dict:
+    pipe._interrupt = step == 2
+    return values
+
+
+PAIRINGS["that ends the run after some steps"] = Pairing(
+    lambda pipe: None,
+    "callback",
+    skips=True,
+    comes_off=False,
+    options=(("callback_on_step_end", _interrupt),),
+)

@@ -18,7 +18,7 @@ LAYERS = (
     {"plan"},
     {"head_plan", "catalog"},
     {"planning"},
-    {"methods", "cache", "attention"},
+    {"methods", "attention"},
     {"mixture", "halo_operator", "schedule", "choice"},
     {"neighborhood", "quality", "simulation"},
     {"draw", "schedule_file"},

@@ -82,13 +82,13 @@ _HALF = {
         ("int8_qk", n): {_OLD: Tile(128, 64, 8, 3), (90, 100): Tile(128, 128, 8, 3)}
         for n in (32, 64, 128)
     },
-    ("int8_qk", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
+    ("int8_qk", 256): {(80, 90, 100): Tile(64, 64, 8, 2), (89, 120): Tile(64, 32, 8, 2)},
     # as many keys everywhere as share a scale of their weights, on whatever GPU
     **{
         ("int8", n): {(80, 90, 100): Tile(128, 64, 8, 3), (89, 120): Tile(64, 64, 4, 3)}
         for n in (32, 64, 128)
     },
-    ("int8", 256): {(*_OLD, 90, 100): Tile(64, 64, 8, 2)},
+    ("int8", 256): {(*_OLD, 90): Tile(64, 64, 8, 2), (100,): Tile(32, 64, 8, 2)},
 }
 # float32 has no tensor cores: equal on all architectures, by padded head dim
 _SINGLE_KEYS = {
@@ -162,9 +162,10 @@ def tile(
         if kernel == "key_gradient_bias" and padded == 128 and has_masks and arch != 100:
             # more spill
             best = replace(best, rows=best.rows // 2)
-    if kernel == "int8_qk" and arch == 100 and has_bias:
+    if arch == 100 and has_bias and kernel in ("int8_qk", "int8"):
         # more spill
-        best = replace(best, columns=64)
+        fewer = {"columns": 64} if kernel == "int8_qk" else {"rows": min(best.rows, 64)}
+        best = replace(best, **fewer)
     if has_masks or (has_bias and arch not in _OLD):
         best = replace(best, stages=min(best.stages, 2))
     largest = block & -block
@@ -176,6 +177,7 @@ def tile(
     # a warp has registers for 16 rows, except where two tiles are kept, and where it spilled
     is_key = kernel.startswith("key")
     spills = is_key and (arch != 90 or kernel.endswith("bias") or kept < 64)
+    spills |= kernel == "int8" and arch == 100
     spills |= kernel == "forward" and (kept == 32 or (kept == 64 and arch in _OLD))
     # one program fills the shared memory there: it needs the warps of two
     spills |= kernel == "query_gradient" and kept == 64 and arch == 100

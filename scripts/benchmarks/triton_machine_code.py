@@ -42,6 +42,8 @@ from vidattn.kernels.triton.configs import (
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 REGISTERS = 65536
+# of one thread
+MOST_REGISTERS = 255
 # two programs of 4 warps, or one of 8: one of 4 leaves a multiprocessor idle at every wait
 LEAST_WARPS = 8
 # the tensor-core instructions of each architecture, for floating point and for 8-bit integers
@@ -149,8 +151,9 @@ def measure(case: Case, launch: Tile | None = None) -> Resources:
 def complaints(case: Case, found: Resources) -> list[str]:
     """What keeps a compiled kernel from running well on its architecture."""
     wrong = []
-    # a tile without tensor cores takes a thousand instructions: ten numbers more are nothing
-    allowed = 0 if ITEMSIZE[case.dtype] == 2 else 40
+    # a tile without tensor cores takes a thousand instructions: ten numbers more are nothing; and
+    # older compilers put two aside, once, to keep to a number of registers below the limit
+    allowed = 40 if ITEMSIZE[case.dtype] != 2 else 8 if found.registers < MOST_REGISTERS else 0
     if found.spilled_bytes > allowed:
         wrong.append(f"spills {found.spilled_bytes} bytes")
     if found.shared_bytes > SHARED_BYTES[case.arch]:

@@ -88,7 +88,7 @@ _HALF = {
         ("int8", n): {(80, 90, 100): Tile(128, 64, 8, 3), (89, 120): Tile(64, 64, 4, 3)}
         for n in (32, 64, 128)
     },
-    ("int8", 256): {(*_OLD, 90): Tile(64, 64, 8, 2), (100,): Tile(32, 64, 8, 2)},
+    ("int8", 256): {(80, 89, 90): Tile(64, 64, 8, 2), (100, 120): Tile(32, 64, 8, 2)},
 }
 # float32 has no tensor cores: equal on all architectures, by padded head dim
 _SINGLE_KEYS = {

@@ -48,7 +48,8 @@ def test_a_seed_makes_the_same_video(original, capfd, tmp_path):
     assert same == again != other
 
 
-def test_compare_shows_methods_beside_dense(original, capfd, tmp_path):
+def test_compare_shows_methods_beside_dense(original, capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / "compare"
     code, out, err = run(
         capfd, "compare", "a red boot", "a boot", "--model", original, "--gif",
@@ -76,6 +77,8 @@ def test_compare_shows_methods_beside_dense(original, capfd, tmp_path):
     assert len(frames) == 9 and frames[0].shape[1] > 3 * 256 and frames[0].shape[0] > 2 * 192
     table = (folder / "report.md").read_text()
     assert table.count("|\n") == 5 and "`neighborhood:window=99`" in table and "Grid(" not in table
+    shown = [line for line in out.splitlines() if str(tmp_path) not in line]
+    assert shown and max(map(len, shown)) <= 80
     words = " ".join(out.split())
     assert "speed-up" in words and "of a dense step; the sparse ones ran on the engine" in words
     assert dense["engines"] == {} and sum(radial["engines"].values()) > 0

@@ -22,6 +22,7 @@ from vidattn.runs.request import Request
 from vidattn.runs.serve import Outlook, foresee
 from vidattn.runs.video import beside, write_video
 from vidattn.runs.warn import warn, warn_about
+from vidattn.support.table import fill
 
 # of the name of a clip, below what file systems allow
 LONGEST = 120
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
     setting = _setting(requests[0], [clips[row.label][0] for row in rows], rows[0])
     with write_atomically(args.folder / "report.md") as partial:
         partial.write_text(f"{to_markdown(rows, measures)}\n{setting}\n", encoding="utf-8")
-    print(f"{to_text(rows, measures)}\n\n{setting}")
+    print(f"{to_text(rows, measures)}\n")
+    for line in setting.splitlines():
+        print(fill(line))
     warn_of_noise(rows, args.repeats)
     print(f"wrote {args.folder}: open {args.folder / 'side_by_side.mp4'}")
 
@@ -218,8 +221,8 @@ def _setting(request: Request, clips: Sequence[Clip], dense: Row) -> str:
         f"{frames} frames of {height}x{width}, {request.num_inference_steps} steps, "
         f"{', '.join(grids)}; self-attention takes {dense.attention_share:.0%} of a dense step"
         f"{_engines(clips)}.\n"
-        "The speed-up of a whole run includes text encoder and VAE. step: median of the denoising\n"
-        "steps, ± for the middle half of them. density: of the plans, then in all, with the dense\n"
+        "The speed-up of a whole run includes text encoder and VAE. step: median of the denoising "
+        "steps, ± for the middle half of them. density: of the plans, then in all, with the dense "
         "layers and steps. Likeness is to the dense clips, on the frames before they are encoded.\n"
         f"{hardware_line()}."
     )

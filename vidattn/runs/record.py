@@ -54,7 +54,8 @@ def hardware_line() -> str:
     machine = hardware()
     if machine["gpu"]:
         return f"{machine['gpu']}, torch {importlib.metadata.version('torch')}"
+    plural = "s" * (machine["num_threads"] != 1)
     return (
-        f"{machine['num_threads']} threads of {machine['cpu']}, "
+        f"{machine['num_threads']} thread{plural} of {machine['cpu']}, "
         f"torch {importlib.metadata.version('torch')}, Python {sys.version.split()[0]}"
     )

@@ -145,7 +145,7 @@ BUNDLE = "generate x --output {tmp}/x.mp4 "
         (MAKE + "more words", "unexpected 'more'; quote a prompt"),
         ("generate --output {tmp}/x.mp4 --model some/model", "no prompt given"),
         ("generate --prompt= --model {tmp}", "the prompt is empty"),
-        ("generate a --prompt b", "given twice"),
+        ("generate a --prompt b", "2 prompts need --output FILE"),
         ("generate a --image {tmp}/no.png --model {tmp}", "--image '{tmp}/no.png' is no file"),
         ("generate a --output {tmp}/file/x.mp4 --model {tmp}", "cannot write in '{tmp}/file'"),
         ("generate a --output {tmp}/x.avi --model {tmp}", "must end in .mp4 or .gif"),

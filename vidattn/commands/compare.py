@@ -17,6 +17,7 @@ from vidattn.quality.measures import Measure, choose_measures
 from vidattn.runs.choices import AllMethods, Served
 from vidattn.runs.clip import Clip, Guards, make_clip, warm_up
 from vidattn.runs.output import write_atomically, write_json
+from vidattn.runs.pairings import check_pairings, put_beside
 from vidattn.runs.record import hardware_line, record
 from vidattn.runs.request import Request
 from vidattn.runs.serve import Outlook, foresee
@@ -39,7 +40,10 @@ def run(args: argparse.Namespace) -> None:
     measures = choose_measures(
         args.metrics, side_px=min(sides, default=1 << 30), num_clips=len(args.requests)
     )
+    if outlook.pipe is not None:
+        check_pairings(outlook.pipe, args.pairings)
     pipe, requests = outlook.load(args)
+    put_beside(pipe, args.pairings)
     warn_about(pipe, args.model, requests)
     choices = [x for x in choices if is_ready(pipe, requests[0], x, may_fail=x in optional)]
 

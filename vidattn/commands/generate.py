@@ -4,39 +4,65 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from vidattn.runs.clip import Guards, make_clip
+from vidattn.runs.choices import Served
+from vidattn.runs.clip import Clip, Guards, make_clip
 from vidattn.runs.lora import LoraChoice, check_loras, load_loras
 from vidattn.runs.output import write_atomically, write_json
+from vidattn.runs.pairings import check_pairings, put_beside
+from vidattn.runs.processes import check_degrees, find_processes, spread
 from vidattn.runs.record import record
-from vidattn.runs.serve import foresee
+from vidattn.runs.request import Request
+from vidattn.runs.serve import Outlook, foresee
 from vidattn.runs.video import write_video
 from vidattn.runs.warn import warn_about
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make the video."""
+    """Make the video, or several."""
     guards = Guards(args.dense_layers, args.dense_steps)
-    outlook = foresee(args, [args.request])
+    outlook = foresee(args, args.requests)
     choice = args.choice or outlook.default()
     if isinstance(choice, LoraChoice):
         print(f"attention as {choice.lora.path} was trained with; --method or --schedule overrules")
     outlook.check(choice, guards)
     if outlook.pipe is not None:
-        check_loras(outlook.pipe, args.loras)
-    pipe, (request,) = outlook.load(args)
+        _check(outlook, args)
+    pipe, requests = outlook.load(args)
     load_loras(pipe, args.loras)
-    warn_about(pipe, args.model, [request])
-    clip = make_clip(pipe, request, choice, guards)
-    with write_atomically(args.path) as partial:
+    put_beside(pipe, args.pairings)
+    warn_about(pipe, args.model, requests)
+    with spread(pipe, args.degrees):
+        for request, path in zip(requests, args.paths):
+            clip = make_clip(pipe, request, choice, guards)
+            # all that share a video have all of it
+            if args.degrees is None or find_processes().rank == 0:
+                _write(pipe, args, request, choice, clip, path)
+
+
+def _check(outlook: Outlook, args: argparse.Namespace) -> None:
+    """Refuse what the model rules out beside the method."""
+    check_loras(outlook.pipe, args.loras)
+    check_pairings(outlook.pipe, args.pairings)
+    if args.degrees is not None:
+        check_degrees(outlook.pipe, args.degrees, outlook.grid)
+
+
+def _write(
+    pipe: object, args: argparse.Namespace, request: Request, choice: Served, clip: Clip, path: Path
+) -> None:
+    """Write a video, and its report."""
+    with write_atomically(path) as partial:
         write_video(partial, clip.frames, fps=args.fps)
-    report = args.path.with_suffix(".json")
+    report = path.with_suffix(".json")
     write_json(
         report,
         record(pipe, args, request)
         | {
             "method": choice.label,
             "loras": {str(lora.path): lora.weight for lora in args.loras},
+            "parallel": args.degrees and vars(args.degrees),
             "dense_layers": clip.report.dense_layers,
             "dense_steps": clip.report.dense_steps,
             "frames": list(clip.frames.shape),
@@ -45,4 +71,4 @@ def run(args: argparse.Namespace) -> None:
         },
     )
     print(clip.report, file=sys.stderr)
-    print(f"wrote {args.path} and {report}")
+    print(f"wrote {path} and {report}")

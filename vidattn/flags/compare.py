@@ -7,7 +7,12 @@ from pathlib import Path
 
 from vidattn.choice import SYNTAX, Choice
 from vidattn.flags.values import positive_int
-from vidattn.flags.video import add_model_arguments, add_request_arguments
+from vidattn.flags.video import (
+    add_model_arguments,
+    add_pairing_arguments,
+    add_request_arguments,
+    read_pairings,
+)
 from vidattn.runs.choices import (
     DEFAULT_METHOD,
     SCHEDULE_HELP,
@@ -55,16 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--gif", action="store_true", help="also write the side by side as a gif")
     add_request_arguments(parser)
+    add_pairing_arguments(parser)
     add_model_arguments(parser)
 
 
 def read(args: argparse.Namespace) -> None:
-    """Check the flags, and set ``choices``, ``requests`` and ``folder``.
+    """Check the flags, and set ``choices``, ``requests``, ``folder`` and ``pairings``.
 
     Raises:
         ValueError: what is wrong with them.
     """
     args.choices = _choices(args)
+    args.pairings = read_pairings(args)
     args.folder = writable_folder(args.output)
     prompts = [*args.prompts, *args.prompt] or [None]
     args.requests = [request_of(args, prompt) for prompt in prompts]

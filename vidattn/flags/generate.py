@@ -6,10 +6,16 @@ import argparse
 from pathlib import Path
 
 from vidattn.choice import SYNTAX, Choice
-from vidattn.flags.video import add_model_arguments, add_request_arguments
+from vidattn.flags.video import (
+    add_model_arguments,
+    add_pairing_arguments,
+    add_request_arguments,
+    read_pairings,
+)
 from vidattn.runs.choices import DEFAULT_METHOD, SCHEDULE_HELP, ScheduleChoice, choices_of
 from vidattn.runs.lora import parse_lora, trained_attention
 from vidattn.runs.output import fresh_file, writable_file
+from vidattn.runs.processes import find_processes, parse_parallel
 from vidattn.runs.request import request_of
 
 EXAMPLES = """\
@@ -28,7 +34,11 @@ OUTPUT = Path("outputs/video.mp4")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("prompt", nargs="?", help="what the video shows, in quotes")
-    parser.add_argument("--prompt", dest="prompt_flag", metavar="TEXT", help="the same")
+    parser.add_argument(
+        "--prompt", dest="prompts", action="append", default=[], metavar="TEXT",
+        help="the same, several times for several videos, which processes that are started "
+        "together share",
+    )  # fmt: skip
     parser.add_argument(
         "--method", action="append", default=[], metavar="METHOD",
         help=f"{SYNTAX} (default: the preset of the model, or {DEFAULT_METHOD} where it has none)",
@@ -42,26 +52,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
         help=f"an mp4 or gif, replaced if it is there (default: {OUTPUT}, or the first of "
-        f"{OUTPUT.stem}-2, {OUTPUT.stem}-3, ... that is free)",
+        f"{OUTPUT.stem}-2, {OUTPUT.stem}-3, ... that is free); of several videos the second is "
+        "FILE-2, and so on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parallel", metavar="KIND=N",
+        help="N processes, started by torchrun, share the video: ulysses=N, ring=N, or both",
     )  # fmt: skip
     add_request_arguments(parser)
+    add_pairing_arguments(parser)
     add_model_arguments(parser)
 
 
 def read(args: argparse.Namespace) -> None:
-    """Check the flags, and set ``choice`` (None for the default), ``loras``, ``request``, ``path``.
+    """Check the flags, and set what the command is given.
+
+    These are ``choice`` (None for the default), ``loras``, ``pairings``, ``degrees`` (None for one
+    process), and of each video that this process makes one of ``requests`` and ``paths``.
 
     Raises:
         ValueError: what is wrong with them.
     """
-    if args.prompt is not None and args.prompt_flag is not None:
-        raise ValueError("the prompt is given twice, with and without --prompt")
     args.loras = [parse_lora(text) for text in args.lora]
     args.choice = _choice(args) or trained_attention(args.loras)
-    path = fresh_file(OUTPUT) if args.output is None else args.output
-    args.path = writable_file(path, (".mp4", ".gif"))
-    writable_file(path.with_suffix(".json"), (".json",))
-    args.request = request_of(args, args.prompt if args.prompt is not None else args.prompt_flag)
+    args.pairings = read_pairings(args)
+    args.degrees = None if args.parallel is None else parse_parallel(args.parallel)
+    if args.degrees is not None and args.cache == "first-block":
+        raise ValueError(
+            "--cache first-block and --parallel exclude each other: each process would skip steps "
+            "by its own part of the video; take --cache taylorseer"
+        )
+    given = args.prompts if args.prompt is None else [args.prompt, *args.prompts]
+    prompts = given or [None]
+    args.paths = _share(args, _paths(args.output, len(prompts)))
+    for path in args.paths:
+        writable_file(path, (".mp4", ".gif"))
+        writable_file(path.with_suffix(".json"), (".json",))
+    args.requests = [request_of(args, prompt) for prompt in _share(args, prompts)]
+
+
+def _paths(output: Path | None, count: int) -> list[Path]:
+    """Where the videos go."""
+    if output is None and count > 1:
+        raise ValueError(f"{count} prompts need --output FILE: the second makes FILE-2, and so on")
+    first = fresh_file(OUTPUT) if output is None else output
+    return [first, *(first.with_stem(f"{first.stem}-{i}") for i in range(2, count + 1))]
+
+
+def _share(args: argparse.Namespace, videos: list) -> list:
+    """Those that this process makes: all with others that share each, or else its own."""
+    processes = find_processes()
+    if args.degrees is not None:
+        return videos
+    if len(videos) < processes.count:
+        raise ValueError(
+            f"{processes.count} processes for {len(videos)} videos: give a --prompt for each, or "
+            f"--parallel ulysses={processes.count} to share one"
+        )
+    return videos[processes.rank :: processes.count]
 
 
 def _choice(args: argparse.Namespace) -> Choice | ScheduleChoice | None:

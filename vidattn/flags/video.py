@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vidattn.flags.values import count_or_share, finite, positive_int, seed
+from vidattn.runs.pairings import CACHES, QUANTIZERS, Pairings
 
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
@@ -24,6 +25,29 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)"
     )
     group.add_argument("--vae-tiling", action="store_true", help="decode in tiles, to save memory")
+
+
+def add_pairing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags about what runs beside a method, and beside dense attention too."""
+    group = parser.add_argument_group("beside the method")
+    group.add_argument(
+        "--quantize", choices=tuple(QUANTIZERS), help="weights in 8 bits, by torchao"
+    )
+    group.add_argument(
+        "--cache", choices=CACHES, help="reuse what earlier steps computed, by diffusers"
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the blocks of the transformer"
+    )
+
+
+def read_pairings(args: argparse.Namespace) -> Pairings:
+    """What those flags ask for.
+
+    Raises:
+        ValueError: a package that is missing, or what excludes each other.
+    """
+    return Pairings(args.quantize, args.cache, args.compile, args.offload)
 
 
 def add_request_arguments(parser: argparse.ArgumentParser, guards: bool = True) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vidattn.runs.folder import find_model
+from vidattn.runs.processes import find_processes
 
 
 def load_pipeline(args: argparse.Namespace) -> object:
@@ -60,13 +61,19 @@ def load_pipeline(args: argparse.Namespace) -> object:
 
 
 def find_device(name: str, offload: str = "none") -> torch.device:
-    """The device of a name.
+    """The device of a name; of several processes each has a GPU of its own.
 
     Raises:
-        ValueError: it is not there, or is a CPU where parts are to be kept off the GPU.
+        ValueError: it is not there, is one GPU for several processes, or is a CPU where parts are
+            to be kept off the GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    processes = find_processes()
+    if processes.count > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(f"--device {name} is one GPU for {processes.count} processes: drop it")
+        name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 from vidattn.runs.folder import is_bundled
 from vidattn.runs.hardware import hardware
+from vidattn.runs.pairings import Pairings
 from vidattn.runs.request import Request
 
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
@@ -24,7 +25,7 @@ def record(pipe: object, args: argparse.Namespace, request: Request) -> dict[str
         "versions": {
             "vidattn": args.version,
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
+            **{name: importlib.metadata.version(name) for name in _packages(args.pairings)},
         },
         "hardware": hardware(),
         "model": {
@@ -35,9 +36,14 @@ def record(pipe: object, args: argparse.Namespace, request: Request) -> dict[str
             "device": str(pipe._execution_device),
             "offload": args.offload,
         },
+        "beside": args.pairings.to_dict(),
         "request": asdict(request) | {"image": request.image and str(request.image)},
         "fps": args.fps,
     }
+
+
+def _packages(pairings: Pairings) -> tuple[str, ...]:
+    return (*PACKAGES, "torchao") if pairings.quantize is not None else PACKAGES
 
 
 def _dtypes(pipe: object) -> dict[str, str]:

@@ -56,6 +56,12 @@ def _part(where: str, name: str, library: str | None, kind: str | None) -> objec
         return cls.from_config(cls.load_config(where, **options))
 
 
+def is_piecewise(pipe: object) -> bool:
+    """Whether a pipeline, or its skeleton, makes a video piece by piece."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return any(word in name for name in parameters for word in PIECEWISE)
+
+
 def video_grid(pipe: object, request: Request) -> Grid | None:
     """The tokens of the video that a pipeline attends to, beside any text.
 
@@ -64,9 +70,8 @@ def video_grid(pipe: object, request: Request) -> Grid | None:
     Args:
         pipe: a pipeline or its skeleton.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
     sizes = (request.num_frames, request.height, request.width)
-    if None in sizes or any(word in name for name in parameters for word in PIECEWISE):
+    if None in sizes or is_piecewise(pipe):
         return None
     models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     model = next((part for part in models if find_family(part) is not None), None)

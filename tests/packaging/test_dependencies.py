@@ -11,9 +11,11 @@ from tests.test_imports import imported
 
 DISTRIBUTION = {
     "PIL": "pillow",
+    "cache_dit": "cache-dit",
     "cv2": "opencv-python-headless",
     "google": "protobuf",
     "huggingface_hub": "huggingface-hub",
+    "optimum": "optimum-quanto",
     "typing_extensions": "typing-extensions",
     "yaml": "pyyaml",
 }

@@ -190,7 +190,7 @@ def test_two_processes_make_the_video_of_one(world, tmp_path, capfd, kind):
     flags = ("--model", world / "model", "--output", output, *SMALL, *METHOD)
     words = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--master-port", "0", "-m", "vidattn", "generate", "a red boot", "--device", "cpu",
+        "--standalone", "-m", "vidattn", "generate", "a red boot", "--device", "cpu",
         *flags, "--parallel", f"{kind}=2",
     ]  # fmt: skip
     done = subprocess.run(
@@ -199,6 +199,7 @@ def test_two_processes_make_the_video_of_one(world, tmp_path, capfd, kind):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1

@@ -14,10 +14,9 @@ def longest_video(coords: Tensor) -> Place:
     Args:
         coords: (3, S) positions (t, h, w) of the tokens, each frame in raster order.
     """
-    t, h, w = coords.cpu()
-    forward = (h[1:] > h[:-1]) | (h[1:] == h[:-1]) & (w[1:] > w[:-1])
-    forward &= t[1:] == t[:-1]
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), (~forward).nonzero().flatten() + 1])
+    coords = coords.cpu()
+    t, h, _ = coords
+    starts = _starts(coords)
     lengths = torch.diff(starts, append=torch.tensor([t.numel()]))
     goes_on = (t[starts][1:] > t[starts][:-1]) & (lengths[1:] == lengths[:-1])
     run_of_frame = torch.cat([torch.zeros(1, dtype=torch.long), (~goes_on).long().cumsum(0)])
@@ -36,11 +35,8 @@ def last_video(rows: Tensor, positions: Tensor, times: Tensor) -> Place:
         positions: (N, 3) their (t, h, w), each frame in raster order.
         times: (N,) noise level of each.
     """
-    t, h, w = positions.T
-    is_next = (rows.diff() == 1) & (times.diff() == 0)
-    forward = is_next & (t.diff() == 0)
-    forward &= (h.diff() > 0) | (h.diff() == 0) & (w.diff() > 0)
-    starts = torch.cat([torch.zeros(1).long(), 1 + (~forward).nonzero()[:, 0]])
+    t, is_next = positions[:, 0], (rows.diff() == 1) & (times.diff() == 0)
+    starts = _starts(positions.T, is_next)
     first = int(starts[-1])
     length, num_frames = len(rows) - first, 1
     frame = positions[first:, 1:]
@@ -51,3 +47,14 @@ def last_video(rows: Tensor, positions: Tensor, times: Tensor) -> Place:
         first, num_frames = start, num_frames + 1
     width = int((frame[:, 0] == frame[0, 0]).sum())
     return Place((num_frames, length // width, width), int(rows[first]))
+
+
+def _starts(coords: Tensor, is_next: Tensor | bool = True) -> Tensor:
+    """Where frames begin among (3, S) positions: where the raster does not move on.
+
+    Args:
+        is_next: (S - 1,) bool, whether a token can be of the frame of the one before.
+    """
+    t, h, w = coords.diff()
+    forward = (t == 0) & ((h > 0) | (h == 0) & (w > 0)) & is_next
+    return torch.cat([torch.zeros(1, dtype=torch.long), (~forward).nonzero()[:, 0] + 1])

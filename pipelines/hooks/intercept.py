@@ -198,7 +198,7 @@ def _namespace(base: type) -> dict[str, object]:
 
     namespace = {"__call__": __call__}
     if hasattr(base, "_parallel_config"):
-        namespace["_parallel_config"] = _hidden("_parallel_config", None)
+        namespace["_parallel_config"] = _hidden("_parallel_config")
     if _route(base) != "own":
         return namespace
 
@@ -234,12 +234,12 @@ def _checked(out: Tensor | tuple, layer: Layer, num_text: int) -> Tensor | tuple
     return (first, *out[1:]) if isinstance(out, tuple) else first
 
 
-def _hidden(name: str, shown: object) -> property:
+def _hidden(name: str) -> property:
     """An attribute that diffusers sees only where we are not at work, or where a compiler is."""
 
     def read(self):
         is_ours = owner(self) is not None and not torch.compiler.is_compiling()
-        return shown if is_ours else self.__dict__.get(name)
+        return None if is_ours else self.__dict__.get(name)
 
     def store(self, value):
         self.__dict__[name] = value

@@ -82,7 +82,11 @@ def attend(
         attention: takes q, k and v of some heads of the whole sequence, a mask of it, and (S,)
             bool, the queries of which the outputs are wanted, None for all; gives (B, h, S, D).
         mask: of this process's keys, or of all in the usual order.
+
+    Raises:
+        ValueError: keys of other tokens than the queries, or heads that share keys and part.
     """
+    _check(q, k, config.ulysses_degree)
     num, rank, group = config.ulysses_degree, config._ulysses_local_rank, None
     first = config._ring_local_rank * num
     near = shards.lengths[first : first + num]
@@ -103,6 +107,21 @@ def attend(
     if mine is not None:
         out = out[:, :, begin:end]
     return out if group is None else _to_tokens(out, heads, near, rank, group)
+
+
+def _check(q: Tensor, k: Tensor, num: int) -> None:
+    """Refuse what would bring queries to keys that are not theirs."""
+    heads, groups = q.shape[1], k.shape[1]
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"its {q.shape[2]} queries and {k.shape[2]} keys in each process are of different "
+            "tokens, which context parallelism does not spread here: run it in one process"
+        )
+    if heads != groups and (heads % num or groups % num):
+        raise ValueError(
+            f"its {heads} heads share {groups} heads of keys, and {num} processes cannot part "
+            "them: take a number that divides both, or a ring"
+        )
 
 
 def _in_order(attention: Callable, order: Tensor | None, q, k, v, mask, mine) -> Tensor:

@@ -1,5 +1,7 @@
 """A sequence or heads that are spread over processes, as diffusers' parallelism does it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents, padding, text
 from vidattn.methods import create_method
 from vidattn.pipelines.heads import Heads, heads_here
-from vidattn.pipelines.hooks.parallel import Shards
+from vidattn.pipelines.hooks.parallel import Shards, attend
 from vidattn.schedule import DenseGuard, Part, Rule, Schedule
 
 NEAR, NEARER = (create_method("neighborhood", window=(1, n, n)) for n in (3, 1))
@@ -141,6 +143,17 @@ def _check_refusals() -> None:
     for method in ("strided", "adaspa"):
         with torch.no_grad(), vidattn.patch(model, method, dense_layers=0):
             _check_raises("plans all 2 heads of a layer together, and only 1 are", model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "words"),
+    [(4, (2, 5), "4 heads share 2 heads of keys, and 4 processes"), (4, (4, 6), "5 queries and 6")],
+)
+def test_keys_of_others_are_refused(heads, keys, words):
+    config, q = SimpleNamespace(ulysses_degree=4), torch.zeros(1, heads, 5, 8)
+    k = torch.zeros(1, *keys, 8)
+    with pytest.raises(ValueError, match=words):
+        attend(config, Shards((5,) * 4, (0,) * 4, True), None, q, k, k, None)
 
 
 def test_order_of_shards():

@@ -4,32 +4,25 @@ Each stage (VAE, encoded clips, transformer, export) resumes from what is under 
 """
 
 import argparse
-import copy
-import functools
+import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
-from t2v.flow import (
-    FlowModel,
-    build_text_encoder,
-    build_tokenizer,
-    build_transformer,
-    flow_loss,
+from t2v.causal import CausalModel, steps_of
+from t2v.flow import FlowModel
+from t2v.flow_stages import (
+    build_flow_model,
+    flow_stage,
+    forcing_stage,
+    rollout_stage,
+    tokenizer_of,
 )
-from t2v.latents import LatentPool, encode_clips
-from t2v.muon import Muon
-from t2v.stage import Clock, Stage, load_newest, phase_of, train_stage
+from t2v.latents import Pools
+from t2v.stage import Clock, load_newest, train_stage
 from t2v.team import Team, run_team
 from t2v.vae import (
     build_vae,
@@ -39,60 +32,6 @@ from t2v.vae import (
     vae_stage,
 )
 from t2v.worlds import load_world
-from transformers import UMT5EncoderModel
-
-
-def build_flow_model(config: dict, vocab_size: int) -> FlowModel:
-    """An untrained transformer with its text encoder."""
-    width = config["text"]["width"]
-    text_encoder = build_text_encoder(vocab_size, **config["text"])
-    channels = config["vae"]["model"]["z_dim"]
-    transformer = build_transformer(
-        latent_channels=channels, text_width=width, **config["flow"]["model"]
-    )
-    return FlowModel(transformer, text_encoder)
-
-
-def load_bundle(model: FlowModel, folder: str) -> None:
-    """Fill the model from a pipeline folder."""
-    transformer = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-    text_encoder = UMT5EncoderModel.from_pretrained(folder, subfolder="text_encoder")
-    try:
-        model.transformer.load_state_dict(transformer.state_dict())
-        model.text_encoder.load_state_dict(text_encoder.state_dict())
-    except RuntimeError as error:
-        raise ValueError(f"{folder} holds another model than the configuration asks for") from error
-
-
-def flow_optimizers(model: FlowModel, team: Team) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices inside transformer blocks, AdamW for everything else."""
-    matrices = [p for p in model.transformer.blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
-    return {"muon": Muon(matrices, team, decay=0.01), "adamw": adamw}
-
-
-def draw_batch(
-    pool_of: Callable, phase: dict, world, tokenizer, drop: float, place: tuple[int, int, Team]
-):
-    """Latents (B, C, t, h, w) with the ids and mask of their captions."""
-    seed, step, team = place
-    shared = np.random.default_rng((seed, step, 3))
-    kind = phase["batches"][shared.choice(len(phase["batches"]), p=phase["shares"])]
-    rng = np.random.default_rng((seed, step, 4, team.rank))
-    picks = rng.integers(0, 2**31, kind["batch"]).tolist()
-    pool = pool_of(*kind["clips"])
-    latents, scenes = pool.draw(picks, kind["frames"], kind.get("window"))
-    captions = ["" if rng.random() < drop else world.vary_caption(s, rng) for s in scenes]
-    tokens = tokenizer(captions, padding=True, return_tensors="pt")
-    return latents, (tokens.input_ids, tokens.attention_mask)
-
-
-def tokenizer_of(config: dict):
-    """The tokenizer of the world's words."""
-    world = load_world(config["world"])
-    return build_tokenizer(world.WORDS, world.SPELLINGS)
 
 
 def clips_of(config: dict):
@@ -100,36 +39,16 @@ def clips_of(config: dict):
     return load_world(config["world"]).Clips(config["data"], config["seed"])
 
 
-def flow_stage(config: dict, vae: AutoencoderKLWan, clips, team: Team) -> Stage:
-    """The training of the transformer and its text encoder on clips, encoded once."""
-    options, world, tokenizer = config["flow"], load_world(config["world"]), tokenizer_of(config)
-    model = build_flow_model(config, len(tokenizer))
-    if config["init"]:
-        load_bundle(model, config["init"])
-    model.use_training_attention()
-    work = Path(config["work"])
-    kinds = {tuple(kind["size"]): kind for kind in options["clips"]}
-
-    # Each size is encoded when a phase first needs it.
-    @functools.cache
-    def pool_of(*size: int) -> LatentPool:
-        encode_clips(vae, clips, kinds[size], work, team)
-        return LatentPool(clips, kinds[size], work, team)
-
-    def loss_at(step: int) -> dict[str, torch.Tensor]:
-        phase = phase_of(options, step)
-        latents, tokens = draw_batch(
-            pool_of, phase, world, tokenizer, options["drop_caption"], (config["seed"], step, team)
-        )
-        number = step * team.size + team.rank
-        return {"loss": flow_loss(model, latents, tokens, phase["shift"], number)}
-
-    optimizers = flow_optimizers(model, team)
-    return Stage("flow", model, optimizers, loss_at, options, average=copy.deepcopy(model))
+def halve(folder: Path) -> None:
+    """Store weights in half the size on disk; diffusers loads them as float32."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    halves = {key: value.half() for key, value in load_file(file).items()}
+    save_file(halves, file, metadata={"format": "pt"})
 
 
-def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
-    """Write the stock WanPipeline folder; other files in `out`, the card say, stay."""
+def export(vae, model: FlowModel, config: dict) -> None:
+    """Write the stock WanPipeline folder; other files in it, the card say, stay."""
+    tokenizer, out = tokenizer_of(config), Path(config["out"])
     pipeline = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=model.text_encoder,
@@ -141,10 +60,7 @@ def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial, safe_serialization=True)
     for part in ("transformer", "vae"):
-        # Half the size on disk; diffusers loads it as float32.
-        file = partial / part / "diffusion_pytorch_model.safetensors"
-        halves = {key: value.half() for key, value in load_file(file).items()}
-        save_file(halves, file, metadata={"format": "pt"})
+        halve(partial / part)
     # The name every release of transformers knows; newer ones write an alias of it.
     for name in ("model_index.json", "tokenizer/tokenizer_config.json"):
         text = (partial / name).read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -155,6 +71,24 @@ def export(vae, model: FlowModel, tokenizer, config: dict, out: Path) -> None:
             shutil.rmtree(out / item.name, ignore_errors=True)
         item.replace(out / item.name)
     partial.rmdir()
+
+
+def export_causal(model: CausalModel, config: dict) -> None:
+    """Write the causal transformer beside the other one, with how it goes on with a video."""
+    out, options = Path(config["out"]), config["causal"]
+    folder, partial = out / "transformer_causal", out / "transformer_causal.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.transformer.save_pretrained(partial, safe_serialization=True)
+    halve(partial)
+    levels = steps_of(options["steps"], options["shift"])
+    facts = {
+        "chunk": options["chunk"],
+        "window": min(options["windows"]) * options["chunk"],
+        "timesteps": [round(1000 * level, 3) for level in levels],
+    }
+    (partial / "causal.json").write_text(json.dumps(facts, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
 
 
 def start_vae(config: dict) -> AutoencoderKLWan:
@@ -194,19 +128,30 @@ def train(team: Team, config: dict, clock: Clock, finish: bool = False) -> None:
             return
         team.wait()
     vae = load_vae(config, clips)
-    stage = flow_stage(config, vae, clips, team)
-    if train_stage(stage, work, team, clock, finish) and team.rank == 0:
-        export(vae, stage.average, tokenizer_of(config), config, Path(config["out"]))
+    pools = Pools(vae, clips, config["flow"]["clips"], work, team)
+    stage = flow_stage(config, pools, team)
+    if not train_stage(stage, work, team, clock, finish):
+        return
+    if team.rank == 0:
+        export(vae, stage.average, config)
+    for make in (forcing_stage, rollout_stage) if "causal" in config else ():
+        team.wait()
+        stage = make(config, pools, team)
+        if not train_stage(stage, work, team, clock):
+            return
+        if team.rank == 0:
+            export_causal(stage.average, config)
 
 
 def export_newest(config: dict) -> None:
-    """Write the pipeline folder from the newest checkpoint, finished or not."""
-    tokenizer = tokenizer_of(config)
-    model = build_flow_model(config, len(tokenizer))
-    if not load_newest(Path(config["work"]), "flow", {"average": model}):
-        raise ValueError(f"{config['work']} has no flow.safetensors; train first, without --export")
-    vae = load_vae(config, clips_of(config))
-    export(vae, model, tokenizer, config, Path(config["out"]))
+    """Write the pipeline folder from the newest checkpoints, finished or not."""
+    model, work = build_flow_model(config), Path(config["work"])
+    if not load_newest(work, "flow", {"average": model}):
+        raise ValueError(f"{work} has no flow.safetensors; train first, without --export")
+    export(load_vae(config, clips_of(config)), model, config)
+    model = build_flow_model(config, CausalModel)
+    if any(load_newest(work, name, {"average": model}) for name in ("rollout", "forcing")):
+        export_causal(model, config)
 
 
 def read_config(path: str, given: dict) -> dict:
@@ -218,7 +163,8 @@ def read_config(path: str, given: dict) -> dict:
     if missing := sorted(needed - set(config if isinstance(config, dict) else {})):
         raise ValueError(f"{path} lacks {', '.join(missing)}; see configs/tiny_t2v.yaml")
     listed = {tuple(kind["size"]) for kind in config["flow"]["clips"]}
-    used = {tuple(b["clips"]) for p in config["flow"]["phases"] for b in p["batches"]}
+    batches = [b for p in config["flow"]["phases"] for b in p["batches"]]
+    used = {tuple(x["clips"]) for x in (*batches, *filter(None, [config.get("causal")]))}
     if missing := sorted(used - listed):
         raise ValueError(f"{path} draws clips of {missing}, which flow.clips does not list")
     return check_init({"init": None} | config | given)

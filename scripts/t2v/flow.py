@@ -97,6 +97,12 @@ class TrainingAttention:
     def __init__(self) -> None:
         self.bias = None
 
+    def over_video(
+        self, attn: WanAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Self-attention (B, H, S, D) of a layer."""
+        return attend(query, key, value)
+
     def __call__(
         self,
         attn: WanAttention,
@@ -113,13 +119,15 @@ class TrainingAttention:
         if rotary_emb is not None:
             query, key = (_rotate(x, *rotary_emb) for x in (query, key))
         query, key, value = (x.type_as(value).transpose(1, 2) for x in (query, key, value))
-        bias = None if encoder_hidden_states is None else self.bias.type_as(query)
-        out = _attend(query, key, value, bias)
+        if encoder_hidden_states is None:
+            out = self.over_video(attn, query, key, value)
+        else:
+            out = attend(query, key, value, self.bias.type_as(query))
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Dense attention; at these lengths the fused CPU kernel is fast in float32 only."""
     if query.dtype is torch.float32:
@@ -148,9 +156,11 @@ class FlowModel(torch.nn.Module):
         self.transformer = transformer
         self.text_encoder = text_encoder
 
+    attention_type = TrainingAttention
+
     def use_training_attention(self) -> "FlowModel":
         """Switch to merged padding and float32 rotation tables."""
-        self.attention = TrainingAttention()
+        self.attention = self.attention_type()
         for block in self.transformer.blocks:
             block.attn1.processor = block.attn2.processor = self.attention
         rope = self.transformer.rope
@@ -161,9 +171,14 @@ class FlowModel(torch.nn.Module):
         self, latents: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Velocity (B, C, t, h, w) at noise level sigma (B,) for (B, L) token ids."""
+        embeddings = self.encode_text(ids, mask)
+        return self.transformer(latents, sigma * 1000, embeddings, return_dict=False)[0]
+
+    def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, L + 1, D) of (B, L) token ids, with the bias that layers add for them."""
         embeddings = self.text_encoder(ids, mask).last_hidden_state
         embeddings, self.attention.bias = merge_padding(embeddings, mask)
-        return self.transformer(latents, sigma * 1000, embeddings, return_dict=False)[0]
+        return embeddings
 
 
 def sample_sigma(count: int, shift: float, generator: torch.Generator) -> torch.Tensor:

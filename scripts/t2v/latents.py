@@ -120,3 +120,25 @@ class LatentPool:
             cuts = [x[..., r : r + window, c : c + window] for x, (r, c) in zip(latents, places)]
             latents = torch.stack(cuts)
         return latents, [self.scenes[p] for p in chosen]
+
+
+class Pools:
+    """The encoded clips of every size, encoded when they are first asked for.
+
+    Args:
+        kinds: `size` and `count` of each.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, clips, kinds: list[dict], work: Path, team: Team):
+        self.vae, self.clips, self.work, self.team = vae, clips, work, team
+        self._kinds = {tuple(kind["size"]): kind for kind in kinds}
+        self._pools: dict[tuple[int, ...], LatentPool] = {}
+
+    def of(self, size: list[int]) -> LatentPool:
+        """This worker's clips of a size."""
+        size = tuple(size)
+        if size not in self._pools:
+            kind = self._kinds[size]
+            encode_clips(self.vae, self.clips, kind, self.work, self.team)
+            self._pools[size] = LatentPool(self.clips, kind, self.work, self.team)
+        return self._pools[size]

@@ -1,5 +1,6 @@
 """The pieces of the training program, and a micro run that is cut short and resumed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import train_t2v as program
 import yaml
+from diffusers import WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from t2v import checkpoint, flow, muon, team
 from t2v import stage as stages
@@ -152,6 +154,16 @@ def micro_config(folder: Path) -> dict:
     }
 
 
+def with_causal(config: dict) -> dict:
+    """The same run, and its causal sibling: chunks of one latent frame, two to a clip."""
+    flow = config["flow"]
+    stage = {k: flow[k] for k in ("ema", "peak", "schedule", "save_every")}
+    stage |= {"phases": [{"until": 2}], "past_noise": 0.1, "guidance": 3.0}
+    sizes = {"chunk": 1, "clips": flow["clips"][0]["size"], "frames": 2, "batch": 1}
+    causal = {"windows": [1], "shift": 3.0, "steps": 2, "forcing": stage, "rollout": stage}
+    return config | {"causal": sizes | causal}
+
+
 def run(config: dict, finish: bool = False) -> None:
     program.train(team.Team(), config, stages.Clock(), finish)
 
@@ -237,35 +249,68 @@ class Interrupted(Exception):
     """Stands for Ctrl-C."""
 
 
-def test_resumed_run_is_bit_equal(tmp_path, monkeypatch):
+# in the transformer, while it goes on from real chunks, and from its own
+@pytest.mark.parametrize("stop", [5, 8, 10])
+def test_resumed_run_is_bit_equal(tmp_path, monkeypatch, stop):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         cases.write_sprites(folder / "data")
-    run(micro_config(whole))
+    run(with_causal(micro_config(whole)))
 
     reports = []
     report = team.Team.report
 
-    def stop_after_five(self, *arguments):
+    def stop_early(self, *arguments):
         reports.append(1)
-        if len(reports) == 5:
+        if len(reports) == stop:
             raise Interrupted
         report(self, *arguments)
 
-    monkeypatch.setattr(team.Team, "report", stop_after_five)
+    monkeypatch.setattr(team.Team, "report", stop_early)
     with pytest.raises(Interrupted):
-        run(micro_config(cut))
+        run(with_causal(micro_config(cut)))
     monkeypatch.setattr(team.Team, "report", report)
-    assert not (cut / "out").exists()
-    run(micro_config(cut))
+    assert (cut / "out").exists() == (stop > 6)
+    run(with_causal(micro_config(cut)))
+    assert len(reports) == stop
 
     names = [p.relative_to(whole / "out") for p in (whole / "out").rglob("*.safetensors")]
-    assert len(names) == 3
+    assert len(names) == 4
     for name in names:
         expected = checkpoint.load_file(whole / "out" / name)
         found = checkpoint.load_file(cut / "out" / name)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=0, atol=0)
+
+
+def test_causal_sibling_learns_in_two_stages_and_shares_the_rest(tmp_path):
+    config = with_causal(micro_config(tmp_path))
+    cases.write_sprites(tmp_path / "data")
+    run(config)
+    out = Path(config["out"])
+    assert json.loads((out / "transformer_causal" / "causal.json").read_text()) == {
+        "chunk": 1,
+        "window": 1,
+        "timesteps": [1000.0, 750.0],
+    }
+    base, causal = (
+        WanTransformer3DModel.from_pretrained(out, subfolder=name).state_dict()
+        for name in ("transformer", "transformer_causal")
+    )
+    assert base.keys() == causal.keys()
+    assert max((causal[key] - base[key]).abs().max() for key in base) > 0
+    stages_done = {
+        name: checkpoint.load_step(Path(config["work"]) / f"{name}_fall.safetensors")
+        for name in ("flow", "forcing", "rollout")
+    }
+    assert stages_done == {"flow": 4, "forcing": 2, "rollout": 2}
+    text = [
+        program.load_newest(Path(config["work"]), name, {"average": model}) and model.text_encoder
+        for name in stages_done
+        for model in [program.build_flow_model(config)]
+    ]
+    for other in text[1:]:
+        torch.testing.assert_close(other.state_dict(), text[0].state_dict(), rtol=0, atol=0)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):

@@ -5,46 +5,20 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <new>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include "vectors.h"
+#include "rows.h"
 
 namespace {
 
-typedef uint8_t u8;
-typedef uint16_t u16;
-typedef uint64_t u64;
-
 enum Status { OK, BAD_LISTS, NO_MEMORY };
-enum Kind { FLOAT32, BFLOAT16, FLOAT16 };
 
 constexpr int PIECE = 64;                // slots whose products share one packed block
-constexpr int GRANULE = 16;              // padding rounds up to so many: the widest vector
 constexpr int VECTORS = PIECE / W;       // vectors to a row of a piece
-constexpr bool PAIRS = VIDATTN_PAIRS;    // whether a word holds a pair of bfloat16
-constexpr int PAIR = PAIRS ? 2 : 1;      // numbers to a word
 constexpr int VECTOR_WORDS = W / PAIR;   // words that hold the weights of a vector of slots
 constexpr int PIECE_WORDS = PIECE / PAIR;
-constexpr float LOWEST = -1e30f;         // maximum of a row that has seen no key
-constexpr float NEVER = 1e30f;           // log-sum-exp of a row that gets no weights
-constexpr float SLACK = 8;               // weights may reach 2 ** SLACK before the maximum moves
 constexpr i64 WORKSPACE = 128ll << 20;   // bytes of packed blocks held at a time, about
-constexpr double THREAD_FLOPS = 4e6;     // work that pays for starting a thread
-constexpr i64 HUGE_PAGE = 2 << 20;       // in bytes; with small ones, blocks miss the page tables
 constexpr i64 HEADS_PER_TASK = 4;        // heads that share the bits of one predicate
-
-// Memory of (.., heads, tokens, D) numbers with unit last stride; strides count numbers.
-struct Rows {
-  char* data;
-  i64 sample, head, token;
-};
 
 // One call; the class of this name in block_sparse_cpu.py has the same fields.
 struct Call {
@@ -64,23 +38,6 @@ struct Call {
   i64 guard, bias_sample, bias_head, B, H, K, S, D, N, n;
   i64 plan_batch, plan_heads, num_entries, num_masks, kind, threads;
   double scale;
-};
-
-struct Buffer {
-  float* data = nullptr;
-  void grow(i64 floats) {
-    std::free(data);
-    i64 page = floats * 4 < HUGE_PAGE ? 64 : HUGE_PAGE, bytes = round_up(floats * 4 + 64, page);
-    data = static_cast<float*>(std::aligned_alloc(page, bytes));
-    if (!data) throw std::bad_alloc();
-#ifdef __linux__
-    if (page == HUGE_PAGE) madvise(data, bytes, MADV_HUGEPAGE);
-#endif
-  }
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
 };
 
 // The lists of the key blocks: which query blocks read each.

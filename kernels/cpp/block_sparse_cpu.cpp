@@ -17,12 +17,9 @@
 // block_sparse_backward.h, gradients. Here are threads, and what the library gives.
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "block_sparse_backward.h"
@@ -112,8 +109,6 @@ Transposed transpose(const Call& c) {
 
 typedef void (*Step)(const Job&, i64, Scratch&);
 
-// Threads that take tasks one by one. They are started for each step: nothing outlives a call, so
-// calls from many threads, and from a forked process, do not meet.
 struct Team {
   std::vector<Scratch> scratch;
 
@@ -123,20 +118,8 @@ struct Team {
   }
 
   void run(const Job& job, i64 num_tasks, Step step) {
-    std::atomic<i64> next{0};
-    auto work = [&](i64 thread) {
-      for (i64 task; (task = next.fetch_add(1)) < num_tasks;) step(job, task, scratch[thread]);
-    };
-    std::vector<std::thread> others;
-    i64 wanted = std::min<i64>(i64(scratch.size()), num_tasks) - 1;
-    others.reserve(std::max<i64>(0, wanted));
-    try {
-      for (i64 t = 0; t < wanted; t++) others.emplace_back(work, t + 1);
-    } catch (const std::system_error&) {
-      // no more threads to be had: those that run take the rest
-    }
-    work(0);
-    for (auto& thread : others) thread.join();
+    share_out(i64(scratch.size()), num_tasks,
+              [&](i64 thread, i64 task) { step(job, task, scratch[thread]); });
   }
 };
 

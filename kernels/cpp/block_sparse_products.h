@@ -11,175 +11,20 @@
 
 namespace {
 
-inline float as_float(u32 x) {
-  float y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
-
-inline u32 as_bits(float x) {
-  u32 y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
-
 inline i64 piece_at(const Job& j, i64 owner, i64 block, i64 piece) {
   return (owner * j.nb + block) * j.pieces + piece;
-}
-
-INLINE U load(const i32* from) {
-  U x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-#if VIDATTN_WIDTH == 16
-INLINE u32 bits_of_equal(U a, U b) { return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b); }
-INLINE bool any_above(V a, V b) {
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
-}
-// Minus infinity where `bits` lacks a lane.
-INLINE V hide(V x, u32 bits) {
-  return (V)_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)bits, (__m512)x);
-}
-#else
-#if VIDATTN_WIDTH == 8
-INLINE u32 bits_of(I mask) { return u32(_mm256_movemask_ps((__m256)mask)); }
-#else
-INLINE u32 bits_of(I mask) {
-  mask &= I{1, 2, 4, 8};
-  return u32(mask[0] | mask[1] | mask[2] | mask[3]);
-}
-#endif
-INLINE u32 bits_of_equal(U a, U b) { return bits_of((I)(a == b)); }
-INLINE bool any_above(V a, V b) { return bits_of((I)(a > b)) != 0; }
-// Minus infinity where `bits` lacks a lane.
-INLINE V hide(V x, u32 bits) {
-  I lane;
-  for (int i = 0; i < W; i++) lane[i] = 1 << i;
-  return (lane & i32(bits)) == lane ? x : splat(-INFINITY);
-}
-#endif
-
-// acc + a * b, over both numbers of a word.
-INLINE V fused(V acc, V a, V b) {
-#if VIDATTN_PAIRS
-  return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
-#else
-  return acc + a * b;
-#endif
-}
-
-// A vector as words of packed numbers.
-INLINE void store_packed(float* to, V x) {
-#if VIDATTN_PAIRS
-  __m256bh half = _mm512_cvtneps_pbh((__m512)x);
-  std::memcpy(to, &half, sizeof half);
-#else
-  store(to, x);
-#endif
-}
-
-// 2 ** x, and 2 ** LEAST for all that is below; with MASKED 0 where `hide` was. The polynomials are
-// minimax.
-template <bool MASKED = false>
-INLINE V exp2(V given) {
-  V x = larger(splat(LEAST), given);
-#if VIDATTN_WIDTH == 16
-  V f = (V)_mm512_reduce_ps((__m512)x, 1), p;  // x minus its floor
-  if (PAIRS) {
-    // 7.5e-5, far below the rounding of a bfloat16 weight
-    p = 7.80245215e-2f * f + 2.26067171e-1f;
-    p = p * f + 6.95833504e-1f;
-    p = p * f + 9.99925196e-1f;
-  } else {
-    p = 1.87757669e-3f * f + 8.98934063e-3f;
-    p = p * f + 5.58263175e-2f;
-    p = p * f + 2.40153611e-1f;
-    p = p * f + 6.93153083e-1f;
-    p = p * f + 9.99999940e-1f;
-  }
-  if (MASKED) {
-    __mmask16 seen = _mm512_cmp_ps_mask((__m512)given, _mm512_set1_ps(2 * LEAST), _CMP_NLT_UQ);
-    return (V)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)x);
-  }
-  return (V)_mm512_scalef_ps((__m512)p, (__m512)x);
-#else
-  // the sum rounds x to a whole number, which its last bits then hold
-  const V magic = splat(12582912.0f);
-  V whole = x + magic, f = x - (whole - magic);
-  V p = 1.32764725e-3f * f + 9.67554189e-3f;
-  p = p * f + 5.55071309e-2f;
-  p = p * f + 2.40221202e-1f;
-  p = p * f + 6.93146944e-1f;
-  p = p * f + 1.00000012f;
-  V power = (V)((U)p + ((U)whole << 23));
-  return MASKED ? (V)((I)power & ~(I)(given < splat(2 * LEAST))) : power;
-#endif
-}
-
-INLINE float from_half(u16 x) {
-  u32 size = u32(x & 0x7fff) << 13;
-  float scaled = as_float(size) * as_float(0x77800000);  // 2 ** 112
-  u32 bits = as_bits(scaled) | ((x & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);
-  return as_float(bits | u32(x & 0x8000) << 16);
-}
-
-INLINE u16 to_half(float x) {
-  u32 sign = as_bits(x) >> 16 & 0x8000, size = as_bits(x) & 0x7fffffff;
-  // to nearest, ties to even; the sum with 0.5 rounds what is subnormal as a half
-  u32 normal = (size + 0xfff + (size >> 13 & 1) - (112u << 23)) >> 13;
-  u32 subnormal = as_bits(as_float(size) + 0.5f) - as_bits(0.5f);
-  u32 half = size < 113u << 23 ? subnormal : normal;
-  half = size >= 0x477ff000 ? 0x7c00 : half;
-  half = size > 0x7f800000 ? 0x7e00 : half;
-  return u16(sign | half);
-}
-
-INLINE u16 to_bfloat16(float x) {
-  u32 bits = as_bits(x);
-  u32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return u16((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
 }
 
 // One token as packed numbers, 0 for no token; floats are multiplied by `factor`, pairs are not.
 void load_row(const Job& j, const Rows& x, i64 sample, i64 head, i64 token, float factor,
               float* to) {
-  i64 D = j.call.D, at = sample * x.sample + head * x.head + token * x.token;
-  const u16* halves = reinterpret_cast<const u16*>(x.data) + at;
-  const float* floats = reinterpret_cast<const float*>(x.data) + at;
-  if (token < 0) {
-    std::memset(to, 0, j.words * 4);
-    return;
-  }
-  if (PAIRS) {
-    std::memset(to + D / PAIR, 0, (j.words - D / PAIR) * 4);
-    std::memcpy(to, halves, D * 2);
-    return;
-  }
-  i64 d = 0;
-  if (j.call.kind == FLOAT32) {
-    for (; d + W <= D; d += W) store(to + d, load(floats + d) * factor);
-    for (; d < D; d++) to[d] = floats[d] * factor;
-  } else if (j.call.kind == BFLOAT16) {
-    for (; d < D; d++) to[d] = as_float(u32(halves[d]) << 16) * factor;
-  } else {
-    for (; d < D; d++) to[d] = from_half(halves[d]) * factor;
-  }
-  for (; d < j.width; d++) to[d] = 0;
+  const char* from = token < 0 ? nullptr : x.at(sample, head, token, j.call.kind);
+  load_row(from, j.call.kind, j.call.D, j.words, factor, to);
 }
 
 void store_row(const Job& j, const Rows& x, i64 sample, i64 head, i64 token, const float* from,
                float factor) {
-  i64 D = j.call.D, at = sample * x.sample + head * x.head + token * x.token;
-  u16* halves = reinterpret_cast<u16*>(x.data) + at;
-  float* floats = reinterpret_cast<float*>(x.data) + at;
-  if (j.call.kind == FLOAT32)
-    for (i64 d = 0; d < D; d++) floats[d] = from[d] * factor;
-  else if (j.call.kind == BFLOAT16)
-    for (i64 d = 0; d < D; d++) halves[d] = to_bfloat16(from[d] * factor);
-  else
-    for (i64 d = 0; d < D; d++) halves[d] = to_half(from[d] * factor);
+  store_row(from, factor, j.call.kind, j.call.D, x.at(sample, head, token, j.call.kind));
 }
 
 // The rows of one piece, (ld, words), zeros in slots that `readable` lacks.

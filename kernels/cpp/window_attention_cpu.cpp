@@ -11,17 +11,12 @@
 // many floats as a register holds, a strip is ROWS rows.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-#include "vectors.h"
+#include "rows.h"
 
 namespace {
 
@@ -53,20 +48,6 @@ struct Call {
   i64 B, H, R, n, m, D, E, F, M;
   i64 is_cosine, is_shared, parts, threads;  // shared: some key stands in several windows
 };
-
-// 2 ** x up to x = 0, and 2 ** LEAST for all that is below LEAST; the polynomial is minimax.
-INLINE V exp2(V x) {
-  x = larger(splat(LEAST), x);
-  // the sum rounds x to a whole number, which its last bits then hold
-  const V magic = splat(12582912.0f);
-  V whole = x + magic, f = x - (whole - magic);
-  V p = 1.32764725e-3f * f + 9.67554189e-3f;
-  p = p * f + 5.55071309e-2f;
-  p = p * f + 2.40221202e-1f;
-  p = p * f + 6.93146944e-1f;
-  p = p * f + 1.00000012f;
-  return (V)((U)p + ((U)whole << 23));
-}
 
 // A product of matrices; the left one is stored the other way with ACROSS.
 struct Product {
@@ -400,19 +381,9 @@ void run_all(const Call& c, bool is_backward) {
   Tables tables(c);
   std::vector<Scratch> scratch(std::min(c.threads, c.parts));
   for (Scratch& s : scratch) s.carve(c, is_backward);
-  std::atomic<i64> next{0};
-  auto work = [&](i64 thread) {
-    for (i64 part; (part = next.fetch_add(1)) < c.parts;)
-      run_part(c, tables, part, is_backward, scratch[thread]);
-  };
-  std::vector<std::thread> others;
-  try {
-    for (size_t thread = 1; thread < scratch.size(); thread++) others.emplace_back(work, thread);
-  } catch (const std::system_error&) {
-    // no more threads to be had: those that run take the rest
-  }
-  work(0);
-  for (auto& thread : others) thread.join();
+  share_out(i64(scratch.size()), c.parts, [&](i64 thread, i64 part) {
+    run_part(c, tables, part, is_backward, scratch[thread]);
+  });
 }
 
 int run(const Call* call, bool is_backward) {

@@ -50,7 +50,7 @@ class Heads(NamedTuple):
         for part in parts:
             mine = [x for x in self.numbers if part.heads is None or x in part.heads]
             if mine:
-                _check_alone(part.method, self)
+                check_apart(part.method)
                 found.append(replace(part, heads=None if len(mine) == self.num else tuple(mine)))
         return tuple(found)
 
@@ -105,10 +105,23 @@ def _cut(module: nn.Module, head_dim: int) -> tuple[int, int, int] | None:
     return first, num, total
 
 
-def _check_alone(method: Method, heads: Heads) -> None:
+def are_spread(module: nn.Module, model: nn.Module) -> bool:
+    """Whether processes share the heads of a layer of a model."""
+    parallel = context_parallel(module.processor, model)
+    weight = getattr(getattr(module, "to_q", None), "weight", None)
+    is_cut = isinstance(weight, DTensor) and any(x.is_shard(0) for x in weight.placements)
+    return is_cut or parallel is not None and parallel.ulysses_degree > 1
+
+
+def check_apart(method: Method) -> None:
+    """Refuse a method that needs to see all heads of a layer, of which a process has some.
+
+    Raises:
+        ValueError: it is one.
+    """
     if method.numbers_heads or method.by_head() != method:
         raise ValueError(
-            f"{type(method).__name__} plans all {heads.total} heads of a layer together, and only "
-            f"{heads.num} are in this process: use a method that plans each head for itself, or "
-            "parallelism that leaves the heads of a layer together"
+            f"{type(method).__name__} plans all heads of a layer together, and processes share "
+            "them: use a method that plans each head for itself, or a ring, which leaves the heads "
+            "of a layer together"
         )

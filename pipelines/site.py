@@ -16,9 +16,11 @@ from vidattn.attention import attend, engines_of
 from vidattn.grid import Size
 from vidattn.pipelines.break_even import break_even
 from vidattn.pipelines.family import attentions, family_of, shape_of
+from vidattn.pipelines.heads import are_spread, check_apart
 from vidattn.pipelines.hooks.checkpoint import tie, untie
 from vidattn.pipelines.hooks.intercept import Layer, give_back, keep_choice, owner, take
 from vidattn.pipelines.hooks.operators import numbered
+from vidattn.pipelines.hooks.ring import Ring, owners, turns
 from vidattn.pipelines.hooks.root import ContextOf, install
 from vidattn.pipelines.hooks.swap import swap_out
 from vidattn.pipelines.passes import Pass, Passes, is_backward
@@ -46,6 +48,9 @@ class Site:
                 f"{type(model).__name__} has no layer to patch: none is called {family.layers!r}"
             )
         self.layers = [Layer(path, i, self, model) for i, (path, _) in enumerate(self.modules)]
+        if settings.strict and any(are_spread(module, model) for _, module in self.modules):
+            for rule in settings.schedule.rules:
+                check_apart(rule.method)
         self.num_guarded = settings.schedule.guard.num_layers(len(self.layers))
         self.plans = Plans(name, settings)
         self.passes = Passes(name, settings)
@@ -126,12 +131,12 @@ class Site:
             )
 
     def attend(
-        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, mine: Tensor | None = None
+        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, ring: Ring | None = None
     ) -> Tensor:
         """(B, H, S, D) attention of a layer: sparse, or dense where a guard says so.
 
         Args:
-            mine: (S,) bool, the queries of which the outputs are wanted; None for all.
+            ring: says of which queries the outputs are wanted; None for all.
         """
         current = self.passes.current()
         current.ran.add(layer.index)
@@ -148,9 +153,9 @@ class Site:
                 why, plan = f"dense is faster above density {limit:.2f} on this GPU", None
         start, engines = Stopwatch.now(q.device), ()
         if plan is None:
-            out = _dense(layer, q, k, v, mask, scale, mine)
+            out = _dense(layer, q, k, v, mask, scale, ring)
         else:
-            out, engines = self._sparse(q, k, v, plan, call, mine)
+            out, engines = self._sparse(q, k, v, plan, call, ring)
         # what is run again for the backward pass is no call of the model
         if not is_backward():
             density = None if plan is None else plan.density
@@ -229,24 +234,33 @@ class Site:
         return self.plans.plan(parts, layer.index, current, call, q, k), parts
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, call: Call, mine: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, call: Call, ring: Ring | None
     ) -> tuple[Tensor, tuple[str, ...]]:
         """Attention by a plan, and the engines that it ran on."""
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
-        if mine is not None:
-            plan = plan.of_queries(mine.roll(-call.num_moved))
+        if ring is not None:
+            plan = _share(plan, call, ring)
         q, k, v = map(call.to_grid, (q, k, v))
         out = attend(q, k, v, plan, scale=call.scale, key_mask=call.keys)
         engines = engines_of(q, k, v, plan, scale=call.scale, key_mask=call.keys)
         return call.from_grid(out), engines
 
 
-def _dense(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, mine) -> Tensor:
-    if mine is None:
+def _share(plan: AnyPlan, call: Call, ring: Ring) -> AnyPlan:
+    """What this process attends to of a plan."""
+    if ring.deal(call.from_grid(owners(plan, ring.num))):
+        return plan.of_queries(lambda layout: turns(layout, ring.num) == ring.rank)
+    mine = call.to_grid((ring.home == ring.rank)[None, None])[0, 0]
+    return plan.of_queries(lambda layout: mine)
+
+
+def _dense(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, ring) -> Tensor:
+    if ring is None:
         return layer.dense(q, k, v, mask, scale)
-    rows = mine.nonzero()[:, 0]
+    ring.deal(ring.home[None, None])
+    rows = (ring.home == ring.rank).nonzero()[:, 0]
     return torch.zeros_like(q).index_copy(2, rows, layer.dense(q[:, :, rows], k, v, mask, scale))
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.parallel_counts import balance, bytes_sent, dealt_pairs, pairs_of_ranks, shares
+from benchmarks.parallel_counts import balance, bytes_sent, pairs_of_ranks, shares
 from benchmarks.parallel_layer import Case, Spread, measure
 
 from vidattn.choice import parse_choice
 from vidattn.grid import Grid
+from vidattn.pipelines.hooks.ring import turns
 from vidattn.runs.hardware import hardware
 from vidattn.runs.output import writable_folder, write_atomically, write_json
 
@@ -42,10 +43,9 @@ process over the mean, all that of all processes together over that of one proce
 are 1, nobody waits and nothing is computed twice.
 
 Ulysses hands every process some heads of all tokens: its work is even where the number of processes
-divides that of heads. In a ring each process attends with the query blocks that hold its tokens. A
-block with tokens of several processes is computed in each of them, and the more processes there
-are, the more such blocks; tiles that span frames suffer most. So let Ulysses have as many processes
-as divide the heads, and a ring the rest.
+divides that of heads. In a ring every process gets all queries, keys and values, and query blocks
+are dealt in turn, so that none is computed twice; outputs go to the process whose tokens they are
+of. A ring sends more: let Ulysses have as many processes as divide the heads, and a ring the rest.
 """
 MEASURED_NOTES = """\
 
@@ -62,14 +62,6 @@ MODELLED_NOTES = """\
 
 The same counts for Wan 2.1 14B at 720p: {tokens:,} tokens ({grid}), {heads} heads of {dim},
 bfloat16, one sample.
-"""
-DEALT_NOTES = """\
-
-## What a ring could do
-
-The busiest process over the mean where whole query blocks are dealt in turn; all is then 1. Queries
-and outputs would travel once, to and from where they are computed; now queries travel to everybody.
-It is not built: a plan that reads content is known only where all queries are.
 """
 
 
@@ -98,24 +90,23 @@ def model(case: Case, counts: Sequence[int]) -> dict:
     """The counts of every process of a call that is not made."""
     grid = Grid(*case.size)
     plans = {label: parse_choice(label).create().plan(grid) for label in case.methods}
-    rows, dealt = [], {}
+    rows = []
     for num in counts:
         lengths = shares(grid.num_tokens, num)
         for spread in _spreads(num):
-            sent = bytes_sent(
-                lengths,
-                spread.ulysses,
-                num_heads=case.num_heads,
-                head_dim=case.head_dim,
-                itemsize=ITEMSIZE,
-            )
-            pairs = {
-                label: pairs_of_ranks(plan, lengths, spread.ulysses, case.num_heads)
-                for label, plan in plans.items()
-            }
+            sent, pairs = {}, {}
+            for label, plan in plans.items():
+                sent[label] = bytes_sent(
+                    lengths,
+                    spread.ulysses,
+                    num_heads=case.num_heads,
+                    head_dim=case.head_dim,
+                    itemsize=ITEMSIZE,
+                    owner=turns(plan.layout, spread.ring),
+                )
+                pairs[label] = pairs_of_ranks(plan, spread.ring, spread.ulysses, case.num_heads)
             rows.append(spread._asdict() | {"sent": sent, "pairs": pairs})
-        dealt[num] = {name: dealt_pairs(plan, num, case.num_heads) for name, plan in plans.items()}
-    return case._asdict() | {"rows": rows, "dealt": dealt}
+    return case._asdict() | {"rows": rows}
 
 
 def _spreads(num: int) -> list[Spread]:
@@ -127,7 +118,7 @@ def _spreads(num: int) -> list[Spread]:
 
 
 def to_markdown(report: dict) -> str:
-    """What was measured, what was modelled, and what a ring could do."""
+    """What was measured, and what was modelled."""
     measured, modelled = report["measured"], report["modelled"]
     lines = [
         INTRODUCTION.format(**report["hardware"], command=report["command"])
@@ -135,8 +126,6 @@ def to_markdown(report: dict) -> str:
         *_measured_lines(measured),
         MODELLED_NOTES.format(**_sizes(modelled)),
         *_modelled_lines(modelled),
-        DEALT_NOTES,
-        *_dealt_lines(modelled),
     ]
     return "\n".join(lines) + "\n"
 
@@ -167,21 +156,11 @@ def _modelled_lines(modelled: dict) -> list[str]:
     ]
     for row in rows:
         figures = [_work(row["pairs"][name], sum(rows[0]["pairs"][name])) for name in methods]
+        sent = max(map(max, row["sent"].values())) / MIB
         lines.append(
             f"| {row['ulysses'] * row['ring']} | {Spread(row['ulysses'], row['ring'])} | "
-            f"{max(row['sent']) / MIB:,.0f} | {' | '.join(x for pair in figures for x in pair)} |"
+            f"{sent:,.0f} | {' | '.join(x for pair in figures for x in pair)} |"
         )
-    return lines
-
-
-def _dealt_lines(modelled: dict) -> list[str]:
-    methods = modelled["methods"]
-    lines = [
-        f"| processes | {' | '.join(f'`{name}`' for name in methods)} |",
-        f"| ---: |{' ---: |' * len(methods)}",
-    ]
-    for num, dealt in modelled["dealt"].items():
-        lines.append(f"| {num} | {' | '.join(f'{balance(dealt[name]):.3f}' for name in methods)} |")
     return lines
 
 

@@ -88,9 +88,9 @@ class AnyPlan(ABC):
     def summary(self) -> dict[str, float | int | str]:
         """Figures worth printing: densities, blocks and memory."""
 
-    def of_queries(self: Kind, wanted: Tensor) -> Kind:
-        """The plan of query blocks with any of the (S,) bool ``wanted``; others read nothing."""
-        return self._each(lambda plan: replace(plan, lists=plan.lists.of_queries(wanted)))
+    def of_queries(self: Kind, wanted: Callable[[Layout], Tensor]) -> Kind:
+        """The plan of query blocks with any of (S,) bool tokens, by layout; others read nothing."""
+        return self._each(lambda x: replace(x, lists=x.lists.of_queries(wanted(x.layout))))
 
     def with_precision(self: Kind, precision: str | None) -> Kind:
         """The same plan with its products in another precision, which has no gradient but for None.

@@ -27,6 +27,7 @@ from vidattn.pipelines.family import family_of
 from vidattn.pipelines.heads import context_parallel
 from vidattn.pipelines.hooks import masks, parallel
 from vidattn.pipelines.hooks.operators import numbered
+from vidattn.pipelines.hooks.ring import Ring
 from vidattn.pipelines.hooks.swap import MARK, swap_in, swap_out
 
 NATIVE = attention_dispatch.AttentionBackendName.NATIVE
@@ -36,9 +37,9 @@ class Owner(Protocol):
     """What a layer hands its calls to."""
 
     def attend(
-        self, layer: Layer, q, k, v, mask: Tensor | None, scale, mine: Tensor | None = None
+        self, layer: Layer, q, k, v, mask: Tensor | None, scale, ring: Ring | None = None
     ) -> Tensor:
-        """(B, H, S, D) attention of a layer; of (S,) bool queries, or of all."""
+        """(B, H, S, D) attention of a layer; of this process's queries of a ring, or of all."""
 
     def skipped(self, layer: Layer, allowed: bool) -> None:
         """Told that a layer ran without attending, and whether it may."""
@@ -111,8 +112,8 @@ class Layer(TorchFunctionMode):
         length, device = query.shape[2], query.device
         shards = parallel.find_shards(config, length, num_text, self.text_first, device)
 
-        def attention(q, k, v, mask, mine):
-            return self.owner.attend(self, q, k, v, mask, scale, mine)
+        def attention(q, k, v, mask, ring):
+            return self.owner.attend(self, q, k, v, mask, scale, ring)
 
         return parallel.attend(config, shards, attention, query, key, value, mask)
 

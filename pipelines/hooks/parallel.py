@@ -1,11 +1,11 @@
 """Attention over a sequence that diffusers' context parallelism spreads over processes.
 
 Every process comes with some tokens of all heads. Ulysses hands each all tokens of some heads and
-takes their outputs back; a ring hands each the keys and values of all, and each attends with its
-own queries. Both are one exchange between processes, which has a gradient; what is attended to in
-between is the whole sequence in its usual order, as in one process. Diffusers' own operators are
-left out of it: they recompute dense attention for the gradient, and leave the text of each process
-beside its part of the video.
+takes their outputs back; a ring hands each the queries, keys and values of all, and each attends
+with some of the queries. Both are one exchange between processes, which has a gradient; what is
+attended to in between is the whole sequence in its usual order, as in one process. Diffusers' own
+operators are left out of it: they recompute dense attention for the gradient, and leave the text of
+each process beside its part of the video.
 
 Letters: B batch, H heads, S tokens, D head dim; w processes.
 """
@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from vidattn.pipelines.hooks.exchange import exchange
+from vidattn.pipelines.hooks.ring import Ring
 
 
 class Shards(NamedTuple):
@@ -69,7 +71,7 @@ def find_shards(config: Any, length: int, num_text: int, text_first: bool, devic
 def attend(
     config: Any,
     shards: Shards,
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None, Ring | None], Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -79,8 +81,8 @@ def attend(
 
     Args:
         config: of diffusers' context parallelism.
-        attention: takes q, k and v of some heads of the whole sequence, a mask of it, and (S,)
-            bool, the queries of which the outputs are wanted, None for all; gives (B, h, S, D).
+        attention: takes q, k and v of some heads of the whole sequence, a mask of it, and the ring
+            that says which queries are this process's, None for all; gives (B, h, S, D).
         mask: of this process's keys, or of all in the usual order.
 
     Raises:
@@ -96,16 +98,20 @@ def attend(
     if num > 1:
         group = config._ulysses_mesh.get_group()
         q, k, v = (_to_heads(x, _shares(x.shape[1], num), near, rank, group) for x in (q, k, v))
-    mine = None
+    ring, order = None, shards.order
+    order = None if order is None else order.to(q.device)
     if config.ring_degree > 1:
         rows = [sum(shards.lengths[i : i + num]) for i in range(0, len(shards.lengths), num)]
-        begin, end = sum(shards.lengths[:first]), sum(shards.lengths[: first + num])
-        q, k, v = (_gather(x, rows, config._ring_mesh.get_group()) for x in (q, k, v))
-        mine = torch.zeros(sum(rows), dtype=torch.bool, device=q.device)
-        mine[begin:end] = True
-    out = _in_order(attention, shards.order, q, k, v, mask, mine)
-    if mine is not None:
-        out = out[:, :, begin:end]
+        circle = config._ring_mesh.get_group()
+        q, k, v = (_gather(x, rows, circle) for x in (q, k, v))
+        ring = Ring(config._ring_local_rank, rows, order, circle, q.device)
+    if order is not None:
+        q, k, v = (x[:, :, order] for x in (q, k, v))
+    out = attention(q, k, v, mask, ring)
+    if ring is not None:
+        out = ring.give_back(out)
+    elif order is not None:
+        out = out[:, :, order.argsort()]
     return out if group is None else _to_tokens(out, heads, near, rank, group)
 
 
@@ -124,15 +130,6 @@ def _check(q: Tensor, k: Tensor, num: int) -> None:
         )
 
 
-def _in_order(attention: Callable, order: Tensor | None, q, k, v, mask, mine) -> Tensor:
-    """Attention over joined shards, in the usual order."""
-    if order is None:
-        return attention(q, k, v, mask, mine)
-    order = order.to(q.device)
-    q, k, v = (x[:, :, order] for x in (q, k, v))
-    return attention(q, k, v, mask, None if mine is None else mine[order])[:, :, order.argsort()]
-
-
 def _shares(num_heads: int, num: int) -> list[int]:
     """Heads of each process: equally many, those of the last may be fewer."""
     each = -(-num_heads // num)
@@ -146,7 +143,7 @@ def _to_heads(
     batch, dim = x.shape[0], x.shape[3]
     pieces = x.split(list(heads), dim=1)
     shapes = [(batch, heads[rank], length, dim) for length in lengths]
-    return torch.cat(_exchange(pieces, shapes, group), dim=2)
+    return torch.cat(exchange(pieces, shapes, group), dim=2)
 
 
 def _to_tokens(
@@ -156,25 +153,14 @@ def _to_tokens(
     batch, dim = x.shape[0], x.shape[3]
     pieces = x.split(list(lengths), dim=2)
     shapes = [(batch, num, lengths[rank], dim) for num in heads]
-    return torch.cat(_exchange(pieces, shapes, group), dim=1)
+    return torch.cat(exchange(pieces, shapes, group), dim=1)
 
 
 def _gather(x: Tensor, lengths: Sequence[int], group: ProcessGroup) -> Tensor:
     """(B, h, S, D) of all tokens from (B, h, s, D) of this process's."""
     batch, num_heads, _, dim = x.shape
     shapes = [(batch, num_heads, length, dim) for length in lengths]
-    return torch.cat(_exchange([x] * len(lengths), shapes, group), dim=2)
-
-
-def _exchange(
-    pieces: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], group: ProcessGroup
-) -> list[Tensor]:
-    """What the processes have for this one, of these shapes, for a piece to each of them."""
-    sent = [piece.numel() for piece in pieces]
-    taken = [torch.Size(shape).numel() for shape in shapes]
-    flat = torch.cat([piece.reshape(-1) for piece in pieces])
-    got = collectives.all_to_all_single_autograd(flat, taken, sent, group)
-    return [part.view(shape) for part, shape in zip(got.split(taken), shapes)]
+    return torch.cat(exchange([x] * len(lengths), shapes, group), dim=2)
 
 
 def _gather_mask(mask: Tensor, shards: Shards, config: Any) -> Tensor:

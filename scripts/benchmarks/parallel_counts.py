@@ -7,7 +7,9 @@ heads, D head dim; w processes.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from vidattn.pipelines.hooks.ring import turns
 from vidattn.plan import AnyPlan, Plan
 
 
@@ -23,7 +25,13 @@ def heads_of(num_heads: int, ulysses: int) -> list[int]:
 
 
 def bytes_sent(
-    lengths: Sequence[int], ulysses: int, *, num_heads: int, head_dim: int, itemsize: int
+    lengths: Sequence[int],
+    ulysses: int,
+    *,
+    num_heads: int,
+    head_dim: int,
+    itemsize: int,
+    owner: Tensor | None = None,
 ) -> list[int]:
     """Bytes that each process sends to others in the forward pass of one attention call.
 
@@ -31,15 +39,19 @@ def bytes_sent(
         lengths: (w,) tokens of each process.
         ulysses: processes that exchange heads for tokens; the others of a group are its ring.
         num_heads: of queries, keys and values.
+        owner: (S,) int64, which group attends with each query; None for its own.
     """
     heads, ring, sent = heads_of(num_heads, ulysses), len(lengths) // ulysses, []
+    groups = torch.arange(ring).repeat_interleave(torch.tensor(lengths).view(ring, -1).sum(1))
+    owner = groups if owner is None else owner
     for process, length in enumerate(lengths):
         group, rank = divmod(process, ulysses)
         near = sum(lengths[group * ulysses : (group + 1) * ulysses])
         # q, k and v of the heads of others, then the output of the tokens of others
         values = 3 * length * (num_heads - heads[rank]) + (near - length) * heads[rank]
-        # q, k and v to all others of the ring
-        values += 3 * (ring - 1) * near * heads[rank]
+        # q, k and v to all others of the ring, then the outputs of their queries
+        leaving = int(((owner == group) & (groups != group)).sum())
+        values += (3 * (ring - 1) * near + leaving) * heads[rank]
         sent.append(values * head_dim * itemsize)
     return sent
 
@@ -59,25 +71,10 @@ def visited_pairs(plan: AnyPlan, num_samples: int, num_heads: int) -> int:
     return total
 
 
-def pairs_of_ranks(plan: Plan, lengths: Sequence[int], ulysses: int, num_heads: int) -> list[int]:
+def pairs_of_ranks(plan: Plan, ring: int, ulysses: int, num_heads: int) -> list[int]:
     """``visited_pairs`` of each process, of a plan that all heads share."""
-    heads, begin, pairs = heads_of(num_heads, ulysses), 0, []
-    for group in range(0, len(lengths), ulysses):
-        end = begin + sum(lengths[group : group + ulysses])
-        mine = plan
-        if end - begin < sum(lengths):
-            wanted = torch.zeros(sum(lengths), dtype=torch.bool)
-            wanted[begin:end] = True
-            mine = plan.of_queries(wanted)
-        pairs += [visited_pairs(mine, 1, num) for num in heads]
-        begin = end
-    return pairs
-
-
-def dealt_pairs(plan: Plan, ring: int, num_heads: int) -> list[int]:
-    """``visited_pairs`` of each process of a ring, if whole query blocks were dealt in turn."""
-    counts, block = plan.lists.counts, plan.lists.block
-    return [int(counts[i::ring].sum()) * block**2 * num_heads for i in range(ring)]
+    dealt = [plan.of_queries(lambda x, i=i: turns(x, ring) == i) for i in range(ring)]
+    return [visited_pairs(mine, 1, n) for mine in dealt for n in heads_of(num_heads, ulysses)]
 
 
 def balance(counts: Sequence[float]) -> float:

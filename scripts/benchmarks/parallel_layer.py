@@ -18,7 +18,7 @@ from torch import Tensor
 import vidattn
 from vidattn.attention import engines_of
 from vidattn.pipelines import site
-from vidattn.pipelines.hooks import parallel
+from vidattn.pipelines.hooks import exchange
 
 
 class Case(NamedTuple):
@@ -131,12 +131,12 @@ def run_layer(case: Case, label: str, spread: Spread) -> tuple[Tensor, dict]:
 def counting() -> Iterator[dict]:
     """Count the bytes that attention sends to other processes, and the pairs that it visits."""
     counts: dict[str, Any] = {"sent": 0, "pairs": 0, "engines": ()}
-    exchange, attend = parallel.collectives.all_to_all_single_autograd, site.attend
+    swap, attend = exchange.collectives.all_to_all_single_autograd, site.attend
 
     def counted_exchange(flat, taken, sent, group):
         to_others = sum(sent) - sent[dist.get_rank(group)]
         counts["sent"] += to_others * flat.element_size()
-        return exchange(flat, taken, sent, group)
+        return swap(flat, taken, sent, group)
 
     def counted_attend(q, k, v, plan, **options):
         counts["pairs"] += visited_pairs(plan, *q.shape[:2])
@@ -144,7 +144,7 @@ def counting() -> Iterator[dict]:
         return attend(q, k, v, plan, **options)
 
     with (
-        mock.patch.object(parallel.collectives, "all_to_all_single_autograd", counted_exchange),
+        mock.patch.object(exchange.collectives, "all_to_all_single_autograd", counted_exchange),
         mock.patch.object(site, "attend", counted_attend),
     ):
         yield counts

@@ -73,6 +73,7 @@ def num_calls(report):
         (1, "--compile --offload sequential", "--compile and --offload sequential exclude"),
         (4, "--parallel ulysses=4", "cannot share the 2 heads of WanTransformer3DModel equally"),
         (5, "--parallel ring=5", "cannot share 144 tokens (3x6x8) equally"),
+        (2, "--parallel ulysses=2 --method strided", "Strided plans all heads of a layer together"),
         (1, "--cache pyramid", "which WanPipeline makes one after the other"),
     ],
 )
@@ -84,9 +85,24 @@ def test_what_cannot_be_is_refused_before_weights_are_loaded(
 
     monkeypatch.setattr("vidattn.runs.serve.load_pipeline", load)
     started(0, count)
-    flags = ("--model", world / "model", "--output", tmp_path / "a.mp4", *SMALL, *METHOD)
-    code, _, err = run(capfd, "generate", "a red boot", *flags, *words.split())
+    flags = ("--model", world / "model", "--output", tmp_path / "a.mp4", *SMALL)
+    method = () if "--method" in words else METHOD
+    code, _, err = run(capfd, "generate", "a red boot", *flags, *method, *words.split())
     assert code == 2 and message in " ".join(err.split()), err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("compare", "a red boot"),
+        ("tune", "--budget", "density=0.5", "--prompts", "prompts.txt"),
+        ("calibrate", "--prompts", "prompts.txt"),
+    ],
+)
+def test_what_is_for_one_process_is_refused_in_several(words, capfd, started):
+    started(1, 2)
+    code, _, err = run(capfd, *words)
+    assert code == 2 and f"vidattn {words[0]} runs in one process, and this is one of 2" in err
 
 
 @pytest.mark.parametrize("command", ["generate", "compare"])

@@ -1,6 +1,9 @@
 """A sequence or heads that are spread over processes, as diffusers' parallelism does it."""
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,15 +22,19 @@ from tests.pipelines.test_families import relative_rms
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents, padding, text
 from vidattn.methods import create_method
-from vidattn.pipelines.heads import Heads, heads_here
+from vidattn.pipelines import site
+from vidattn.pipelines.heads import Heads, are_spread, heads_here
 from vidattn.pipelines.hooks.parallel import Shards, attend
+from vidattn.pipelines.hooks.ring import owners
 from vidattn.schedule import DenseGuard, Part, Rule, Schedule
 
 NEAR, NEARER = (create_method("neighborhood", window=(1, n, n)) for n in (3, 1))
 TOPK = create_method("topk", density=0.4, tile=(1, 2, 2))
+CLUSTER = create_method("cluster", density=0.4, tile=(1, 2, 2), block=2)
 SCHEDULES = {
     "by head": Schedule((Rule(NEARER, heads=(0,)), Rule(NEAR)), DenseGuard(0, 0)),
     "content": Schedule((Rule(TOPK),), DenseGuard(0, 0)),
+    "own layouts": Schedule((Rule(CLUSTER),), DenseGuard(0, 0)),
     "half dense": Schedule((Rule(NEAR),), DenseGuard(1, 0)),
 }
 SPLIT = ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
@@ -90,6 +97,9 @@ def _process(rank: int, num: int, store: str) -> None:
             _check(key, "by head", ulysses_degree=2)
         _check(WAN, "content", ulysses_degree=2)
         _check(WAN, "half dense", ring_degree=2)
+        _check(WAN, "own layouts", ring_degree=2)
+        with mock.patch.object(site, "owners", lambda plan, num: owners(plan, num) + rank):
+            _check(WAN, "by head", ring_degree=2)
         _check(WAN, "by head", uneven, ulysses_degree=2, ulysses_anything=True)
         _check(WAN, "by head", uneven, ring_degree=2, ring_anything=True)
         _check_refusals()
@@ -137,12 +147,16 @@ def _run(key, model, schedule, inputs, patched=True) -> tuple[torch.Tensor, torc
 
 
 def _check_refusals() -> None:
-    """What plans heads together."""
-    model, inputs = build(WAN), MODELS[WAN][1]()
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    """What plans heads together, as early as it is known."""
+    why = "plans all heads of a layer together, and processes share them"
+    spread, inputs = ContextParallelConfig(ulysses_degree=2), MODELS[WAN][1]()
     for method in ("strided", "adaspa"):
+        model = build(WAN)
         with torch.no_grad(), vidattn.patch(model, method, dense_layers=0):
-            _check_raises("plans all 2 heads of a layer together, and only 1 are", model, inputs)
+            model.enable_parallelism(config=spread)
+            _check_raises(why, partial(TINY[WAN].call, model, **inputs))
+        _check_raises(why, partial(vidattn.patch, model, method))
+        vidattn.patch(model, method, strict=False).remove()
 
 
 @pytest.mark.parametrize(
@@ -165,9 +179,9 @@ def test_order_of_shards():
     assert Shards((5, 4), (0, 0), text_first=True).order is None
 
 
-def _check_raises(words: str, model: nn.Module, inputs: dict) -> None:
+def _check_raises(words: str, run: Callable[[], object]) -> None:
     try:
-        TINY[WAN].call(model, **inputs)
+        run()
     except (RuntimeError, ValueError) as error:
         assert words in str(error), error
     else:
@@ -181,15 +195,12 @@ def _check_tensor_parallel(rank: int) -> None:
     q = torch.zeros(1, 3, 5, 4)
     weight = distribute_tensor(layer.to_q.weight.detach(), mesh, [Shard(0)])
     layer.to_q.weight = nn.Parameter(weight)
-    assert heads_here(layer, q) == Heads(3 * rank, 3, 6)
+    assert heads_here(layer, q) == Heads(3 * rank, 3, 6) and are_spread(layer, layer)
     layer.to_q.weight = nn.Parameter(distribute_tensor(torch.zeros(24, 24), mesh, [Replicate()]))
     assert heads_here(layer, q.repeat(1, 2, 1, 1)) == Heads(0, 6, 6)
-    try:
-        heads_here(layer, q)
-    except ValueError as error:
-        assert "it attends with 3 heads where 6 of the 6 of its layer are expected" in str(error)
-    else:
-        raise AssertionError("nothing says that heads are missing")
+    assert not are_spread(layer, layer)
+    words = "it attends with 3 heads where 6 of the 6 of its layer are expected"
+    _check_raises(words, partial(heads_here, layer, q))
 
 
 def test_parts_of_some_heads():

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     choice = args.choice or outlook.default()
     if isinstance(choice, LoraChoice):
         print(f"attention as {choice.lora.path} was trained with; --method or --schedule overrules")
-    outlook.check(choice, guards)
+    outlook.check(choice, guards, args.degrees is not None and args.degrees.ulysses > 1)
     if outlook.pipe is not None:
         _check(outlook, args)
     pipe, requests = outlook.load(args)

@@ -9,6 +9,7 @@ from vidattn.catalog import describe
 from vidattn.flags.values import finite, positive_int
 from vidattn.flags.video import add_model_arguments, add_request_arguments, read_prompts
 from vidattn.runs.output import writable_file
+from vidattn.runs.processes import check_alone
 from vidattn.runs.request import request_of
 
 EXAMPLES = """\
@@ -48,6 +49,7 @@ def read(args: argparse.Namespace) -> None:
     Raises:
         ValueError: what is wrong with them.
     """
+    check_alone("calibrate")
     prompts = read_prompts(args.prompts)
     args.path = writable_file(args.output, (".safetensors",))
     args.requests = [request_of(args, prompt) for prompt in prompts]

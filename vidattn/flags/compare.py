@@ -22,6 +22,7 @@ from vidattn.runs.choices import (
     parse_all,
 )
 from vidattn.runs.output import writable_folder
+from vidattn.runs.processes import check_alone
 from vidattn.runs.request import request_of
 
 EXAMPLES = """\
@@ -70,6 +71,7 @@ def read(args: argparse.Namespace) -> None:
     Raises:
         ValueError: what is wrong with them.
     """
+    check_alone("compare")
     args.choices = _choices(args)
     args.pairings = read_pairings(args)
     args.folder = writable_folder(args.output)

@@ -10,6 +10,7 @@ from vidattn.flags.values import positive_int
 from vidattn.flags.video import add_model_arguments, add_request_arguments, read_prompts
 from vidattn.runs.choices import choices_of
 from vidattn.runs.output import writable_file
+from vidattn.runs.processes import check_alone
 from vidattn.runs.request import request_of
 
 EXAMPLES = """\
@@ -50,6 +51,7 @@ def read(args: argparse.Namespace) -> None:
     Raises:
         ValueError: what is wrong with them.
     """
+    check_alone("tune")
     args.density, args.psnr_db = parse_goal(args.budget, args.target)
     args.choices = choices_of(args)
     prompts = read_prompts(args.prompts)

@@ -38,6 +38,19 @@ def find_processes() -> Processes:
     return Processes(*[int(os.environ[name]) for name in VARIABLES])
 
 
+def check_alone(command: str) -> None:
+    """Refuse to do the same, and write the same files, in each of several processes.
+
+    Raises:
+        ValueError: this process is one of several.
+    """
+    if (count := find_processes().count) > 1:
+        raise ValueError(
+            f"vidattn {command} runs in one process, and this is one of {count}: start it without "
+            "torchrun or accelerate launch; `vidattn generate` can share videos"
+        )
+
+
 @dataclass(frozen=True)
 class Degrees:
     """How the tokens of one video are spread over processes."""

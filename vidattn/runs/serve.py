@@ -10,6 +10,7 @@ from vidattn.catalog import describe, list_methods
 from vidattn.choice import Choice, parse_choice
 from vidattn.grid import Grid
 from vidattn.methods import create_method
+from vidattn.pipelines.heads import check_apart
 from vidattn.pipelines.patch import patch
 from vidattn.runs.choices import DEFAULT_METHOD, AllMethods, PresetChoice, ScheduleChoice, Served
 from vidattn.runs.clip import Guards
@@ -45,8 +46,11 @@ class Outlook:
         print(f"no method given: taking the preset of this model, {preset.label}")
         return preset
 
-    def check(self, choice: Served, guards: Guards) -> None:
+    def check(self, choice: Served, guards: Guards, are_spread: bool = False) -> None:
         """Refuse what the model or the size of the video rules out.
+
+        Args:
+            are_spread: whether processes share the heads of a layer.
 
         Raises:
             ValueError: a bad value, a method that cannot serve the grid, or one for another model.
@@ -58,8 +62,11 @@ class Outlook:
         if self.pipe is None:
             return
         with patch(self.pipe, **choice.arguments, **vars(guards)) as handle:
-            for rule in handle.schedule.rules if self.grid is not None else ():
-                rule.method.check(self.grid)
+            for rule in handle.schedule.rules:
+                if are_spread:
+                    check_apart(rule.method)
+                if self.grid is not None:
+                    rule.method.check(self.grid)
 
     def everything(self, wanted: AllMethods, guards: Guards) -> tuple[list[Choice], dict[str, str]]:
         """Every method but dense at a density, and why others are left out, by label.

@@ -1,20 +1,36 @@
-"""When a GPU attends faster to everything than sparsely."""
+"""When attention to everything is faster than sparse attention."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
+from vidattn.kernels.engines.exact import speed
 from vidattn.simulation import gpus
 
 
-@lru_cache
-def break_even(device: torch.device) -> float:
+def break_even(q: Tensor, k: Tensor, v: Tensor) -> float:
     """The visited density above which dense attention is faster; infinite where nobody knows.
 
-    The figure is the one that ``vidattn simulate`` models for the GPU.
+    On a GPU it is the figure that ``vidattn simulate`` models. On a CPU it is how fast our engine
+    attends to everything against PyTorch, where it loses: sparse attention runs on ours, and takes
+    time in proportion to what it reads.
     """
+    if q.device.type == "cpu":
+        return on_cpu(speed(q, k, v))
+    return on_gpu(q.device)
+
+
+def on_cpu(speed: float) -> float:
+    """The figure where our engine is so many times as fast as PyTorch's, 0 where nobody knows."""
+    return speed if 0 < speed < 1 else float("inf")
+
+
+@lru_cache
+def on_gpu(device: torch.device) -> float:
+    """The figure of a GPU, by its name."""
     if device.type != "cuda":
         return float("inf")
     try:

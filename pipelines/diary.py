@@ -22,8 +22,9 @@ class Tally:
     num_dense: Counter[str] = field(default_factory=Counter)
     # what the heads followed in the sparse calls
     parts: Counter[tuple[Part, ...]] = field(default_factory=Counter)
-    # and what they ran on
+    # and what they ran on, and the dense ones
     engines: Counter[str] = field(default_factory=Counter)
+    dense_engines: Counter[str] = field(default_factory=Counter)
     time: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -44,6 +45,7 @@ class Tally:
         self.time.add(start, device)
         if density is None:
             self.num_dense[why] += 1
+            self.dense_engines["+".join(engines)] += 1
         else:
             self.num_sparse += 1
             self.density_sum += density

@@ -201,6 +201,7 @@ def _layer_reports(site: Site, last: Generation) -> list[LayerReport]:
                 for parts, calls in tally.parts.items()
             },
             engines=dict(tally.engines),
+            dense_engines=dict(tally.dense_engines),
             density=tally.density_sum / tally.num_sparse if tally.num_sparse else None,
             num_searches=diary.searches[layer.index].num,
             recall=diary.searches[layer.index].recall,

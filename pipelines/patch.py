@@ -24,6 +24,7 @@ def patch(
     schedule: str | Path | Schedule | None = None,
     dense_layers: int | float | None = None,
     dense_steps: int | float | None = None,
+    dense_backend: str = "auto",
     strict: bool = True,
     **options: object,
 ) -> Handle:
@@ -48,14 +49,17 @@ def patch(
             the pipeline; when not given 0.1 for a pipeline and 0 for a transformer, or what the
             schedule says. Each section of a long video has its own. The steps are read from the
             pipeline that runs the transformer; see ``Handle.generation`` for other loops.
+        dense_backend: what runs dense calls where the user chose no backend of diffusers: "auto",
+            on a CPU our engine where it has measured faster than PyTorch's and PyTorch's otherwise,
+            or "pytorch", always PyTorch's. The method "dense" alone is always PyTorch's.
         strict: raise when a layer that should be sparse cannot be; otherwise it runs dense and the
             report says why.
         options: fields of the method.
 
     Raises:
         ValueError: the model is unknown or cannot be patched, it is patched already, a bad method,
-            option or guard, a schedule that is broken or for another model, or neither a method nor
-            a schedule for a model without a preset.
+            option, guard or backend, a schedule that is broken or for another model, or neither a
+            method nor a schedule for a model without a preset.
 
     >>> with vidattn.patch(pipe, "radial", density=0.25) as handle:
     ...     video = pipe(prompt).frames
@@ -67,7 +71,7 @@ def patch(
         schedule = _preset(transformers, is_whole=pipe is not None)
     usual = DenseGuard(1, 0.1 if hasattr(pipe, "scheduler") else 0)
     chosen = _schedule(method, schedule, options, usual).with_guard(dense_layers, dense_steps)
-    return Handle(pipe, transformers, Settings(chosen, strict))
+    return Handle(pipe, transformers, Settings(chosen, strict, dense_backend))
 
 
 def _preset(transformers: dict[str, nn.Module], is_whole: bool) -> str:

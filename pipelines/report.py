@@ -26,6 +26,7 @@ class LayerReport:
         num_dense: calls that ran dense, by reason.
         methods: sparse calls by what the heads followed in them.
         engines: sparse calls by the engine that ran them, joined by "+" where heads need several.
+        dense_engines: dense calls likewise; those that ran without us are in none.
         density: kept pairs over all pairs of video tokens, mean of the sparse calls; None without.
         num_searches: plans that were read from content; the other sparse calls used them again.
         recall: share of dense attention that the plans of the last searches kept when they were
@@ -38,6 +39,7 @@ class LayerReport:
     num_dense: dict[str, int]
     methods: dict[str, int]
     engines: dict[str, int]
+    dense_engines: dict[str, int]
     density: float | None
     num_searches: int
     recall: float | None
@@ -95,9 +97,17 @@ class Report:
     @property
     def engines(self) -> dict[str, int]:
         """Sparse attention calls by the engine that ran them."""
+        return self._count("engines")
+
+    @property
+    def dense_engines(self) -> dict[str, int]:
+        """Dense attention calls by the engine that ran them."""
+        return self._count("dense_engines")
+
+    def _count(self, what: str) -> dict[str, int]:
         total: Counter[str] = Counter()
         for layer in self.layers:
-            total.update(layer.engines)
+            total.update(getattr(layer, what))
         return dict(total)
 
     @property
@@ -109,7 +119,7 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Everything as plain types, for JSON."""
-        sums = ("num_sparse", "num_dense", "attention_ms", "density", "engines")
+        sums = ("num_sparse", "num_dense", "attention_ms", "density", "engines", "dense_engines")
         found = dataclasses.asdict(self) | {name: getattr(self, name) for name in sums}
         return found | {"grids": [str(grid) for grid in self.grids]}
 
@@ -144,6 +154,7 @@ class Report:
         """What ran, and where."""
         density = "none" if self.density is None else f"{self.density:.3f}"
         engines = "".join(f", sparse on {name}" for name in self.engines)
+        engines += "".join(f", dense on {name}" for name in self.dense_engines)
         grids = ", ".join(map(str, self.grids)) or "no grid"
         return (
             f"{self.method} on {grids}: {self.num_steps} steps, "

@@ -11,13 +11,24 @@ from vidattn.pipelines.generation import Generations
 from vidattn.pipelines.steps import Steps
 from vidattn.plan import AnyPlan
 from vidattn.schedule import Part, Schedule
+from vidattn.support.registry import unknown
+
+# "auto": the faster of PyTorch's and ours
+DENSE_BACKENDS = ("auto", "pytorch")
 
 
 class Settings:
-    """Schedule, strictness, steps and generations of one patch, shared by its transformers."""
+    """Schedule, strictness, steps and generations of one patch, shared by its transformers.
 
-    def __init__(self, schedule: Schedule, strict: bool):
+    Raises:
+        ValueError: an unknown backend of the dense calls.
+    """
+
+    def __init__(self, schedule: Schedule, strict: bool, dense_backend: str = "auto"):
+        if dense_backend not in DENSE_BACKENDS:
+            raise unknown("dense_backend", dense_backend, DENSE_BACKENDS)
         self.schedule, self.strict = schedule, strict
+        self.only_pytorch = dense_backend == "pytorch" or schedule.is_yardstick
         self.steps, self.generations = Steps(), Generations()
         # a generation has one grid, or one per length of text; training may have more
         self.fixed_plans = lru_cache(maxsize=16)(_no_plans)

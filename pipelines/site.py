@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vidattn.attention import attend, engines_of
 from vidattn.grid import Size
+from vidattn.kernels.engines.exact import only_pytorch
 from vidattn.pipelines.break_even import break_even
 from vidattn.pipelines.family import attentions, family_of, shape_of
 from vidattn.pipelines.heads import are_spread, check_apart
@@ -149,13 +151,14 @@ class Site:
                 self.cannot(layer, why, record=False)
         if call is not None:
             plan, parts = self._plan(layer, current, call, q, k)
-            if (limit := break_even(q.device)) < plan.visited_density:
-                why, plan = f"dense is faster above density {limit:.2f} on this GPU", None
-        start, engines = Stopwatch.now(q.device), ()
-        if plan is None:
-            out = _dense(layer, q, k, v, mask, scale, ring)
-        else:
-            out, engines = self._sparse(q, k, v, plan, call, ring)
+            if (limit := break_even(q, k, v)) < plan.visited_density:
+                why, plan = f"dense is faster above density {limit:.2f} here", None
+        start = Stopwatch.now(q.device)
+        with only_pytorch() if self.settings.only_pytorch else nullcontext():
+            if plan is None:
+                out, *engines = _dense(layer, q, k, v, mask, scale, ring)
+            else:
+                out, engines = self._sparse(q, k, v, plan, call, ring)
         # what is run again for the backward pass is no call of the model
         if not is_backward():
             density = None if plan is None else plan.density
@@ -256,12 +259,13 @@ def _share(plan: AnyPlan, call: Call, ring: Ring) -> AnyPlan:
     return plan.of_queries(lambda layout: mine)
 
 
-def _dense(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, ring) -> Tensor:
+def _dense(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, ring) -> tuple[Tensor, str]:
     if ring is None:
         return layer.dense(q, k, v, mask, scale)
     ring.deal(ring.home[None, None])
     rows = (ring.home == ring.rank).nonzero()[:, 0]
-    return torch.zeros_like(q).index_copy(2, rows, layer.dense(q[:, :, rows], k, v, mask, scale))
+    out, engine = layer.dense(q[:, :, rows], k, v, mask, scale)
+    return torch.zeros_like(q).index_copy(2, rows, out), engine
 
 
 def _why_not_caught() -> str:

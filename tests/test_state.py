@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.planning.content_cases import coherent
 from vidattn.attention import attend
+from vidattn.catalog import describe
 from vidattn.grid import Grid
 from vidattn.methods import create_method, list_methods
 from vidattn.planning.calibration import Calibrator
@@ -40,7 +41,7 @@ STATES = {
 
 def made(name, q, k):
     method = create_method(name)
-    if name != "paro" and name != "dense":
+    if "rectify" in describe(name).options:
         method = create_method(name, rectify=True)
     return method.plan_with_memory(GRID, Reading(q, k))
 

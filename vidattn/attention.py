@@ -14,7 +14,7 @@ from torch import Tensor
 from vidattn.engines import BACKENDS, ENGINES, QUANTISED, choose
 from vidattn.inputs import check_inputs
 from vidattn.kernels.compensation import compensate
-from vidattn.kernels.engines.dense import dense_attention
+from vidattn.kernels.engines.exact import exact_attention, exact_engine
 from vidattn.kernels.scoring.pooling import block_means
 from vidattn.plan import AnyPlan, Index, Plan
 from vidattn.support.registry import unknown
@@ -88,10 +88,11 @@ def attend(
         backend: "triton" (NVIDIA GPUs), "cpp" (CPUs with a C++ compiler), "torch" (any device),
             "flex" (compiled FlexAttention), "flash" (its FlashAttention-4 kernels, on Hopper and
             Blackwell), "reference" (float64, dense memory), or "auto": dense plans run on PyTorch's
-            own attention (on Hopper by cuDNN, unless you chose a kernel), others on "cpp" on a CPU
-            where it compiles, else on "torch", on "triton" on a GPU that it knows, or on "flash"
-            where that has measured faster, and on "flex" on other GPUs. Plans with a precision run
-            on "triton", where it has that precision, and on "torch".
+            own attention (on Hopper by cuDNN, unless you chose a kernel), or on a CPU on "cpp"
+            where that has measured faster; others on "cpp" on a CPU where it compiles, else on
+            "torch", on "triton" on a GPU that it knows, or on "flash" where that has measured
+            faster, and on "flex" on other GPUs. Plans with a precision run on "triton", where it
+            has that precision, and on "torch".
         return_lse: also return the (B, H, S) float32 log-sum-exp of the scaled scores.
 
     Returns:
@@ -159,12 +160,12 @@ def engines_of(
 ) -> tuple[str, ...]:
     """The engines that ``attend`` runs a plan on, in alphabetical order; takes what that takes.
 
-    "pytorch" is PyTorch's own attention, which dense plans run on.
+    "pytorch" is PyTorch's own attention, which dense plans run on where nothing is faster.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     names = {
-        "pytorch"
-        if _is_pytorchs(part, backend, False)
+        exact_engine(q, k, v)
+        if _is_exact(part, backend, False)
         else _engine((q, k, v, part.lists), part, backend, _options(part, scale, key_mask, False))
         for part, *_ in plan.parts()
     }
@@ -195,9 +196,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     if plan.precision is not None:
         _check_gradient(q, k, v, plan)
-    if _is_pytorchs(plan, backend, need_lse):
-        mask = None if key_mask is None else key_mask[:, None, None]
-        return dense_attention(q, k, v, mask=mask, scale=scale * plan.sharpness), None
+    if _is_exact(plan, backend, need_lse):
+        scale = scale * plan.sharpness
+        return exact_attention(q, k, v, key_mask=key_mask, scale=scale), None
     call, options = (q, k, v, plan.lists), _options(plan, scale, key_mask, need_lse)
     engine = _engines_for(plan)[_engine(call, plan, backend, options)]
     gain, shift = _compensation(v, plan, key_mask, q.shape[1])
@@ -208,8 +209,8 @@ def _attend(
     return out, lse
 
 
-def _is_pytorchs(plan: Plan, backend: str, need_lse: bool) -> bool:
-    """Whether PyTorch's own attention runs a plan."""
+def _is_exact(plan: Plan, backend: str, need_lse: bool) -> bool:
+    """Whether a plan runs as attention to everything, by whatever is fastest at that."""
     return plan.is_dense and backend == "auto" and not need_lse
 
 

@@ -21,6 +21,8 @@ from vidattn.support.resources import resource
 
 PRESETS = "configs/presets"
 PACKAGE = Path(__file__).resolve().parent
+# the methods that read everything
+FULL = ("dense", "exact")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Entry:
 def list_methods() -> list[str]:
     """Names of the registered methods, in alphabetical order."""
     return sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE / "methods")]))
+
+
+def list_sparse_methods() -> list[str]:
+    """Names of those that leave something out."""
+    return [name for name in list_methods() if name not in FULL]
 
 
 def list_presets() -> list[str]:

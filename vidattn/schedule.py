@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from vidattn.methods import label
 from vidattn.methods.dense import Dense
+from vidattn.methods.exact import Exact
 from vidattn.planning.method import Method
 from vidattn.support.registry import unknown
 
@@ -173,6 +174,11 @@ class Schedule:
     def is_dense(self) -> bool:
         """Whether nothing is ever sparse."""
         return all(isinstance(rule.method, Dense) for rule in self.rules)
+
+    @property
+    def is_yardstick(self) -> bool:
+        """Whether it is what others are compared with: PyTorch's own attention everywhere."""
+        return self.is_dense and not any(isinstance(rule.method, Exact) for rule in self.rules)
 
     @property
     def needs_num_steps(self) -> bool:

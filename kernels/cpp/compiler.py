@@ -82,7 +82,7 @@ def find_compiler() -> tuple[str, ...] | None:
 
 def _compile(source: Path, flags: tuple[str, ...], compiler: tuple[str, ...], name: str) -> Path:
     log.info("compiling %s with %s, once", source.name, compiler[0])
-    folder = _writable_folder()
+    folder = cache_folder()
     handle, made = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
@@ -133,7 +133,8 @@ def _folders() -> tuple[Path, Path]:
     return cache, Path(tempfile.gettempdir()) / f"vidattn-{user}"
 
 
-def _writable_folder() -> Path:
+def cache_folder() -> Path:
+    """The folder that libraries and figures of this machine are kept in."""
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -48,7 +48,7 @@ def _wants_cudnn(q: Tensor, mask: Tensor | None) -> bool:
     """Whether cuDNN has the faster kernel, and nobody told PyTorch which to take."""
     if torch.compiler.is_compiling() or mask is not None or not _is_on_hopper(q):
         return False
-    return _is_usual()
+    return is_usual()
 
 
 def _is_on_hopper(q: Tensor) -> bool:
@@ -56,8 +56,8 @@ def _is_on_hopper(q: Tensor) -> bool:
     return is_half and q.is_cuda and torch.cuda.get_device_capability(q.device) == HOPPER
 
 
-def _is_usual() -> bool:
-    """Whether the kernels, and their order, are those of a process in which nobody chose."""
+def is_usual() -> bool:
+    """Whether PyTorch's kernels, and their order, are those of a process in which nobody chose."""
     allowed = (
         cuda.cudnn_sdp_enabled(),
         cuda.flash_sdp_enabled(),

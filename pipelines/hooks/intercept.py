@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vidattn.kernels.engines.dense import dense_attention
+from vidattn.kernels.engines.exact import exact_attention, exact_engine
 from vidattn.pipelines.family import family_of
 from vidattn.pipelines.heads import context_parallel
 from vidattn.pipelines.hooks import masks, parallel
@@ -127,18 +128,28 @@ class Layer(TorchFunctionMode):
         with attention_dispatch.attention_backend(NATIVE):
             yield
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
-        """The attention that runs without us, on the backend that the user chose."""
+    def dense(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+    ) -> tuple[Tensor, str]:
+        """Attention to everything on the backend that the user chose, or the fastest; its name."""
+        chosen = self.chosen_backend or self.usual_backend or _global_backend()
+        if chosen == NATIVE and (engine := exact_engine(q, k, v)) != "pytorch":
+            try:
+                keys = masks.key_mask(mask, (q.shape[0], k.shape[2]), self.paired_mask)
+            except ValueError:
+                # one that only PyTorch's takes
+                pass
+            else:
+                return exact_attention(q, k, v, key_mask=keys, scale=scale), engine
         if self.paired_mask:
             mask = masks.paired(mask)
-        chosen = self.chosen_backend or self.usual_backend or _global_backend()
         if chosen == NATIVE:
-            return dense_attention(q, k, v, mask=mask, scale=scale)
+            return dense_attention(q, k, v, mask=mask, scale=scale), "pytorch"
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = attention_dispatch.dispatch_attention_fn(
             q, k, v, attn_mask=mask, scale=scale, backend=chosen
         )
-        return out.transpose(1, 2)
+        return out.transpose(1, 2), chosen.value
 
 
 def take(processor: object, layer: Layer) -> None:

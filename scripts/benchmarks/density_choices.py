@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from vidattn.catalog import describe, list_methods
+from vidattn.catalog import describe, list_sparse_methods
 from vidattn.choice import Choice
 from vidattn.grid import Grid
 from vidattn.runs.choices import ScheduleChoice
@@ -38,11 +38,11 @@ def choices_at(
     A method that knows no density comes once.
 
     Args:
-        methods: all but dense when none are given.
+        methods: all that leave something out when none are given.
         plain: whether to leave out the rectified variant of each.
     """
     found: dict[str, tuple[float, Choice]] = {}
-    names = methods or [name for name in list_methods() if name != "dense"]
+    names = methods or list_sparse_methods()
     for density, name in product(densities, names):
         options = BESIDE.get(name, {}) | choice_at(name, density, grid).options
         variants = (False,) if plain else (False, True)

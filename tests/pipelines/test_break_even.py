@@ -1,18 +1,18 @@
-"""Above which density dense attention is faster, from the name of the GPU."""
+"""Above which density dense attention is faster, from the name of the GPU or a measurement."""
 
 import pytest
 import torch
 
-from vidattn.pipelines.break_even import break_even
+from vidattn.pipelines.break_even import break_even, on_cpu, on_gpu
 from vidattn.simulation import gpus
 
 
 @pytest.fixture(autouse=True)
 def forget():
     """What is known of the GPUs of other tests."""
-    break_even.cache_clear()
+    on_gpu.cache_clear()
     yield
-    break_even.cache_clear()
+    on_gpu.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,20 @@ def forget():
 )
 def test_the_gpu_decides(name, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert break_even(torch.device("cuda", 0)) == pytest.approx(expected, abs=0.005)
+    assert on_gpu(torch.device("cuda", 0)) == pytest.approx(expected, abs=0.005)
 
 
-def test_a_cpu_has_none():
-    assert break_even(torch.device("cpu")) == float("inf")
+@pytest.mark.parametrize(
+    ("speed", "expected"), [(0.4, 0.4), (1.0, float("inf")), (2.0, float("inf")), (0, float("inf"))]
+)
+def test_a_cpu_is_measured(speed, expected):
+    """Where ours loses at everything, it wins at less than that share of it."""
+    assert on_cpu(speed) == expected
+
+
+def test_nothing_is_known_of_short_calls_and_of_other_devices():
+    q = torch.randn(1, 2, 32, 16)
+    assert break_even(q, q, q) == break_even(*[q.to("meta")] * 3) == float("inf")
 
 
 def test_every_known_gpu_is_found_by_the_name_of_its_device():

@@ -78,8 +78,8 @@ def test_what_needs_no_weights_is_checked_without(
 
 
 def test_all_methods_get_one_density(original, capfd, tmp_path, monkeypatch, nothing_is_loaded):
-    names = ["dense", "freeswim", "neighborhood", "radial", "svg", "topk"]
-    monkeypatch.setattr("vidattn.runs.serve.list_methods", lambda: names)
+    names = ["freeswim", "neighborhood", "radial", "svg", "topk"]
+    monkeypatch.setattr("vidattn.runs.serve.list_sparse_methods", lambda: names)
     monkeypatch.setattr(Radial, "check", lambda self, grid: refuse(grid))
     args = SimpleNamespace(model=str(original), device="auto", offload="none")
     outlook = foresee(args, [Request("a", num_frames=9, height=48, width=64)])

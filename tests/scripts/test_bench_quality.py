@@ -13,8 +13,9 @@ from benchmarks import quality_plot as plot
 from benchmarks import quality_report as report
 
 from tests.commands.cli_cases import tiny_wan
+from vidattn.catalog import list_sparse_methods
 from vidattn.grid import Grid
-from vidattn.methods import list_methods, plan
+from vidattn.methods import plan
 
 SMALL = ("--prompts", "2", "--seeds", "1", "--frames", "9", "--side", "64", "--steps", "2")
 
@@ -114,7 +115,7 @@ def test_time_that_is_up_ends_a_run(model, tmp_path, monkeypatch):
 def test_every_method_comes_at_every_density():
     grid = Grid(9, 16, 16)
     found = choices.choices_at((0.2, 0.5), grid)
-    assert {choice.name for _, choice in found} == {*list_methods()} - {"dense"}
+    assert {choice.name for _, choice in found} == {*list_sparse_methods()}
     rectified = {choice.options["rectify"] for _, choice in found if choice.name == "topk"}
     assert rectified == {False, True}
     plain = choices.choices_at((0.2, 0.5), grid, plain=True)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from tqdm import tqdm
 
+from vidattn.catalog import list_sparse_methods
 from vidattn.choice import Choice
 from vidattn.grid import Grid
-from vidattn.methods import label, list_methods
+from vidattn.methods import label
 from vidattn.pipelines.patch import patch
 from vidattn.pipelines.tuning import Losses, Probe, candidates_at
 from vidattn.planning.method import Method
@@ -88,7 +89,7 @@ def able(
         ValueError: a method that was named cannot.
     """
     methods, left_out = {}, {}
-    for choice in choices or [Choice(name) for name in list_methods() if name != "dense"]:
+    for choice in choices or map(Choice, list_sparse_methods()):
         method = choice.create()
         why = _why_none(method, choice.options, goal, outlook.grid)
         if why is None:

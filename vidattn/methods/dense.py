@@ -1,4 +1,8 @@
-"""Every token reads every token: the yardstick, and what the guards fall back to."""
+"""Every token reads every token: the yardstick.
+
+A model patched with it attends by PyTorch's own kernels, to the bit. Dense layers, steps and heads
+beside other methods run on the faster engine instead, as all of ``exact`` does.
+"""
 
 from __future__ import annotations
 

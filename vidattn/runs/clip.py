@@ -93,12 +93,13 @@ def make_clip(pipe: object, request: Request, choice: Served, guards: Guards) ->
     return Clip(frames.clamp(0, 1), steps_ms, total_ms, peak_gib, report)
 
 
-def warm_up(pipe: object, request: Request, choice: Served) -> None:
+def warm_up(pipe: object, request: Request, choice: Served) -> Report:
     """Run one sparse step without decoding it, so that no clip pays for what happens once."""
     pipe.set_progress_bar_config(desc=f"warm-up of {choice.label}")
     arguments = pipeline_arguments(replace(request, num_inference_steps=1), "latent")
-    with patch(pipe, **choice.arguments, dense_steps=0):
+    with patch(pipe, **choice.arguments, dense_steps=0) as handle:
         pipe(**arguments)
+        return handle.report()
 
 
 def pipeline_arguments(request: Request, output_type: str) -> dict[str, object]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 
 import torch
+
+from vidattn.kernels.figures import cpu_name
 
 
 def hardware() -> dict[str, str | int | None]:
@@ -15,18 +16,9 @@ def hardware() -> dict[str, str | int | None]:
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "num_cores": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "gpu": gpu,
         "system": platform.platform(terse=True),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vidattn.catalog import describe, list_methods
+from vidattn.catalog import describe, list_sparse_methods
 from vidattn.choice import Choice, parse_choice
 from vidattn.grid import Grid
 from vidattn.methods import create_method
@@ -69,15 +69,13 @@ class Outlook:
                     rule.method.check(self.grid)
 
     def everything(self, wanted: AllMethods, guards: Guards) -> tuple[list[Choice], dict[str, str]]:
-        """Every method but dense at a density, and why others are left out, by label.
+        """Every method that reads less, at a density, and why others are left out, by label.
 
         A method without such an option gets a window of that density; where the grid is not known
         before the run it stays as it is.
         """
         found, left_out = [], {}
-        for name in list_methods():
-            if name == "dense":
-                continue
+        for name in list_sparse_methods():
             choice = Choice(name)
             try:
                 choice = choice_at(name, wanted.density, self.grid)

@@ -1,0 +1,203 @@
+"""Attention of every query to every key on the faster of two engines: PyTorch's, or ours in C++.
+
+Which is faster depends on the processor, the dtype, the head dim, the length, and whether there is
+a gradient. It is measured once for each of these on random numbers, which takes some tens of
+milliseconds, and kept; calls too short to matter stay PyTorch's, unmeasured.
+
+Letters: B batch, H query heads, K key heads, S tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidattn.kernels.block_lists import BlockLists
+from vidattn.kernels.engines import block_sparse_cpu
+from vidattn.kernels.engines.dense import dense_attention, is_usual
+from vidattn.kernels.figures import kept
+from vidattn.support.steady import cast_by_autocast, steadily
+
+# ours has to win by so much: where both are as fast, results stay PyTorch's
+MARGIN = 1.05
+# products and sums of a call, forward, below which it is PyTorch's: about a millisecond
+LEAST_FLOPS = 2.5e8
+# of a call that is measured, at least
+MEASURED_FLOPS = 5e8
+ROUNDS = 5
+# a length stands for those up to it, in steps, from the least on; longer ones are one class
+LEAST_TOKENS, STEP, MOST_TOKENS = 128, 64, 2048
+MOST_HEAD_DIM = 256
+# more slots to a block make the packed queries of a thread leave its cache
+MOST_SLOTS = 320
+VECTOR = 16
+# of a thread, or of a task
+_may_choose: ContextVar[bool] = ContextVar("_may_choose", default=True)
+log = logging.getLogger("vidattn")
+
+
+@contextmanager
+def only_pytorch() -> Iterator[None]:
+    """Leave attention to everything to PyTorch's own in a with block, to the bit."""
+    token = _may_choose.set(False)
+    try:
+        yield
+    finally:
+        _may_choose.reset(token)
+
+
+class Kind(NamedTuple):
+    """Calls among which the same engine is the faster one."""
+
+    dtype: torch.dtype
+    head_dim: int
+    num_tokens: int
+    has_gradient: bool
+    num_threads: int
+
+    def __str__(self) -> str:
+        direction = "forward and backward" if self.has_gradient else "forward"
+        return (
+            f"{str(self.dtype).removeprefix('torch.')}, head dim {self.head_dim}, "
+            f"{self.num_tokens} tokens, {direction}, {self.num_threads} threads"
+        )
+
+
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Attention of every query to every key, on the engine that ``exact_engine`` names.
+
+    Args:
+        q: (B, H, S, D).
+        k, v: (B, K, S, D), H a multiple of K.
+        key_mask: (B, S) bool, False for keys that nobody may read.
+        scale: factor of the scores; D ** -0.5 by default.
+
+    Returns:
+        (B, H, S, D) in the dtype of ``q``, or of autocast.
+    """
+    if exact_engine(q, k, v) == "pytorch":
+        mask = None if key_mask is None else key_mask[:, None, None]
+        return dense_attention(q, k, v, mask=mask, scale=scale)
+    q, k, v = cast_by_autocast(q, k, v)
+    return _ours(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_mask)
+
+
+def exact_engine(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Which engine attends faster to everything: "cpp" where that is measured, else "pytorch".
+
+    It is PyTorch's also where a compiler or a transform traces the call, or somebody has told
+    PyTorch which kernel to take.
+    """
+    return "cpp" if speed(q, k, v) >= MARGIN else "pytorch"
+
+
+def speed(q: Tensor, k: Tensor, v: Tensor) -> float:
+    """How many times as fast as PyTorch the C++ engine attends to everything, 0 for not at all."""
+    if not _is_ours_to_take(q, k, v):
+        return 0.0
+    B, H, S, D = q.shape
+    kind = Kind(
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype,
+        D,
+        min(-(-S // STEP) * STEP, MOST_TOKENS),
+        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+        torch.get_num_threads(),
+    )
+    return speed_of(kind) if _flops(B * H, S, D) >= LEAST_FLOPS else 0.0
+
+
+@lru_cache
+def speed_of(kind: Kind) -> float:
+    """How many times as fast as PyTorch the C++ engine is in calls of a kind, measured once."""
+    if block_sparse_cpu.missing(kind.dtype) is not None:
+        return 0.0
+    found = kept(f"full attention, cpp to pytorch, {kind}", lambda: _measure(kind))
+    engine = "cpp" if found >= MARGIN else "pytorch"
+    log.info("dense attention in %s runs on the %r engine: %.2f", kind, engine, found)
+    return found
+
+
+def _is_ours_to_take(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the C++ engine may take the place of PyTorch's in a call."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if not _may_choose.get() or not is_usual():
+        return False
+    # a subclass of tensors stands for something else than its numbers
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in (q, k, v)):
+        return False
+    if q.device.type != "cpu" or q.dim() != 4 or q.dtype not in block_sparse_cpu.DTYPES:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    (B, H, S, D), K = q.shape, k.shape[1]
+    fits = k.shape == v.shape == (B, K, S, D) and K and H % K == 0
+    same = q.dtype == k.dtype == v.dtype and k.device == v.device == q.device
+    return bool(fits and same and S >= LEAST_TOKENS and D <= MOST_HEAD_DIM)
+
+
+def _flops(heads: int, num_tokens: int, head_dim: int) -> float:
+    return 4.0 * heads * num_tokens**2 * head_dim
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+    lists = whole_lists(q.shape[2])
+    return block_sparse_cpu.attention(q, k, v, lists, scale=scale, key_mask=key_mask)[0]
+
+
+@lru_cache(maxsize=64)
+@steadily
+def whole_lists(num_tokens: int) -> BlockLists:
+    """Every block reads every block, in few and even blocks."""
+    count = -(-num_tokens // MOST_SLOTS)
+    block = -(-num_tokens // (count * VECTOR)) * VECTOR
+    order = torch.full((count * block,), -1, dtype=torch.int32)
+    order[:num_tokens] = torch.arange(num_tokens, dtype=torch.int32)
+    return BlockLists(
+        order=order,
+        block=block,
+        batch=1,
+        heads=1,
+        row_start=torch.arange(count + 1) * count,
+        num_full=torch.full((count,), count, dtype=torch.int32),
+        key_block=torch.arange(count, dtype=torch.int32).repeat(count),
+    )
+
+
+@steadily
+def _measure(kind: Kind) -> float:
+    """The least time of PyTorch over the least time of ours, called in turns."""
+    S, D = kind.num_tokens, kind.head_dim
+    heads = max(kind.num_threads, math.ceil(MEASURED_FLOPS / _flops(1, S, D)))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, pull = (
+        torch.randn(1, heads, S, D, generator=generator).to(kind.dtype) for _ in range(4)
+    )
+
+    def call(attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
+        leaves = [x.detach().requires_grad_(kind.has_gradient) for x in (q, k, v)]
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(kind.has_gradient):
+            out = attention(*leaves)
+            if kind.has_gradient:
+                torch.autograd.grad(out, leaves, pull)
+        return time.perf_counter() - begin
+
+    contestants = (F.scaled_dot_product_attention, lambda *x: _ours(*x, D**-0.5, None))
+    for attention in contestants:
+        call(attention)
+    times = [[call(attention) for attention in contestants] for _ in range(ROUNDS)]
+    theirs, ours = (min(column) for column in zip(*times))
+    return theirs / ours

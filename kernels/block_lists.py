@@ -1,7 +1,7 @@
 """Block lists: which key blocks each query block reads, as tensors any kernel can take.
 
-Letters: R rows (plan batch x plan heads x query blocks), E listed blocks, N slots, n slots to a
-block, M distinct masks.
+Letters: R rows (plan batch x plan heads x query blocks), E listed blocks, N slots of queries, Nk of
+keys, n slots to a block, M distinct masks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class BlockLists:
 
     Row ``(b * heads + h) * num_blocks + i`` lists the key blocks that query block ``i`` reads;
     ``batch`` and ``heads`` are 1 where the plan is shared. A partial block is decided by ``box``,
-    or by ``masks[mask_id]`` where the rule is no box. Keys in empty slots are never read.
+    or by ``masks[mask_id]`` where the rule is no box. Keys in empty slots are never read. Keys may
+    be other tokens than the queries, in slots of their own, in blocks of the same length.
     """
 
     order: Tensor  # (N,) int32, token in each slot, -1 for an empty slot
@@ -39,6 +40,7 @@ class BlockLists:
     box: Box | None = None
     mask_id: Tensor | None = None  # (E,) int32, -1 for a whole block
     masks: Tensor | None = None  # (M, n, n) bool, query by key
+    keys: Tensor | None = None  # (Nk,) int32, ``order`` of other tokens that are read, if any
     # what an engine derives from the lists once; never changes a result
     cache: dict = field(default_factory=dict, init=False, repr=False)
 
@@ -51,9 +53,19 @@ class BlockLists:
             _alive[id(self.key_block)] = self
 
     @property
+    def key_order(self) -> Tensor:
+        """(Nk,) int32, the token in each slot of keys, -1 for an empty slot."""
+        return self.order if self.keys is None else self.keys
+
+    @property
     def num_blocks(self) -> int:
-        """Blocks of the layout."""
+        """Blocks of queries."""
         return self.order.numel() // self.block
+
+    @property
+    def num_key_blocks(self) -> int:
+        """Blocks of keys."""
+        return self.key_order.numel() // self.block
 
     @property
     def num_rows(self) -> int:
@@ -64,7 +76,7 @@ class BlockLists:
     def nbytes(self) -> int:
         """Memory of the tensors, without what is found out about them."""
         tensors = [self.order, self.row_start, self.num_full, self.key_block]
-        tensors += [self.mask_id, self.masks]
+        tensors += [self.mask_id, self.masks, self.keys]
         if self.box is not None:
             tensors += [self.box.key, self.box.low, self.box.high]
         return sum(x.nbytes for x in tensors if x is not None)
@@ -152,13 +164,14 @@ class BlockLists:
         rows = self.row_of_entry
         return rank - self.row_start[rows] >= self.num_full[rows]
 
-    def check(self, num_tokens: int) -> None:
-        """Look, once, at what the lists point at: an engine would read it.
+    def check(self, num_tokens: int, num_keys: int | None = None) -> None:
+        """Look, once, at what the lists point at in so many queries and keys: engines read it.
 
         Raises:
             ValueError: something outside the layout or the tokens, or lists of the wrong lengths.
         """
-        key = ("checked", num_tokens)
+        num_keys = num_tokens if num_keys is None else num_keys
+        key = ("checked", num_tokens, num_keys)
         if self.order.is_meta or key in self.cache:
             return
         nb, starts = self.num_blocks, self.row_start.numel() - 1
@@ -168,8 +181,9 @@ class BlockLists:
                 f"the plan has {self.num_rows} rows of lists and {starts} starts; "
                 f"{self.batch} samples, {self.heads} heads and {nb} blocks need {rows} of each"
             )
-        box, masks, slots = self.box, self.masks, self.order.numel()
-        fits = box is None or {x.numel() for x in (box.key, box.low, box.high)} == {slots}
+        box, masks = self.box, self.masks
+        slots = [x.numel() for x in (self.key_order, self.order, self.order)]
+        fits = box is None or [x.numel() for x in (box.key, box.low, box.high)] == slots
         if masks is not None:
             named = self.mask_id is not None and self.mask_id.numel() == self.key_block.numel()
             fits &= named and masks.shape[1:] == (self.block, self.block)
@@ -178,24 +192,21 @@ class BlockLists:
                 f"the plan's box or masks are not for {nb} blocks of {self.block}: make them from "
                 "one grid"
             )
-        self._check_bounds(num_tokens)
+        self._check_bounds(num_tokens, num_keys)
         self.cache[key] = True
 
-    def _check_bounds(self, num_tokens: int) -> None:
+    def _check_bounds(self, num_tokens: int, num_keys: int) -> None:
         entries = self.key_block.numel()
         has_rule = self.box is not None or self.masks is not None
+        partial = entries + 1 if has_rule else 1
         rule = "lists" if has_rule else "lists, which have neither box nor masks"
         bounds = {
-            "lists blocks": (self.key_block, 0, self.num_blocks, "layout"),
+            "lists blocks": (self.key_block, 0, self.num_key_blocks, "layout"),
             "holds tokens": (self.order, -1, num_tokens, "grid"),
+            "holds keys": (self.key_order, -1, num_keys, "grid"),
             "begins rows at": (self.row_start, 0, entries + 1, "lists"),
             "has rows of length": (self.counts, 0, entries + 1, "lists"),
-            "has partial blocks": (
-                self.counts - self.num_full,
-                0,
-                entries + 1 if has_rule else 1,
-                rule,
-            ),
+            "has partial blocks": (self.counts - self.num_full, 0, partial, rule),
         }
         if self.masks is not None:
             bounds["names masks"] = (self.mask_id, -1, len(self.masks), "table")
@@ -210,21 +221,21 @@ class BlockLists:
                     "make them from one grid"
                 )
 
-    def mask(self, num_tokens: int) -> Tensor:
-        """(B|1, H|1, S, S) bool in sequence order, query by key: what the lists mean."""
-        self.check(num_tokens)
-        n, nb, order = self.block, self.num_blocks, self.order
-        blocks = torch.zeros(self.num_rows * nb, n, n, dtype=torch.bool, device=order.device)
-        cell = self.row_of_entry * nb + self.key_block
+    def mask(self, num_tokens: int, num_keys: int | None = None) -> Tensor:
+        """(B|1, H|1, S, Sk) bool in sequence order, query by key: what the lists mean."""
+        self.check(num_tokens, num_keys)
+        n, nb, num_columns = self.block, self.num_blocks, self.num_key_blocks
+        shape = (self.num_rows * num_columns, n, n)
+        blocks = torch.zeros(shape, dtype=torch.bool, device=self.order.device)
+        cell = self.row_of_entry * num_columns + self.key_block
         blocks[cell] = True
         partial = self.is_partial.nonzero().flatten()
         if partial.numel():
             query = self.row_of_entry[partial] % nb
             blocks[cell[partial]] = partial_mask(self, query, partial[:, None])[:, :, 0]
-        slots = blocks.view(-1, nb, nb, n, n).transpose(2, 3).reshape(-1, nb * n, nb * n)
-        filled = (order >= 0).nonzero().flatten()
-        slot = filled[order[filled].argsort()]
-        return slots[:, slot[:, None], slot].unflatten(0, (self.batch, self.heads))
+        slots = blocks.view(-1, nb, num_columns, n, n).transpose(2, 3).flatten(1, 2).flatten(2)
+        query, key = (_slots_in_sequence(x) for x in (self.order, self.key_order))
+        return slots[:, query[:, None], key].unflatten(0, (self.batch, self.heads))
 
     def transposed(self) -> BlockLists:
         """The lists of the key blocks: which query blocks read each, made once.
@@ -233,12 +244,15 @@ class BlockLists:
         """
         if "transposed" not in self.cache:
             rows, partial = self.row_of_entry, self.is_partial
-            new_rows = rows - rows % self.num_blocks + self.key_block
+            new_rows = rows // self.num_blocks * self.num_key_blocks + self.key_block
             order = (new_rows * 2 + partial).argsort(stable=True)
-            counts = torch.bincount(new_rows, minlength=self.num_rows)
-            num_full = torch.bincount(new_rows[~partial], minlength=self.num_rows)
+            num_rows = self.batch * self.heads * self.num_key_blocks
+            counts = torch.bincount(new_rows, minlength=num_rows)
+            num_full = torch.bincount(new_rows[~partial], minlength=num_rows)
             self.cache["transposed"] = replace(
                 self,
+                order=self.key_order,
+                keys=None if self.keys is None else self.order,
                 row_start=F.pad(counts.cumsum(0), (1, 0)),
                 num_full=num_full.int(),
                 key_block=(rows % self.num_blocks)[order].int(),
@@ -251,10 +265,16 @@ class BlockLists:
         order = self.order.to(device)
         if order is self.order:
             return self
-        names = ("row_start", "num_full", "key_block", "box", "mask_id", "masks")
+        names = ("row_start", "num_full", "key_block", "box", "mask_id", "masks", "keys")
         held = {name: getattr(self, name) for name in names}
         moved = {name: None if x is None else x.to(device) for name, x in held.items()}
         return replace(self, order=order, **moved)
+
+
+def _slots_in_sequence(order: Tensor) -> Tensor:
+    """The slots that hold a token, in the order of the tokens."""
+    filled = (order >= 0).nonzero().flatten()
+    return filled[order[filled].argsort()]
 
 
 def find(key_block: Tensor) -> BlockLists | None:

@@ -1,6 +1,7 @@
 """Engines as operators of ``torch.library``: what torch.compile, export, FX and meta tensors see.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, N slots, n slots to a
+block.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vidattn.kernels.derivatives import FORWARD, once, refuse_transforms
 # the arguments of an operator that describe the block lists, in the order of `flatten`, and others
 LISTS = (
     "Tensor order, Tensor row_start, Tensor num_full, Tensor key_block, Tensor? box_key, "
-    "Tensor? box_low, Tensor? box_high, Tensor? mask_id, Tensor? masks, "
+    "Tensor? box_low, Tensor? box_high, Tensor? mask_id, Tensor? masks, Tensor? keys, "
     "int block, int batch, int heads, int guard"
 )
 REST = "float scale, Tensor? key_mask, Tensor? key_bias"
@@ -34,7 +35,7 @@ class Operator:
 
     Args:
         name: of the operator; its backward is ``name_backward``.
-        forward: takes q (B, H, S, D), k and v (B, K, S, D), the block lists, scale, key_mask and
+        forward: takes q (B, H, S, D), k and v (B, K, Sk, D), the block lists, scale, key_mask and
             key_bias; gives the output with the natural log-sum-exp (B, H, S), float64 for float64
             inputs, else float32.
         backward: takes the gradient of the output, ``delta`` (B, H, S), which is what the softmax
@@ -45,14 +46,14 @@ class Operator:
     def __init__(self, name: str, forward: Forward, backward: Backward):
         self._forward = torch.library.custom_op(
             f"vidattn::{name}",
-            lambda q, *rest: _laid_out(forward(q, *rest[:2], *gather(rest[2:], q.shape[2])), (q,)),
+            lambda *inputs: _laid_out(forward(*gather(inputs)), inputs[:1]),
             mutates_args=(),
             schema=f"(Tensor q, Tensor k, Tensor v, {LISTS}, {REST}) -> (Tensor, Tensor)",
         )
         self._backward = torch.library.custom_op(
             f"vidattn::{name}_backward",
             lambda *inputs: _laid_out(
-                backward(*inputs[:6], *gather(inputs[6:], inputs[2].shape[2])),
+                backward(*inputs[:2], *gather(inputs[2:], num_before=4)),
                 (*inputs[2:5], inputs[-1]),
             ),
             mutates_args=(),
@@ -143,21 +144,32 @@ def _tensors(lists: BlockLists) -> tuple[Tensor | None, ...]:
     box = lists.box
     packed = (None, None, None) if box is None else (box.key, box.low, box.high)
     held = (lists.order, lists.row_start, lists.num_full, lists.key_block)
-    return *held, *packed, lists.mask_id, lists.masks
+    return *held, *packed, lists.mask_id, lists.masks, lists.keys
 
 
 def _numbers(lists: BlockLists) -> tuple[int, ...]:
     return lists.block, lists.batch, lists.heads, 0 if lists.box is None else lists.box.guard
 
 
-def gather(rest: tuple, num_tokens: int) -> tuple:
-    """The block lists, from their tensors and numbers, with the arguments after them.
+def gather(inputs: tuple, num_before: int = 3) -> tuple:
+    """The arguments of an operator, with block lists for their tensors and numbers.
+
+    Args:
+        inputs: q, k and others, then ``LISTS``, then the rest.
+        num_before: arguments before ``LISTS``.
 
     Raises:
-        ValueError: lists that point outside of ``num_tokens`` tokens.
+        ValueError: lists that point outside of the tokens of q and k.
     """
-    tensors, numbers = rest[:_NUM_TENSORS], rest[_NUM_TENSORS:_NUM_LISTS]
-    order, row_start, num_full, key_block, key, low, high, mask_id, masks = tensors
+    q, k, *_ = before = inputs[:num_before]
+    lists = _lists_of(inputs[num_before : num_before + _NUM_LISTS])
+    lists.check(q.shape[2], k.shape[2])
+    return *before, lists, *inputs[num_before + _NUM_LISTS :]
+
+
+def _lists_of(given: tuple) -> BlockLists:
+    tensors, numbers = given[:_NUM_TENSORS], given[_NUM_TENSORS:]
+    order, row_start, num_full, key_block, key, low, high, mask_id, masks, keys = tensors
     lists = find(key_block)
     if lists is None or not _is_of(lists, tensors, numbers):
         block, batch, heads, guard = numbers
@@ -166,30 +178,30 @@ def gather(rest: tuple, num_tokens: int) -> tuple:
             box=None if key is None else Box(key, low, high, guard),
             mask_id=mask_id,
             masks=masks,
+            keys=keys,
         )
-    lists.check(num_tokens)
-    return lists, *rest[_NUM_LISTS:]
+    return lists
 
 
-def mask_of(lists: BlockLists, num_tokens: int) -> Tensor:
-    """``lists.mask(num_tokens)``, as an operator where a compiler traces: it depends on values."""
+def mask_of(lists: BlockLists, num_tokens: int, num_keys: int) -> Tensor:
+    """``lists.mask``, as an operator where a compiler traces: it depends on values."""
     if not torch.compiler.is_compiling():
-        return lists.mask(num_tokens)
-    return torch.ops.vidattn.mask(num_tokens, *flatten(lists))
+        return lists.mask(num_tokens, num_keys)
+    return torch.ops.vidattn.mask(num_tokens, num_keys, *flatten(lists))
 
 
 _mask = torch.library.custom_op(
     "vidattn::mask",
-    lambda num_tokens, *rest: gather(rest, num_tokens)[0].mask(num_tokens),
+    lambda num_tokens, num_keys, *given: _lists_of(given).mask(num_tokens, num_keys),
     mutates_args=(),
-    schema=f"(int num_tokens, {LISTS}) -> Tensor",
+    schema=f"(int num_tokens, int num_keys, {LISTS}) -> Tensor",
 )
 
 
 @_mask.register_fake
-def _(num_tokens, *rest):
-    order, (_, batch, heads, _) = rest[0], rest[_NUM_TENSORS:]
-    return order.new_empty(batch, heads, num_tokens, num_tokens, dtype=torch.bool)
+def _(num_tokens, num_keys, *given):
+    order, (_, batch, heads, _) = given[0], given[_NUM_TENSORS:]
+    return order.new_empty(batch, heads, num_tokens, num_keys, dtype=torch.bool)
 
 
 def _is_of(lists: BlockLists, tensors: tuple, numbers: tuple) -> bool:

@@ -1,6 +1,6 @@
 """Tokens in the order of a layout: gathered into blocks before attention, put back after it.
 
-Letters: B batch, H heads, S tokens, D head dim, N slots, n slots to a block, nb blocks.
+Letters: B batch, H heads, S tokens of one side, D head dim, N slots, n slots to a block, nb blocks.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class Slots:
         if self._empty is not None:
             blocks.index_fill_(2, self._empty, 0)
         return blocks.view(-1, self.block, x.shape[-1])
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """(B, H, S) numbers of tokens as (B, H, N), any in empty slots."""
+        return x.index_select(2, self._token)
 
     def read(self, blocks: Tensor, like: Tensor) -> Tensor:
         """(B * H * nb, n, D) blocks as tokens of the shape of ``like``."""

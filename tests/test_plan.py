@@ -123,3 +123,14 @@ def test_lists_of_another_layout_are_refused():
         Plan(grid, layout, plan.lists)
     with pytest.raises(ValueError, match="lists are of another layout"):
         Plan(grid, plan.layout, replace(plan.lists, block=plan.layout.block // 2))
+
+
+def test_density_counts_the_pairs_of_queries_that_are_left():
+    grid = Grid(4, 5, 7, text=3)
+    wanted = torch.zeros(grid.num_tokens, dtype=torch.bool)
+    wanted[:20] = True
+    video = slice(grid.num_video_tokens)
+    for plan in plans(grid):
+        some = plan.of_queries(lambda layout: wanted)
+        kept = some.mask()[:, :, video, video].double().mean().item()
+        assert 0 < some.density == pytest.approx(kept)

@@ -1,18 +1,17 @@
 """Runs a plan on the engine that is chosen for it.
 
-Letters: B batch, H heads, S tokens, D head dim.
+Letters: B batch, H heads, Hk key heads, S queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from vidattn.engines import BACKENDS, ENGINES, QUANTISED, choose
-from vidattn.inputs import check_inputs
+from vidattn.engines import BACKENDS, engine_for
+from vidattn.inputs import check_inputs, check_weight
 from vidattn.kernels.compensation import compensate
 from vidattn.kernels.engines.exact import exact_attention, exact_engine
 from vidattn.kernels.scoring.pooling import block_means
@@ -30,6 +29,7 @@ def attend(
     *,
     scale: float | None = ...,
     key_mask: Tensor | None = ...,
+    key_weight: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -42,6 +42,7 @@ def attend(
     *,
     scale: float | None = ...,
     key_mask: Tensor | None = ...,
+    key_weight: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -54,6 +55,7 @@ def attend(
     *,
     scale: float | None = ...,
     key_mask: Tensor | None = ...,
+    key_weight: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -65,6 +67,7 @@ def attend(
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    key_weight: Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,11 +83,17 @@ def attend(
 
     Args:
         q: (B, H, S, D) queries in sequence order.
-        k: (B, Hk, S, D) keys; H must be a multiple of Hk (grouped-query attention).
-        v: (B, Hk, S, D) values.
-        plan: for the grid of these S tokens, with 1 or B samples and 1 or H heads.
+        k: (B, Hk, Sk, D) keys; H must be a multiple of Hk (grouped-query attention).
+        v: (B, Hk, Sk, D) values.
+        plan: for the grid of these S tokens, with 1 or B samples and 1 or H heads. Sk is S, unless
+            the plan is for keys of other tokens (``Plan.dense(grid, keys)``, ``keys`` of a plan).
         scale: factor of the scores, a number; D ** -0.5 by default. A plan may sharpen it.
-        key_mask: (B, S) bool, False for keys that nobody may read, such as padded text.
+        key_mask: (B, Sk) bool, False for keys that nobody may read, such as padded text.
+        key_weight: (B|1, Hk|1, Sk) how many keys each one stands for: the logarithm is added to its
+            scaled scores, in float32 or more, and nobody reads a key of weight 0. A key and a mean
+            value of weight n are n equal keys. It may change from call to call, and has no
+            gradient. That weights are finite and not negative is checked on a CPU; elsewhere,
+            where that would wait for the device, others make the output NaN.
         backend: "triton" (NVIDIA GPUs), "cpp" (CPUs with a C++ compiler), "torch" (any device),
             "flex" (compiled FlexAttention), "flash" (its FlashAttention-4 kernels, on Hopper and
             Blackwell), "reference" (float64, dense memory), or "auto": dense plans run on PyTorch's
@@ -111,16 +120,21 @@ def attend(
         raise unknown("backend", backend, BACKENDS)
     if not isinstance(plan, AnyPlan):
         raise ValueError(f"plan must be one, as vidattn.plan makes it, got {type(plan).__name__}")
-    check_inputs(plan.grid, (q, k, v), scale, key_mask)
+    is_square = plan.key_grid is plan.grid
+    check_inputs(plan.grid, (q, k, v), scale, key_mask, None if is_square else plan.key_grid)
+    if key_weight is not None:
+        check_weight(key_weight, q, k)
     if _is_in_other_state(q.device.type):
-        return _in_plain_state(q, k, v, plan, scale, key_mask, backend, return_lse)
+        options = {"scale": scale, "key_mask": key_mask, "key_weight": key_weight}
+        return _in_plain_state(q, k, v, plan, backend=backend, return_lse=return_lse, **options)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if plan.device != q.device:
         plan = plan.to(q.device)
     plan.check_counts(*q.shape[:2])
+    key_bias = None if key_weight is None else _bias(key_weight, q, k)
     outs, lses = [], []
     for part, samples, heads in plan.parts():
-        given = _of_part(q, k, v, key_mask, samples, heads)
+        given = _of_part(q, k, v, key_mask, key_bias, samples, heads)
         out, lse = _attend(*given, part, scale=scale, backend=backend, need_lse=return_lse)
         outs.append(out)
         lses.append(lse)
@@ -135,10 +149,9 @@ def _is_in_other_state(device: str) -> bool:
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
-def _in_plain_state(q, k, v, plan, scale, key_mask, backend, return_lse):
+def _in_plain_state(q, k, v, plan, **options):
     """``attend`` in the dtype of autocast, and outside of inference mode."""
-    device, options = q.device.type, {"scale": scale, "key_mask": key_mask}
-    options |= {"backend": backend, "return_lse": return_lse}
+    device = q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         q, k, v = cast_by_autocast(q, k, v)
         with torch.autocast(device, enabled=False):
@@ -156,6 +169,7 @@ def engines_of(
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    key_weight: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[str, ...]:
     """The engines that ``attend`` runs a plan on, in alphabetical order; takes what that takes.
@@ -163,24 +177,38 @@ def engines_of(
     "pytorch" is PyTorch's own attention, which dense plans run on where nothing is faster.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    names = {
-        exact_engine(q, k, v)
-        if _is_exact(part, backend, False)
-        else _engine((q, k, v, part.lists), part, backend, _options(part, scale, key_mask, False))
-        for part, *_ in plan.parts()
-    }
+    key_bias = None if key_weight is None else _bias(key_weight, q, k)
+    names = set()
+    for part, *_ in plan.parts():
+        options = _options(part, scale, key_mask, key_bias, False)
+        is_exact = _is_exact(part, backend, q, options)
+        call = (q, k, v, part.lists)
+        names.add(exact_engine(q, k, v) if is_exact else engine_for(call, options, backend)[0])
     return tuple(sorted(names))
 
 
+def _bias(key_weight: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """(B|1, H|1, Sk) what weights add to scaled scores, in float32 or more."""
+    bias = key_weight.detach().to(torch.promote_types(q.dtype, torch.float32)).log()
+    return bias if bias.shape[1] == 1 else bias.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+
+
 def _of_part(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, samples: Index, heads: Index
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    key_bias: Tensor | None,
+    samples: Index,
+    heads: Index,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """What some of H query heads, of some samples, attend with."""
     if isinstance(heads, slice):
-        return q, k, v, key_mask
+        return q, k, v, key_mask, key_bias
     key_heads = heads // (q.shape[1] // k.shape[1])
     mask = None if key_mask is None else key_mask[samples].flatten(0, -2)
-    return q[samples, heads], k[samples, key_heads], v[samples, key_heads], mask
+    bias = None if key_bias is None else key_bias.expand(*q.shape[:2], -1)[samples, heads]
+    return q[samples, heads], k[samples, key_heads], v[samples, key_heads], mask, bias
 
 
 def _attend(
@@ -188,6 +216,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
+    key_bias: Tensor | None,
     plan: Plan,
     *,
     scale: float,
@@ -196,11 +225,14 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     if plan.precision is not None:
         _check_gradient(q, k, v, plan)
-    if _is_exact(plan, backend, need_lse):
-        scale = scale * plan.sharpness
-        return exact_attention(q, k, v, key_mask=key_mask, scale=scale), None
-    call, options = (q, k, v, plan.lists), _options(plan, scale, key_mask, need_lse)
-    engine = _engines_for(plan)[_engine(call, plan, backend, options)]
+    if key_bias is not None:
+        _check_plain(plan)
+    options = _options(plan, scale, key_mask, key_bias, need_lse)
+    if _is_exact(plan, backend, q, options):
+        given = {name: options[name] for name in ("scale", "key_mask", "key_bias")}
+        return exact_attention(q, k, v, **given), None
+    call = (q, k, v, plan.lists)
+    _, engine = engine_for(call, options, backend)
     gain, shift = _compensation(v, plan, key_mask, q.shape[1])
     options |= {"gain": gain, "shift": shift}
     out, lse = engine.attention(*call, **{name: options[name] for name in engine.TAKES})
@@ -209,35 +241,25 @@ def _attend(
     return out, lse
 
 
-def _is_exact(plan: Plan, backend: str, need_lse: bool) -> bool:
+def _is_exact(plan: Plan, backend: str, q: Tensor, options: dict) -> bool:
     """Whether a plan runs as attention to everything, by whatever is fastest at that."""
-    return plan.is_dense and backend == "auto" and not need_lse
+    if not plan.is_dense or backend != "auto" or options["need_lse"]:
+        return False
+    # PyTorch's kernels for a GPU round biases to half precision
+    return options["key_bias"] is None or q.device.type == "cpu"
 
 
-def _options(plan: Plan, scale: float, key_mask: Tensor | None, need_lse: bool) -> dict:
+def _options(
+    plan: Plan, scale: float, key_mask: Tensor | None, key_bias: Tensor | None, need_lse: bool
+) -> dict:
     """All that an engine may be told of a call, gain and shift aside."""
     return {
         "scale": scale * plan.sharpness,
         "key_mask": key_mask,
+        "key_bias": key_bias,
         "need_lse": need_lse,
         "precision": plan.precision,
     }
-
-
-def _engines_for(plan: Plan) -> dict[str, ModuleType]:
-    return ENGINES if plan.precision is None else QUANTISED
-
-
-def _engine(call: tuple, plan: Plan, backend: str, options: dict) -> str:
-    """What runs a plan: the engine that was asked for, or the one that is chosen."""
-    engines = _engines_for(plan)
-    if backend not in ("auto", *engines):
-        raise ValueError(
-            f"the {backend!r} engine does not run plans of precision {plan.precision!r}: use "
-            'backend="torch", "triton" on an NVIDIA GPU, or plan.with_precision(None)'
-        )
-    what = "attention" if plan.precision is None else f"{plan.precision} attention"
-    return choose(what, engines, call, options, backend)
 
 
 def _check_gradient(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
@@ -246,6 +268,16 @@ def _check_gradient(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         raise ValueError(
             f"a plan of precision {plan.precision!r} has no gradient: use torch.no_grad(), or "
             "train with plan.with_precision(None)"
+        )
+
+
+def _check_plain(plan: Plan) -> None:
+    if not plan.precision is plan.gain is plan.rest is None:
+        raise ValueError(
+            "weights of keys go with plans that have no precision of their own and estimate "
+            f"nothing of what is not read; this one has precision {plan.precision!r}, gain "
+            f"{plan.gain is not None} and rest {plan.rest is not None}: leave key_weight out, use "
+            "plan.with_precision(None), or plan without rectify"
         )
 
 

@@ -44,7 +44,7 @@ def draw(
         notes: words beside some titles, such as that queries and keys were made up.
 
     Raises:
-        ValueError: no plan, or a query or head that is not there.
+        ValueError: no plan, one with keys of other tokens, or a query or head that is not there.
 
     >>> draw({"radial": vidattn.plan("radial", vidattn.Grid(9, 16, 28))}).savefig("radial.png")
     """
@@ -60,6 +60,7 @@ def draw(
     )  # fmt: skip
     for row, (title, plan) in enumerate(plans.items()):
         token = middle_token(plan) if query is None else query
+        plan.check_square("a picture")
         figures = _figures(plan)
         plan = plan.of_row(0, head)
         left, right = (figure.add_subplot(rows[row, column]) for column in (0, 1))

@@ -46,6 +46,38 @@ ON_OTHERS = ("flash", "triton", "flex", "torch")
 log = logging.getLogger("vidattn")
 
 
+def engine_for(
+    call: tuple, options: Mapping[str, object], backend: str = "auto"
+) -> tuple[str, ModuleType]:
+    """What runs attention: the engine that was asked for, or the one that is chosen.
+
+    Args:
+        call: q, k, v and block lists.
+        options: all that any engine takes by name.
+        backend: name of an engine, or "auto".
+
+    Raises:
+        ValueError: the engine that was asked for cannot do this.
+    """
+    precision, what, engines = options["precision"], "attention", ENGINES
+    if precision is not None:
+        what, engines = f"{precision} attention", QUANTISED
+        if backend not in ("auto", *engines):
+            raise ValueError(
+                f"the {backend!r} engine does not run plans of precision {precision!r}: use "
+                'backend="torch", "triton" on an NVIDIA GPU, or plan.with_precision(None)'
+            )
+    if options["key_bias"] is not None or call[-1].keys is not None:
+        engines = {name: x for name, x in engines.items() if "key_bias" in x.TAKES}
+        if backend not in ("auto", *engines):
+            raise ValueError(
+                f"the {backend!r} engine takes neither weights of keys nor keys of other tokens: "
+                'use backend="auto"'
+            )
+    name = choose(what, engines, call, options, backend)
+    return name, engines[name]
+
+
 def choose(
     what: str,
     engines: Mapping[str, ModuleType],

@@ -40,8 +40,9 @@ class HeadPlan(AnyPlan):
     by_sample: bool = field(init=False)
 
     def __post_init__(self):
-        if len({plan.grid for plan in self.plans}) != 1:
+        if len({(plan.grid, plan.key_grid) for plan in self.plans}) != 1:
             grids = [str(plan.grid) for plan in self.plans]
+            grids += [f"keys of {plan.key_grid}" for plan in self.plans if plan.keys is not None]
             raise ValueError(f"the plans of the heads must be for one grid, got {grids}")
         by_sample = self.plan_of_head.dim() == 2
         counts = torch.bincount(self.plan_of_head.flatten(), minlength=len(self.plans)).tolist()
@@ -93,6 +94,10 @@ class HeadPlan(AnyPlan):
                 plan_of_head[torch.tensor(mine, device=device)[group]] = len(parts)
                 parts.append(part)
         return cls(tuple(parts), plan_of_head)
+
+    @property
+    def key_grid(self) -> Grid:
+        return self.plans[0].key_grid
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +177,8 @@ class HeadPlan(AnyPlan):
     def summary(self) -> dict[str, float | int | str]:
         parts = [plan.summary() for plan in self.plans]
         sums = ("num_blocks", "num_partial_blocks", "memory_mib")
-        figures = {"num_tokens": self.grid.num_tokens, "num_plans": len(parts)}
+        figures = {name: parts[0][name] for name in ("num_tokens", "num_keys") if name in parts[0]}
+        figures["num_plans"] = len(parts)
         figures |= {"density": self.density, "visited_density": self.visited_density}
         return figures | {name: sum(part[name] for part in parts) for name in sums}
 

@@ -2,7 +2,8 @@
 
 In all of them text reads, and is read by, everything.
 
-Letters: B batch, H heads, E listed blocks, n slots to a block, nv video blocks, nb all blocks.
+Letters: B batch, H heads, E listed blocks, n slots to a block, nv video blocks, nb all blocks, nvk
+and nbk those of keys.
 """
 
 from __future__ import annotations
@@ -25,24 +26,33 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 BLOCKS_AT_ONCE = {"cpu": 2**19, "cuda": 2**28}
 
 
-def list_blocks(layout: Layout, blocks: Tensor) -> BlockLists:
+def list_blocks(layout: Layout, blocks: Tensor, keys: Layout | None = None) -> BlockLists:
     """The lists of whole blocks.
 
     Args:
-        blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block of the video.
+        blocks: (B|1, H|1, nv, nvk) bool, whether a query block reads a key block of the video.
+        keys: the layout of keys that are other tokens than the queries.
 
     Raises:
-        ValueError: ``blocks`` does not fit the layout.
+        ValueError: ``blocks`` does not fit the layouts, or they differ in the length of a block.
     """
-    nv, nb = layout.num_video_blocks, layout.num_blocks
-    if blocks.dim() != 4 or blocks.shape[-2:] != (nv, nv) or blocks.dtype != torch.bool:
+    columns = layout if keys is None else keys
+    wanted = (layout.num_video_blocks, columns.num_video_blocks)
+    if blocks.dim() != 4 or blocks.shape[-2:] != wanted or blocks.dtype != torch.bool:
         raise ValueError(
-            f"blocks must be bool of shape (batch, heads, {nv}, {nv}) for this layout, "
-            f"got {blocks.dtype} {tuple(blocks.shape)}"
+            "blocks must be bool of shape (batch, heads, {}, {}) for this layout, got {} {}".format(
+                *wanted, blocks.dtype, tuple(blocks.shape)
+            )
         )
-    blocks = torch.nn.functional.pad(blocks, (0, nb - nv, 0, nb - nv), value=True)
+    if columns.block != layout.block:
+        raise ValueError(
+            f"blocks of queries and of keys must be equally long, got {layout.block} and "
+            f"{columns.block} tokens"
+        )
+    beside = (layout.num_blocks - wanted[0], columns.num_blocks - wanted[1])
+    blocks = torch.nn.functional.pad(blocks, (0, beside[1], 0, beside[0]), value=True)
     # some rows at a time: sum() and nonzero() take 8 and 16 bytes to a block
-    pieces = blocks.flatten(0, 2).split(rows_at_once(blocks.device, nb))
+    pieces = blocks.flatten(0, 2).split(rows_at_once(blocks.device, columns.num_blocks))
     counts = torch.cat([rows.sum(-1) for rows in pieces])
     return BlockLists(
         order=layout.order,
@@ -52,6 +62,7 @@ def list_blocks(layout: Layout, blocks: Tensor) -> BlockLists:
         row_start=_row_start(counts),
         num_full=counts.int(),
         key_block=torch.cat([rows.nonzero()[:, 1].int() for rows in pieces]),
+        keys=None if keys is None else keys.order,
     )
 
 
@@ -74,31 +85,43 @@ def list_windows(
         query = (query[:, None] * num_tiles + axis_query).flatten()
         key = (key[:, None] * num_tiles + axis_key).flatten()
         whole = (whole[:, None] & axis_whole).flatten()
-    lists = _compress(layout, query, key, whole)
+    lists = _compress(layout, layout, query, key, whole)
     return replace(lists, box=_pack(grid, layout, windows, dilation))
 
 
-def list_rule(grid: Grid, layout: Layout, rule: Rule) -> BlockLists:
+def list_rule(
+    grid: Grid, layout: Layout, rule: Rule, keys: tuple[Grid, Layout] | None = None
+) -> BlockLists:
     """The lists of what a rule says; it visits every pair, so for small grids.
 
     Args:
         rule: takes (..., 3) query and key positions, gives a bool tensor of their shape broadcast
             together. Text is not asked about.
+        keys: grid and layout of keys that are other tokens than the queries.
     """
-    n, nv = layout.block, layout.num_video_blocks
-    live = layout.live.view(-1, n)[:nv]
-    coords = grid.coords()[layout.order[: nv * n].long().clamp_min(0)].view(nv, n, 3)
-    real = live[:, None, :, None] & live[None, :, None, :]
-    visible = torch.stack([rule(q[None, :, None], coords[:, None]) for q in coords])
+    columns = layout if keys is None else keys[1]
+    nv, nvk = layout.num_video_blocks, columns.num_video_blocks
+    coords, live = _video_blocks(grid, layout)
+    key_coords, key_live = (coords, live) if keys is None else _video_blocks(*keys)
+    real = live[:, None, :, None] & key_live[None, :, None, :]
+    visible = torch.stack([rule(q[None, :, None], key_coords[:, None]) for q in coords])
     whole = (visible | ~real).all(-1).all(-1)
     visible &= real
     query, key = visible.any(-1).any(-1).nonzero(as_tuple=True)
     masks, mask_of_pair = torch.unique(visible[~whole], dim=0, return_inverse=True)
-    mask_id = torch.full((layout.num_blocks,) * 2, -1, dtype=torch.int32)
-    mask_id[:nv, :nv][~whole] = mask_of_pair.int()
-    lists = _compress(layout, query, key, whole[query, key])
+    mask_id = torch.full((layout.num_blocks, columns.num_blocks), -1, dtype=torch.int32)
+    mask_id[:nv, :nvk][~whole] = mask_of_pair.int()
+    lists = _compress(layout, columns, query, key, whole[query, key])
     ids = mask_id[lists.row_of_entry, lists.key_block.long()]
-    return replace(lists, mask_id=ids, masks=masks)
+    key_order = None if keys is None else columns.order
+    return replace(lists, mask_id=ids, masks=masks, keys=key_order)
+
+
+def _video_blocks(grid: Grid, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(nv, n, 3) positions, any in empty slots, and (nv, n) whether a slot holds a token."""
+    n, nv = layout.block, layout.num_video_blocks
+    coords = grid.coords()[layout.order[: nv * n].long().clamp_min(0)]
+    return coords.view(nv, n, 3), layout.live.view(-1, n)[:nv]
 
 
 def rows_at_once(device: torch.device, num_blocks: int) -> int:
@@ -110,16 +133,18 @@ def _row_start(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _compress(layout: Layout, query: Tensor, key: Tensor, whole: Tensor) -> BlockLists:
+def _compress(
+    layout: Layout, columns: Layout, query: Tensor, key: Tensor, whole: Tensor
+) -> BlockLists:
     """The lists of (E,) video block pairs in any order, with the blocks of text added."""
-    nv, nb = layout.num_video_blocks, layout.num_blocks
-    blocks = torch.arange(nb)
-    beside = torch.cartesian_prod(blocks[:nv], blocks[nv:]).view(-1, 2)
-    below = torch.cartesian_prod(blocks[nv:], blocks).view(-1, 2)
+    nv, nb, nbk = layout.num_video_blocks, layout.num_blocks, columns.num_blocks
+    blocks, key_blocks = torch.arange(nb), torch.arange(nbk)
+    beside = torch.cartesian_prod(blocks[:nv], key_blocks[columns.num_video_blocks :]).view(-1, 2)
+    below = torch.cartesian_prod(blocks[nv:], key_blocks).view(-1, 2)
     query = torch.cat([query, beside[:, 0], below[:, 0]])
     key = torch.cat([key, beside[:, 1], below[:, 1]])
     partial = torch.nn.functional.pad(~whole, (0, query.numel() - whole.numel()))
-    order = ((query * 2 + partial) * nb + key).argsort()
+    order = ((query * 2 + partial) * nbk + key).argsort()
     counts = torch.bincount(query, minlength=nb)
     num_full = torch.bincount(query[~partial], minlength=nb)
     return BlockLists(

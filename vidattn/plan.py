@@ -1,6 +1,7 @@
 """A plan: which key blocks every query block reads, resolved for one grid.
 
-Letters: B batch, H heads, S tokens, N slots, n slots to a block, nv video blocks, nb all blocks.
+Letters: B batch, H heads, S queries, Sk keys, N slots, n slots to a block, nv video blocks, nb all
+blocks, nvk video blocks of keys.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vidattn.grid import Grid, Layout, Size, tile_layout
-from vidattn.kernels.block_lists import BlockLists
+from vidattn.grid import Grid, Layout, Size, raster_layout, tile_layout
 from vidattn.kernels.quantise import PRECISIONS
 from vidattn.listing import Rule, Window, list_blocks, list_rule, list_windows
-from vidattn.pairs import num_listed, num_visible, visible_share
+from vidattn.pairs import Pairs
 from vidattn.support.registry import unknown
 
 # what picks some samples, or heads, out of (B, H, ...)
@@ -27,14 +27,14 @@ Kind = TypeVar("Kind", bound="AnyPlan")
 
 
 class AnyPlan(ABC):
-    """Who reads whom on one grid: a ``Plan``, or a ``HeadPlan`` where the heads have several.
+    """Who reads whom: a ``Plan``, or a ``HeadPlan`` where the heads have several.
 
     ``mask()`` defines what ``attend`` computes. What works on one plan after the other loops over
     ``parts()``, and puts what it found in order with ``put_back``.
     """
 
     grid: Grid
-    # whether this is attention of every token to every token, and nothing else
+    # whether this is attention of every token to every key, and nothing else
     is_dense: bool
     # whether every sample has plans of its own
     by_sample: bool = False
@@ -53,6 +53,11 @@ class AnyPlan(ABC):
     @abstractmethod
     def num_heads(self) -> int:
         """H, or 1 where all heads share what is read."""
+
+    @property
+    @abstractmethod
+    def key_grid(self) -> Grid:
+        """Where the keys sit: ``grid`` where they are the queries' own tokens."""
 
     @property
     @abstractmethod
@@ -80,9 +85,15 @@ class AnyPlan(ABC):
     def check_counts(self, num_samples: int, num_heads: int) -> None:
         """Raise ValueError unless it is for so many samples and heads."""
 
+    def check_square(self, what: str) -> None:
+        """Raise ValueError unless the keys are the queries' own tokens, as ``what`` needs."""
+        if self.key_grid is not self.grid:
+            keys = f"keys are other tokens than the queries, those of {self.key_grid}"
+            raise ValueError(f"{what} is of a plan for one grid: here {keys}")
+
     @abstractmethod
     def mask(self) -> Tensor:
-        """(B|1, H|1, S, S) bool in sequence order, query by key; for tests and pictures."""
+        """(B|1, H|1, S, Sk) bool in sequence order, query by key; for tests and pictures."""
 
     @abstractmethod
     def summary(self) -> dict[str, float | int | str]:
@@ -144,15 +155,9 @@ class AnyPlan(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(AnyPlan):
-    """Block lists over a layout of the tokens of a grid.
+class Plan(Pairs, AnyPlan):
+    """Pairs of tokens that read each other, and how (see ``Pairs``)."""
 
-    Where ``lists.batch`` or ``lists.heads`` is 1, all samples or heads share it.
-    """
-
-    grid: Grid
-    layout: Layout
-    lists: BlockLists
     # compensation of what is not read: out = gain * out + rest @ (means of v over key blocks)
     gain: Tensor | None = None  # (B|1, H|1, nb), per query block
     rest: Tensor | None = None  # (B|1, H|1, nb, nb), query block by key block
@@ -161,32 +166,24 @@ class Plan(AnyPlan):
     is_dense: bool = field(init=False)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.precision is not None and self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
-        layout, lists = self.layout, self.lists
-        if lists.order is not layout.order or lists.block != layout.block:
+        if self.keys is not None and (self.rest is not None or self.precision is not None):
             raise ValueError(
-                f"the lists are of another layout, {lists.order.numel()} slots by {lists.block}, "
-                f"than the plan's {layout.order.numel()} by {layout.block}: make them with its "
-                "order and its block"
+                "a plan in which the keys are other tokens than the queries has neither an "
+                "estimate of what is not read (rest) nor a precision of its own: leave them out"
             )
+        lists = self.lists
         # found out now: a compiler that traces attention could not
         is_plain = all(x is None for x in (self.gain, self.rest, self.precision))
-        is_whole = lists.key_block.numel() == lists.num_rows * layout.num_blocks
+        is_whole = lists.key_block.numel() == lists.num_rows * lists.num_key_blocks
         is_dense = is_plain and is_whole and (lists.order.is_meta or lists.num_partial == 0)
         object.__setattr__(self, "is_dense", is_dense)
 
     @property
     def device(self) -> torch.device:
         return self.layout.order.device
-
-    @property
-    def num_samples(self) -> int:
-        return self.lists.batch
-
-    @property
-    def num_heads(self) -> int:
-        return self.lists.heads
 
     def parts(self) -> list[tuple[Plan, Index, Index]]:
         return [(self, slice(None), slice(None))]
@@ -201,31 +198,11 @@ class Plan(AnyPlan):
                 f"{num_samples} and {num_heads}: each must be equal, or 1 in the plan"
             )
 
-    @cached_property
-    def density(self) -> float:
-        if self.lists.box is None and self.lists.masks is None:
-            return self.visited_density
-        return self._share(num_visible(self.lists, self.layout))
-
-    @cached_property
-    def visited_density(self) -> float:
-        return self._share(num_listed(self.lists, self.layout))
-
-    def _share(self, pairs: int) -> float:
-        return pairs / (self.grid.num_video_tokens**2 * self.num_samples * self.num_heads)
-
-    def mask(self) -> Tensor:
-        return self.lists.mask(self.grid.num_tokens)
-
-    @cached_property
-    def read_share(self) -> Tensor:
-        """(B|1, H|1, nv, nv) float32, the visible share of the pairs of tokens of video blocks."""
-        return visible_share(self.lists, self.layout)
-
     def summary(self) -> dict[str, float | int | str]:
         beside = [x for x in (self.gain, self.rest) if x is not None]
         return {
             "num_tokens": self.grid.num_tokens,
+            **({} if self.keys is None else {"num_keys": self.key_grid.num_tokens}),
             "density": self.density,
             "visited_density": self.visited_density,
             "block": self.layout.block,
@@ -240,10 +217,7 @@ class Plan(AnyPlan):
         lists = plan.lists
         if lists.batch > 1:
             lists = lists.of_heads(torch.zeros(1, dtype=torch.long, device=plan.device), sample)
-        gain, rest = (
-            x if x is None or len(x) == 1 else x[sample, None] for x in (plan.gain, plan.rest)
-        )
-        return replace(plan, lists=lists, gain=gain, rest=rest)
+        return plan._with_estimates(lambda x: x if len(x) == 1 else x[sample, None], lists=lists)
 
     def _each(self, change: Callable[[Plan], Plan]) -> Plan:
         return change(self)
@@ -254,16 +228,36 @@ class Plan(AnyPlan):
             return self
         index = torch.tensor(heads, device=self.device)
         lists = self.lists if is_shared else self.lists.of_heads(index)
-        gain, rest = (
-            x if x is None or x.shape[1] == 1 else x[:, index] for x in (self.gain, self.rest)
-        )
-        return replace(self, lists=lists, gain=gain, rest=rest)
+        return self._with_estimates(lambda x: x if x.shape[1] == 1 else x[:, index], lists=lists)
 
     def _copy_on(self, device: torch.device) -> Plan:
-        gain, rest = (None if x is None else x.to(device) for x in (self.gain, self.rest))
-        lists = self.lists.to(device)
+        lists, keys = self.lists.to(device), self.keys
+        if keys is not None:
+            keys = keys[0], replace(keys[1], order=lists.key_order)
         layout = replace(self.layout, order=lists.order)
-        return replace(self, layout=layout, lists=lists, gain=gain, rest=rest)
+        return self._with_estimates(lambda x: x.to(device), lists=lists, layout=layout, keys=keys)
+
+    def _with_estimates(self, change: Callable[[Tensor], Tensor], **fields: object) -> Plan:
+        gain, rest = (None if x is None else change(x) for x in (self.gain, self.rest))
+        return replace(self, gain=gain, rest=rest, **fields)
+
+    @classmethod
+    def dense(cls, grid: Grid, keys: Grid | int | None = None, *, block: int = 128) -> Plan:
+        """A plan in which every query reads every key.
+
+        Args:
+            keys: where keys sit, or how many there are, that are other tokens than the queries.
+            block: tokens to a block.
+
+        """
+        layout = columns = raster_layout(grid, block)
+        other = None
+        if keys is not None:
+            keys = keys if isinstance(keys, Grid) else Grid(1, 1, keys)
+            columns = raster_layout(keys, block)
+            other = keys, columns
+        shape = (1, 1, layout.num_video_blocks, columns.num_video_blocks)
+        return cls.from_blocks(grid, layout, torch.ones(shape, dtype=torch.bool), keys=other)
 
     @classmethod
     def from_blocks(
@@ -274,17 +268,19 @@ class Plan(AnyPlan):
         *,
         gain: Tensor | None = None,
         rest: Tensor | None = None,
+        keys: tuple[Grid, Layout] | None = None,
     ) -> Plan:
         """A plan of whole blocks; text reads, and is read by, everything.
 
         Args:
-            blocks: (B|1, H|1, nv, nv) bool, whether a query block reads a key block of the video.
-            gain, rest: see the fields.
+            blocks: (B|1, H|1, nv, nvk) bool, whether a query block reads a key block of the video.
+            gain, rest, keys: see the fields.
 
         Raises:
             ValueError: ``blocks`` does not fit the layout.
         """
-        return cls(grid, layout, list_blocks(layout, blocks), gain, rest)
+        lists = list_blocks(layout, blocks, None if keys is None else keys[1])
+        return cls(grid, layout, lists, gain, rest, keys=keys)
 
     @classmethod
     def from_windows(
@@ -295,6 +291,8 @@ class Plan(AnyPlan):
         return cls(grid, layout, list_windows(grid, layout, windows, tile, dilation))
 
     @classmethod
-    def from_rule(cls, grid: Grid, layout: Layout, rule: Rule) -> Plan:
+    def from_rule(
+        cls, grid: Grid, layout: Layout, rule: Rule, *, keys: tuple[Grid, Layout] | None = None
+    ) -> Plan:
         """An exact plan of what a rule says about two positions (see ``list_rule``)."""
-        return cls(grid, layout, list_rule(grid, layout, rule))
+        return cls(grid, layout, list_rule(grid, layout, rule, keys), keys=keys)

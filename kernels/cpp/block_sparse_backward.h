@@ -16,7 +16,8 @@ void pack_both(const Job& j, const Rows& x, const Head& h, i64 block, i64 piece,
                float* rows, float* across, float* space) {
   float* loaded = PAIRS ? space : rows;
   u64 all = low_bits(j.piece_slots(piece));
-  load_piece(j, x, h.sample, h.query, block, piece, all, factor, loaded);
+  const i32* order = j.call.order + block * j.call.n + piece * PIECE;
+  load_piece(j, x, h.sample, h.query, order, all, factor, loaded);
   transpose(loaded, j.ld, j.words, across);
   if (PAIRS) pack_pairs(j, loaded, rows);
 }
@@ -26,7 +27,7 @@ void pack_queries(const Job& j, i64 task, Scratch& s) {
   i64 index = task / j.nb, block = task % j.nb;
   Head h = j.head(index);
   for (i64 piece = 0; piece < j.pieces; piece++) {
-    i64 place = piece_at(j, index, block, piece) * j.ld, at = place * j.words;
+    i64 place = query_piece_at(j, index, block, piece) * j.ld, at = place * j.words;
     pack_both(j, c.q, h, block, piece, packed_factor(j), j.queries.data + at,
               j.queries_t.data + at, s.rows);
     pack_both(j, c.d_out, h, block, piece, 1, j.pulls.data + at, j.pulls_t.data + at, s.rows);
@@ -193,16 +194,16 @@ const u64* pair_bits(const Job& j, i64 mask, i64 block, i64 piece, i64 query, i6
 // Everything that one query head gives a block of keys.
 void pull_head(const Job& j, const Head& h, i64 block, i64 part, Scratch& s) {
   const Call& c = j.call;
-  const i64* start = &j.transposed.start[h.set * j.nb + block];
+  const i64* start = &j.transposed.start[h.set * j.nb_k + block];
   i64 floats = j.ld * j.words, heads = j.num_units * j.group;
   for (i64 e = start[0]; e < start[1]; e++)
     for (i64 piece = 0; piece < j.pieces; piece++) {
       u64 readable = j.readable_keys(h.sample, block, piece);
+      const float* bias = load_bias(j, h, block, piece, s.key_bias, readable);
       if (!readable) continue;
       i64 query = j.transposed.query[e];
-      const float* bias = load_bias(j, h, block, piece, s.key_bias);
       for (i64 other = 0; other < j.pieces; other++) {
-        i64 at = piece_at(j, h.index, query, other);
+        i64 at = query_piece_at(j, h.index, query, other);
         i64 d_q = (part * heads + h.index) * j.nb * j.pieces + query * j.pieces + other;
         const u64* bits = pair_bits(j, j.transposed.mask[e], block, piece, query, other, readable,
                                     s.bits.data());
@@ -226,22 +227,22 @@ void pull_head(const Job& j, const Head& h, i64 block, i64 part, Scratch& s) {
 void pull_block(const Job& j, i64 unit, i64 part, i64 block, Scratch& s) {
   const Call& c = j.call;
   Head h = j.head(unit * j.group);
+  const i32* order = c.key_order + block * c.n;
   for (i64 piece = 0; piece < j.pieces; piece++) {
     u64 readable = j.readable_keys(h.sample, block, piece);
     i64 at = piece * j.ld * j.words;
-    load_piece(j, c.k, h.sample, h.key, block, piece, readable, 1, s.keys + at);
-    load_piece(j, c.v, h.sample, h.key, block, piece, readable, 1, s.values + at);
+    load_piece(j, c.k, h.sample, h.key, order + piece * PIECE, readable, 1, s.keys + at);
+    load_piece(j, c.v, h.sample, h.key, order + piece * PIECE, readable, 1, s.values + at);
     if (PAIRS) pack_pairs(j, s.keys + at, s.key_pairs + at);
   }
   std::memset(s.d_keys, 0, j.slots * j.width * 4);
   std::memset(s.d_values, 0, j.slots * j.width * 4);
-  const i32* order = c.order + block * c.n;
   for (i64 g = 0; g < j.group; g++) {
     Head head = j.head(unit * j.group + g);
     std::fill(s.d_bias, s.d_bias + j.slots, 0.0f);
     pull_head(j, head, block, part, s);
     for (i64 i = 0; i < c.n && c.d_bias; i++)
-      if (order[i] >= 0) c.d_bias[j.token_row(head) + order[i]] = s.d_bias[i];
+      if (order[i] >= 0) c.d_bias[j.key_row(head) + order[i]] = s.d_bias[i];
   }
   // packed queries carry the scale, and the base of the softmax
   float factor = PAIRS ? float(c.scale) : LN2;

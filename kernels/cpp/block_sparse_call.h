@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "amx.h"
 #include "rows.h"
 
 namespace {
@@ -18,8 +17,6 @@ constexpr int PIECE = 64;                // slots whose products share one packe
 constexpr int VECTORS = PIECE / W;       // vectors to a row of a piece
 constexpr int VECTOR_WORDS = W / PAIR;   // words that hold the weights of a vector of slots
 constexpr int PIECE_WORDS = PIECE / PAIR;
-constexpr int GROUP = AMX ? SIDE : ROWS;     // rows of queries that are multiplied together
-constexpr int SLOT_STEP = GRANULE * (AMX ? 2 : 1);  // slots of a packed piece round up to so many
 constexpr i64 WORKSPACE = 128ll << 20;   // bytes of packed blocks held at a time, about
 constexpr i64 HEADS_PER_TASK = 4;        // heads that share the bits of one predicate
 
@@ -28,24 +25,25 @@ struct Call {
   Rows q, k, v, out, d_out, d_q, d_k, d_v;
   float* lse;                // (B, H, S)
   const float* delta;        // (B, H, S) what the softmax of each row loses
-  float* d_bias;             // (B, H, S) or null
-  const float* key_bias;     // (B|1, H|1, S) or null
-  const u8* key_mask;        // (B, S) or null
+  float* d_bias;             // (B, H, S_k) or null
+  const float* key_bias;     // (B|1, H|1, S_k) or null
+  const u8* key_mask;        // (B, S_k) or null
   const i32* order;          // (N,)
+  const i32* key_order;      // (N_k,)
   const i64* row_start;      // (R + 1,)
   const i32* num_full;       // (R,)
   const i32* key_block;      // (E,)
-  const i32 *box_key, *box_low, *box_high;  // (N,) or null
+  const i32 *box_key, *box_low, *box_high;  // (N_k,), (N,) and (N,), or null
   const i32* mask_id;        // (E,) or null
   const u8* masks;           // (M, n, n)
-  i64 guard, bias_sample, bias_head, B, H, K, S, D, N, n;
+  i64 guard, bias_sample, bias_head, B, H, K, S, S_k, D, N, N_k, n;
   i64 plan_batch, plan_heads, num_entries, num_masks, kind, threads;
   double scale;
 };
 
 // The lists of the key blocks: which query blocks read each.
 struct Transposed {
-  std::vector<i64> start;    // (plan rows + 1,)
+  std::vector<i64> start;    // (rows of key blocks + 1,)
   std::vector<i32> query;    // (E,)
   std::vector<i32> mask;     // (E,) -1 for a whole block, else its mask, 0 for the box
 };
@@ -53,7 +51,7 @@ struct Transposed {
 // What one thread works in; the arrays lie in one buffer.
 struct Scratch {
   Buffer memory;
-  float *rows, *out, *scores, *weights, *sums, *tops, *keys, *key_bias;
+  float *rows, *out, *weights, *sums, *tops, *keys, *key_bias;
   // of the backward pass alone
   float *values, *key_pairs, *d_keys, *d_values, *d_scores, *d_pairs, *exact, *line, *d_bias;
   std::vector<u64> bits;
@@ -67,10 +65,10 @@ struct Head {
 
 struct Job {
   const Call& call;
-  i64 nb, pieces, ld, slots;  // ld: columns of a packed piece; slots: of a packed block
+  i64 nb, nb_k, pieces, ld, slots;  // ld: columns of a packed piece; slots: of a packed block
   i64 group;                  // query heads to a key head
   i64 width, words;           // of a row: D padded, and in words
-  std::vector<u64> readable;  // (B|1, nb, pieces) bit set for keys that may be read
+  std::vector<u64> readable;  // (B|1, nb_k, pieces) bit set for keys that may be read
   i64 readable_stride;
   i64 first_unit = 0, num_units = 0, heads_per_task = 1, parts = 1;
   Buffer keys, values, queries, queries_t, pulls, pulls_t, lse2, delta, d_q;
@@ -79,19 +77,20 @@ struct Job {
 
   explicit Job(const Call& c) : call(c) {
     nb = c.N / c.n;
+    nb_k = c.N_k / c.n;
     pieces = (c.n + PIECE - 1) / PIECE;
-    ld = std::min<i64>(PIECE, round_up(c.n, SLOT_STEP));
+    ld = std::min<i64>(PIECE, round_up(c.n, GRANULE));
     slots = pieces * ld;
     group = c.H / c.K;
     width = round_up(c.D, GRANULE * PAIR);
     words = width / PAIR;
-    readable_stride = c.key_mask ? nb * pieces : 0;
-    readable.assign(nb * pieces * (c.key_mask ? c.B : 1), 0);
+    readable_stride = c.key_mask ? nb_k * pieces : 0;
+    readable.assign(nb_k * pieces * (c.key_mask ? c.B : 1), 0);
     for (i64 b = 0; b < (c.key_mask ? c.B : 1); b++)
-      for (i64 slot = 0; slot < c.N; slot++) {
-        i32 token = c.order[slot];
+      for (i64 slot = 0; slot < c.N_k; slot++) {
+        i32 token = c.key_order[slot];
         i64 inside = slot % c.n;
-        bool live = token >= 0 && (!c.key_mask || c.key_mask[b * c.S + token]);
+        bool live = token >= 0 && (!c.key_mask || c.key_mask[b * c.S_k + token]);
         i64 at = b * readable_stride + slot / c.n * pieces + inside / PIECE;
         readable[at] |= u64(live) << inside % PIECE;
       }
@@ -122,7 +121,9 @@ struct Job {
     return call.key_bias + h.sample * call.bias_sample + h.query * call.bias_head;
   }
 
+  // Where the queries of a head, and the keys that it reads, begin in (B, H, S) and (B, H, S_k).
   i64 token_row(const Head& h) const { return (h.sample * call.H + h.query) * call.S; }
+  i64 key_row(const Head& h) const { return (h.sample * call.H + h.query) * call.S_k; }
 };
 
 }  // namespace

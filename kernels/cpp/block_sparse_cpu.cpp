@@ -7,8 +7,8 @@
 // slots; products run on tiles of 4 rows by up to 4 vectors held in registers. Softmax is online in
 // base 2, its maximum moved only when a score passes it by more than 2 ** SLACK.
 //
-// Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block,
-// nb blocks, R plan rows, E listed blocks, M masks. A unit is one (sample, key head); a piece is up
+// Letters: B batch, H query heads, K key heads, S queries, S_k keys, D head dim, N and N_k their
+// slots, n slots to a block, nb and nb_k their blocks, R plan rows, E listed blocks, M masks. A unit is one (sample, key head); a piece is up
 // to 64 slots of a block; a vector is as many floats or slots as a register holds; a strip is ROWS
 // rows; a word is 4 bytes of packed numbers: one float, or a pair of bfloat16.
 //
@@ -70,6 +70,8 @@ bool lists_are_sound(const Call& c) {
   i64 nb = c.N / c.n, rows = c.plan_batch * c.plan_heads * nb;
   for (i64 slot = 0; slot < c.N; slot++)
     if (c.order[slot] < -1 || c.order[slot] >= c.S) return false;
+  for (i64 slot = 0; slot < c.N_k; slot++)
+    if (c.key_order[slot] < -1 || c.key_order[slot] >= c.S_k) return false;
   if (c.row_start[0] != 0 || c.row_start[rows] != c.num_entries) return false;
   for (i64 row = 0; row < rows; row++) {
     i64 begin = c.row_start[row], end = c.row_start[row + 1];
@@ -78,7 +80,7 @@ bool lists_are_sound(const Call& c) {
     bool partial = c.num_full[row] < end - begin;
     if (partial && !c.box_key && !c.mask_id) return false;
     for (i64 e = begin; e < end; e++) {
-      if (c.key_block[e] < 0 || c.key_block[e] >= nb) return false;
+      if (c.key_block[e] < 0 || c.key_block[e] >= c.N_k / c.n) return false;
       if (c.mask_id && e - begin >= c.num_full[row])
         if (c.mask_id[e] < 0 || c.mask_id[e] >= c.num_masks) return false;
     }
@@ -87,19 +89,19 @@ bool lists_are_sound(const Call& c) {
 }
 
 Transposed transpose(const Call& c) {
-  i64 nb = c.N / c.n, rows = c.plan_batch * c.plan_heads * nb;
+  i64 nb = c.N / c.n, nb_k = c.N_k / c.n, sets = c.plan_batch * c.plan_heads, rows = sets * nb;
   Transposed t;
-  t.start.assign(rows + 1, 0);
+  t.start.assign(sets * nb_k + 1, 0);
   t.query.resize(c.num_entries);
   t.mask.resize(c.num_entries);
   for (i64 row = 0; row < rows; row++)
     for (i64 e = c.row_start[row]; e < c.row_start[row + 1]; e++)
-      t.start[row - row % nb + c.key_block[e] + 1]++;
-  for (i64 row = 0; row < rows; row++) t.start[row + 1] += t.start[row];
+      t.start[row / nb * nb_k + c.key_block[e] + 1]++;
+  for (i64 row = 0; row < sets * nb_k; row++) t.start[row + 1] += t.start[row];
   std::vector<i64> next(t.start.begin(), t.start.end() - 1);
   for (i64 row = 0; row < rows; row++)
     for (i64 e = c.row_start[row]; e < c.row_start[row + 1]; e++) {
-      i64 at = next[row - row % nb + c.key_block[e]]++;
+      i64 at = next[row / nb * nb_k + c.key_block[e]]++;
       bool whole = e - c.row_start[row] < c.num_full[row];
       t.query[at] = i32(row % nb);
       t.mask[at] = whole ? -1 : c.mask_id ? c.mask_id[e] : 0;
@@ -140,17 +142,16 @@ struct Carver {
 };
 
 void prepare_forward(const Job& j, Scratch& s) {
-  i64 rows = round_up(j.call.n, GROUP), longest = 0;
+  i64 rows = round_up(j.call.n, ROWS), longest = 0;
   i64 plan_rows = j.call.plan_batch * j.call.plan_heads * j.nb;
   for (i64 row = 0; row < plan_rows; row++)
     longest = std::max<i64>(
         longest, j.call.row_start[row + 1] - j.call.row_start[row] - j.call.num_full[row]);
   s.memory.grow(rows * (j.words + j.width + PIECE + GRANULE + 1) + PIECE * j.words + PIECE +
-                GROUP * PIECE + 8 * GRANULE);
+                7 * GRANULE);
   Carver carve{s.memory.data};
   s.rows = carve.take(rows * j.words);
   s.out = carve.take(rows * j.width);
-  s.scores = carve.take(GROUP * PIECE);
   s.weights = carve.take(rows * PIECE);
   s.sums = carve.take(rows * GRANULE);
   s.tops = carve.take(rows);
@@ -183,28 +184,29 @@ void prepare_backward(const Job& j, Scratch& s) {
 }
 
 // Zeros for the tokens that stand in no slot, which nobody wrote.
-void clear_unplaced(const Call& c, const Rows& x, i64 heads, const std::vector<bool>& placed) {
+void clear(const Call& c, const Rows& x, i64 heads, const std::vector<i64>& unplaced) {
   i64 size = c.kind == FLOAT32 ? 4 : 2;
   for (i64 row = 0; row < c.B * heads; row++)
-    for (i64 token = 0; token < c.S; token++) {
+    for (i64 token : unplaced) {
       i64 at = row / heads * x.sample + row % heads * x.head + token * x.token;
-      if (!placed[token]) std::memset(x.data + at * size, 0, c.D * size);
+      std::memset(x.data + at * size, 0, c.D * size);
     }
 }
 
-void clear_unplaced(const Call& c, float* x, float value, const std::vector<bool>& placed) {
+void clear(const Call& c, float* x, i64 tokens, float value, const std::vector<i64>& unplaced) {
   for (i64 row = 0; x && row < c.B * c.H; row++)
-    for (i64 token = 0; token < c.S; token++)
-      if (!placed[token]) x[row * c.S + token] = value;
+    for (i64 token : unplaced) x[row * tokens + token] = value;
 }
 
-// Which tokens stand in a slot; empty where all do.
-std::vector<bool> placed_tokens(const Call& c) {
-  std::vector<bool> placed(c.S, false);
-  i64 count = 0;
-  for (i64 slot = 0; slot < c.N; slot++)
-    if (c.order[slot] >= 0 && !placed[c.order[slot]]) placed[c.order[slot]] = true, count++;
-  return count == c.S ? std::vector<bool>() : placed;
+// The tokens that stand in no slot.
+std::vector<i64> unplaced_tokens(const i32* order, i64 slots, i64 tokens) {
+  std::vector<bool> placed(tokens, false);
+  std::vector<i64> unplaced;
+  for (i64 slot = 0; slot < slots; slot++)
+    if (order[slot] >= 0) placed[order[slot]] = true;
+  for (i64 token = 0; token < tokens; token++)
+    if (!placed[token]) unplaced.push_back(token);
+  return unplaced;
 }
 
 i64 units_at_a_time(const Call& c, i64 bytes_per_unit) {
@@ -216,9 +218,9 @@ void forward(const Call& c) {
   Job job(c);
   Team team(c, count_flops(c, 2));
   for (Scratch& s : team.scratch) prepare_forward(job, s);
-  i64 floats = job.nb * job.slots * job.words, step = units_at_a_time(c, 8 * floats);
+  i64 floats = job.nb_k * job.slots * job.words, step = units_at_a_time(c, 8 * floats);
   job.keys.grow(step * floats);
-  job.values.grow(step * job.nb * job.slots * job.words);
+  job.values.grow(step * floats);
   bool has_rule = c.box_key || c.mask_id;
   for (i64 unit = 0; unit < c.B * c.K; unit += step) {
     job.first_unit = unit;
@@ -227,35 +229,35 @@ void forward(const Call& c) {
     // sharing the bits of a predicate must leave every thread enough tasks
     i64 room = heads * job.nb / (8 * i64(team.scratch.size()));
     job.heads_per_task = has_rule ? std::max<i64>(1, std::min(HEADS_PER_TASK, room)) : 1;
-    team.run(job, job.num_units * job.nb, pack_keys);
+    team.run(job, job.num_units * job.nb_k, pack_keys);
     i64 chunks = (heads + job.heads_per_task - 1) / job.heads_per_task;
     team.run(job, chunks * job.nb, attend);
   }
-  std::vector<bool> placed = placed_tokens(c);
-  if (placed.empty()) return;
-  clear_unplaced(c, c.out, c.H, placed);
-  clear_unplaced(c, c.lse, -INFINITY, placed);
+  std::vector<i64> unplaced = unplaced_tokens(c.order, c.N, c.S);
+  clear(c, c.out, c.H, unplaced);
+  clear(c, c.lse, c.S, -INFINITY, unplaced);
 }
+
 // Cuts the key blocks of every unit in flight into parts of about equal work, each of which adds up
 // its own gradient of the queries: so many threads share a unit, and sums keep their order.
 void cut_parts(Job& job, i64 threads) {
   i64 parts = (2 * threads + job.num_units - 1) / job.num_units;
-  job.parts = threads == 1 ? 1 : std::max<i64>(1, std::min<i64>({parts, job.nb, 16}));
-  job.part_start.assign(job.num_units * (job.parts + 1), job.nb);
+  job.parts = threads == 1 ? 1 : std::max<i64>(1, std::min<i64>({parts, job.nb_k, 16}));
+  job.part_start.assign(job.num_units * (job.parts + 1), job.nb_k);
   for (i64 unit = 0; unit < job.num_units; unit++) {
     auto work = [&](i64 block) {
       i64 entries = 1;
       for (i64 g = 0; g < job.group; g++) {
         i64 set = job.head(unit * job.group + g).set;
-        const i64* start = &job.transposed.start[set * job.nb + block];
+        const i64* start = &job.transposed.start[set * job.nb_k + block];
         entries += start[1] - start[0];
       }
       return entries;
     };
     i64 total = 0, done = 0, part = 0;
-    for (i64 block = 0; block < job.nb; block++) total += work(block);
+    for (i64 block = 0; block < job.nb_k; block++) total += work(block);
     i64* start = &job.part_start[unit * (job.parts + 1)];
-    for (i64 block = 0; block < job.nb; block++) {
+    for (i64 block = 0; block < job.nb_k; block++) {
       while (part < job.parts && done * job.parts >= total * part) start[part++] = block;
       done += work(block);
     }
@@ -285,12 +287,11 @@ void backward(const Call& c) {
     team.run(job, job.num_units * job.parts, pull);
     team.run(job, blocks, put_d_q);
   }
-  std::vector<bool> placed = placed_tokens(c);
-  if (placed.empty()) return;
-  clear_unplaced(c, c.d_q, c.H, placed);
-  clear_unplaced(c, c.d_k, c.K, placed);
-  clear_unplaced(c, c.d_v, c.K, placed);
-  clear_unplaced(c, c.d_bias, 0, placed);
+  clear(c, c.d_q, c.H, unplaced_tokens(c.order, c.N, c.S));
+  std::vector<i64> unplaced = unplaced_tokens(c.key_order, c.N_k, c.S_k);
+  clear(c, c.d_k, c.K, unplaced);
+  clear(c, c.d_v, c.K, unplaced);
+  clear(c, c.d_bias, c.S_k, 0, unplaced);
 }
 
 int run(const Call* call, void (*direction)(const Call&)) {

@@ -81,7 +81,7 @@ struct Strip {
   const float* bias;
   float scale;
   u64 bits[ROWS];
-  float *scores, *weights, *tops, *sums, *out;
+  float *weights, *tops, *sums, *out;
   i64 width;
 };
 
@@ -106,16 +106,9 @@ template <int N, bool MASKED>
 void weigh(const Strip& s, const u8* vectors) {
   V acc[ROWS][N];
   int at[N];
+  scores<N>(acc, s.queries, s.words, s.keys, s.ld, s.depth, vectors);
 #pragma GCC unroll 8
   for (int n = 0; n < N; n++) at[n] = vectors[n];
-  if (AMX) {
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; m++)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) acc[m][n] = load(s.scores + m * PIECE + at[n] * W);
-  } else {
-    scores<N>(acc, s.queries, s.words, s.keys, s.ld, s.depth, vectors);
-  }
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
     V highest = splat(-INFINITY);
@@ -148,22 +141,16 @@ INLINE void weigh_tile(const Strip& s, const u8* vectors, int count) {
   TILES[count - 1](s, vectors);
 }
 
-// Weights of 0 for vectors of keys that none of its rows sees.
-INLINE void clear_weights(const Strip& s, Set unseen) {
-  const List list(unseen);
-  for (int i = 0; i < list.count; i++)
-    for (int m = 0; m < ROWS; m++)
-      store_packed(s.weights + m * PIECE_WORDS + list.vector[i] * VECTOR_WORDS, V{});
-}
-
-// The bias of the keys of a piece, base 2.
-const float* load_bias(const Job& j, const Head& h, i64 block, i64 piece, float* to) {
+// The bias of the keys of a piece, base 2; keys whose bias is minus infinity leave `readable`.
+const float* load_bias(const Job& j, const Head& h, i64 block, i64 piece, float* to,
+                       u64& readable) {
   const float* bias = j.bias(h);
   if (!bias) return nullptr;
-  const i32* order = j.call.order + block * j.call.n + piece * PIECE;
-  int slots = j.piece_slots(piece);
-  for (int i = 0; i < j.ld; i++)
-    to[i] = i < slots && order[i] >= 0 ? bias[order[i]] * LOG2E : 0;
+  const i32* order = j.call.key_order + block * j.call.n + piece * PIECE;
+  for (int i = 0; i < j.ld; i++) {
+    to[i] = readable >> i & 1 ? bias[order[i]] * LOG2E : 0;
+    if (to[i] == -INFINITY) readable &= ~(1ull << i), to[i] = 0;
+  }
   return to;
 }
 
@@ -181,70 +168,34 @@ void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, i64 next, c
                   Scratch& s) {
   const Call& c = j.call;
   u64 readable = j.readable_keys(h.sample, block, piece);
+  const float* bias = load_bias(j, h, block, piece, s.key_bias, readable);
   if (!readable) return;
   u64 padded = low_bits(int(round_up(j.piece_slots(piece), GRANULE)));
   bool masked = bits || readable != padded;
   i64 strips = round_up(c.n, ROWS) / ROWS;
-  i64 at = piece_at(j, h.index / j.group, block, piece) * j.ld * j.words;
-  const float* bias = load_bias(j, h, block, piece, s.key_bias);
+  i64 at = key_piece_at(j, h.index / j.group, block, piece) * j.ld * j.words;
   Strip strip{nullptr, j.keys.data + at, j.words, j.ld, depth_of(j), bias, float(c.scale) * LOG2E,
-              {}, nullptr, nullptr, nullptr, nullptr, nullptr, j.width};
+              {}, nullptr, nullptr, nullptr, nullptr, j.width};
   auto visit = [&](i64 r) {
     strip.queries = s.rows + r * ROWS * j.words;
-    strip.scores = s.scores + r * ROWS % GROUP * PIECE;
     strip.weights = s.weights + r * ROWS * PIECE_WORDS;
     strip.tops = s.tops + r * ROWS;
     strip.sums = s.sums + r * ROWS * GRANULE;
     strip.out = s.out + r * ROWS * j.width;
   };
-  auto fetch_next = [&](i64 r) {
+  for (i64 r = 0; r < strips; r++) {
     fetch(j.keys.data + next, j.ld * j.words, r, strips);
     fetch(j.values.data + next, j.ld * j.words, r, strips);
-  };
-  auto look = [&](i64 r) {
     s.seen[r] = vectors_of(padded);
-    if (!masked) return;
+    if (!masked) continue;
     u64 any = 0;
     for (int m = 0; m < ROWS; m++)
       any |= strip.bits[m] = bits ? bits[r * ROWS + m] & readable : readable;
     s.seen[r] = vectors_of(any);
-  };
-  auto weigh_seen = [&](i64 r) {
     visit(r);
     const List list(s.seen[r]);
     for (int i = 0, n; i < list.count; i += n)
       weigh_tile<true>(strip, list.vector + i, n = next_tile(list.count - i));
-  };
-#if VIDATTN_AMX
-  for (i64 first = 0; first < strips; first += GROUP / ROWS) {
-    i64 end = std::min<i64>(strips, first + GROUP / ROWS);
-    Set any = 0;
-    for (i64 r = first; r < end; r++) look(r), fetch_next(r), any |= s.seen[r];
-    if (!any) continue;
-    // weights are multiplied by two vectors of values at a time
-    Set pairs = (any | any >> 1) & 5, unseen = pairs * 3;
-    float* weights = s.weights + first * ROWS * PIECE_WORDS;
-    Sides scores{s.rows + first * ROWS * j.words, j.words, j.keys.data + at, j.ld};
-    const List list(any);
-    multiply_sides(scores, low_bits(int(j.words / SIDE)), list.vector, list.count, s.scores, PIECE);
-    for (i64 r = first; r < end; r++) {
-      visit(r);
-      clear_weights(strip, unseen & ~s.seen[r]);
-      if (masked) {
-        look(r), weigh_seen(r);
-      } else {
-        weigh_tile<false>(strip, list.vector, list.count);
-      }
-    }
-    Sides sums{weights, PIECE_WORDS, j.values.data + at, j.width};
-    add_sides(sums, (pairs | pairs >> 1) & 3, j.width, s.out + first * ROWS * j.width);
-  }
-  return;
-#endif
-  for (i64 r = 0; r < strips; r++) {
-    fetch_next(r);
-    look(r);
-    if (masked) weigh_seen(r);
   }
   // a tile's keys stay close while all rows pass
   const List whole(masked ? 0 : vectors_of(padded));
@@ -273,7 +224,7 @@ void attend_block(const Job& j, const Head& h, i64 block, Scratch& s) {
     for (i64 piece = 0; piece < j.pieces; piece++) {
       bool is_last = piece + 1 == j.pieces;
       i64 after = c.key_block[is_last && e + 1 < end ? e + 1 : e];
-      i64 next = piece_at(j, unit, after, is_last ? 0 : piece + 1) * j.ld * j.words;
+      i64 next = key_piece_at(j, unit, after, is_last ? 0 : piece + 1) * j.ld * j.words;
       attend_piece(j, h, c.key_block[e], piece, next, e < whole ? nullptr : bits, s);
       if (e >= whole) bits += rows;
     }
@@ -288,7 +239,6 @@ void attend_block(const Job& j, const Head& h, i64 block, Scratch& s) {
 }
 
 void attend(const Job& j, i64 task, Scratch& s) {
-  const MatrixRegisters registers;
   i64 block = task % j.nb, begin = task / j.nb * j.heads_per_task, known = -1;
   i64 end = std::min(begin + j.heads_per_task, j.num_units * j.group);
   for (i64 index = begin; index < end; index++) {

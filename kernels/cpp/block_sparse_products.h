@@ -11,8 +11,13 @@
 
 namespace {
 
-inline i64 piece_at(const Job& j, i64 owner, i64 block, i64 piece) {
-  return (owner * j.nb + block) * j.pieces + piece;
+// A piece among those of the query heads, and among those of the units, which have keys.
+inline i64 query_piece_at(const Job& j, i64 head, i64 block, i64 piece) {
+  return (head * j.nb + block) * j.pieces + piece;
+}
+
+inline i64 key_piece_at(const Job& j, i64 unit, i64 block, i64 piece) {
+  return (unit * j.nb_k + block) * j.pieces + piece;
 }
 
 // One token as packed numbers, 0 for no token; floats are multiplied by `factor`, pairs are not.
@@ -27,10 +32,10 @@ void store_row(const Job& j, const Rows& x, i64 sample, i64 head, i64 token, con
   store_row(from, factor, j.call.kind, j.call.D, x.at(sample, head, token, j.call.kind));
 }
 
-// The rows of one piece, (ld, words), zeros in slots that `readable` lacks.
-void load_piece(const Job& j, const Rows& x, i64 sample, i64 head, i64 block, i64 piece,
-                u64 readable, float factor, float* to) {
-  const i32* order = j.call.order + block * j.call.n + piece * PIECE;
+// The rows of one piece, (ld, words), of the tokens that begin in `order`; zeros in slots that
+// `readable` lacks.
+void load_piece(const Job& j, const Rows& x, i64 sample, i64 head, const i32* order, u64 readable,
+                float factor, float* to) {
   for (i64 i = 0; i < j.ld; i++)
     load_row(j, x, sample, head, readable >> i & 1 ? order[i] : -1, factor, to + i * j.words);
 }
@@ -54,15 +59,16 @@ INLINE i64 depth_of(const Job& j) { return (j.call.D + PAIR - 1) / PAIR; }
 INLINE float packed_factor(const Job& j) { return PAIRS ? 1 : float(j.call.scale) * LOG2E; }
 
 void pack_keys(const Job& j, i64 task, Scratch& s) {
-  i64 unit = task / j.nb, block = task % j.nb;
+  i64 unit = task / j.nb_k, block = task % j.nb_k;
   Head h = j.head(unit * j.group);
   for (i64 piece = 0; piece < j.pieces; piece++) {
-    i64 at = piece_at(j, unit, block, piece) * j.ld * j.words;
+    i64 at = key_piece_at(j, unit, block, piece) * j.ld * j.words;
     u64 readable = j.readable_keys(h.sample, block, piece);
+    const i32* order = j.call.key_order + block * j.call.n + piece * PIECE;
     float* values = j.values.data + at;
-    load_piece(j, j.call.k, h.sample, h.key, block, piece, readable, 1, s.keys);
+    load_piece(j, j.call.k, h.sample, h.key, order, readable, 1, s.keys);
     transpose(s.keys, j.ld, j.words, j.keys.data + at);
-    load_piece(j, j.call.v, h.sample, h.key, block, piece, readable, 1, PAIRS ? s.keys : values);
+    load_piece(j, j.call.v, h.sample, h.key, order, readable, 1, PAIRS ? s.keys : values);
     if (PAIRS) pack_pairs(j, s.keys, values);
   }
 }

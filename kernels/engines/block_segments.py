@@ -3,7 +3,8 @@
 A clear block is visible as a whole and has no empty slot, so that its tiles need no test. Behind
 the clear blocks of a row stand the other whole ones, then the partial ones.
 
-Letters: R rows, E listed blocks, N slots, n slots to a block, M distinct masks.
+Letters: R rows, E listed blocks, N slots of queries, Nk of keys, n slots to a block, M distinct
+masks.
 """
 
 from __future__ import annotations
@@ -27,17 +28,29 @@ log = logging.getLogger("vidattn")
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """A layout and its lists, or the transposed lists, in the form the kernels take."""
+    """Layouts and their lists, or the transposed lists, in the form the kernels take."""
 
     block: int  # n
-    order: Tensor  # (N,) int32, token in each slot, -1 for an empty slot
+    order: Tensor  # (N,) int32, token in each slot of queries, -1 for an empty slot
+    key_order: Tensor  # (Nk,) int32, likewise of keys: ``order`` where they are the same tokens
     row_start: Tensor  # (R + 1,) int64
     num_clear: Tensor  # (R,) int32
     num_whole: Tensor  # (R,) int32, the clear ones among them
     listed: Tensor  # (E,) int32
     mask_id: Tensor | None  # (E,) int32
     masks: Tensor | None  # (M, n, n) uint8
-    box: tuple[Tensor, Tensor, Tensor] | None  # key, low and high, (N,) int32
+    box: tuple[Tensor, Tensor, Tensor] | None  # key (Nk,), low and high (N,), int32
+    is_transposed: bool
+
+    @property
+    def own_order(self) -> Tensor:
+        """The order of what has the rows."""
+        return self.key_order if self.is_transposed else self.order
+
+    @property
+    def listed_order(self) -> Tensor:
+        """The order of what the rows list."""
+        return self.order if self.is_transposed else self.key_order
 
 
 def even_block(block: int, smallest: int = TILES[-1]) -> int:
@@ -66,13 +79,16 @@ def segments(
     block = lists.block
     even = even_block(block, smallest_tile)
     _warn_of_small_tiles(block, even)
-    slots = pad_blocks(lists.order, block, even, -1)
-    has_gap = (slots.view(-1, even) < 0).any(-1)
+    order = key_order = pad_blocks(lists.order, block, even, -1)
+    if lists.keys is not None:
+        key_order = pad_blocks(lists.keys, block, even, -1)
+    has_gap = ((order if transposed else key_order).view(-1, even) < 0).any(-1)
     rows = _clear_first(lists.transposed() if transposed else lists, has_gap)
     masks = None
     if lists.masks is not None and len(lists.masks):
         masks = F.pad(lists.masks.to(torch.uint8), (0, even - block, 0, even - block))
-    lists.cache[key] = Segments(even, slots, *rows, masks, _box(lists, slots, even))
+    box = _box(lists, key_order, even)
+    lists.cache[key] = Segments(even, order, key_order, *rows, masks, box, transposed)
     return lists.cache[key]
 
 
@@ -94,13 +110,13 @@ def pad_blocks(x: Tensor, block: int, even: int, value: int) -> Tensor:
     return F.pad(x.view(-1, block), (0, even - block), value=value).flatten()
 
 
-def _box(lists: BlockLists, slots: Tensor, even: int) -> tuple[Tensor, ...] | None:
+def _box(lists: BlockLists, key_order: Tensor, even: int) -> tuple[Tensor, ...] | None:
     box = lists.box
     if box is None:
         return None
     key, low, high = (pad_blocks(x, lists.block, even, 0) for x in (box.key, box.low, box.high))
     # no box holds the guard bits themselves
-    return torch.where(slots < 0, box.guard, key), low, high
+    return torch.where(key_order < 0, box.guard, key), low, high
 
 
 def _clear_first(lists: BlockLists, has_gap: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,12 +1,11 @@
 """Block-sparse attention in C++: the fast engine of every CPU with a compiler beside it.
 
 ``block_sparse_cpu.cpp`` is compiled at the first call for the best instruction set of the
-processor: AVX-512 with the matrix registers of AMX, with bfloat16 products, or alone, AVX2, or what
-every processor has. Its twin is
+processor: AVX-512 with bfloat16 products, AVX-512, AVX2, or what every processor has. Its twin is
 ``block_sparse_torch``.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block,
-nb blocks, R plan rows, E listed blocks, M masks.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, N slots, n slots to a
+block, nb blocks, R plan rows, E listed blocks, M masks.
 """
 
 from __future__ import annotations
@@ -30,18 +29,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # instruction sets, best first, with what the compiler is told; bfloat16 products take no float32
 _AVX512 = ("-DVIDATTN_WIDTH=16", *(f"-mavx512{part}" for part in ("f", "vl", "bw", "dq")), "-mfma")
 SETS = {
-    "amx_bf16": (
-        *(*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-        *("-DVIDATTN_PAIRS=1", "-DVIDATTN_AMX=1"),
-    ),
     "avx512_bf16": (*_AVX512, "-mavx512bf16", "-DVIDATTN_PAIRS=1"),
     "avx512": (*_AVX512, "-DVIDATTN_PAIRS=0"),
     "avx2": ("-DVIDATTN_WIDTH=8", "-mavx2", "-mfma", "-DVIDATTN_PAIRS=0"),
     "portable": ("-DVIDATTN_WIDTH=4", "-DVIDATTN_PAIRS=0"),
 }
 BAD_LISTS, NO_MEMORY = 1, 2
-TAKES = ("scale", "key_mask")
-LISTED = ("order", "row_start", "num_full", "key_block", "mask_id", "masks")
+TAKES = ("scale", "key_mask", "key_bias")
+LISTED = ("order", "key_order", "row_start", "num_full", "key_block", "mask_id", "masks")
 BOX = ("key", "low", "high")
 log = logging.getLogger("vidattn")
 
@@ -64,11 +59,11 @@ def attention(
 
     Args:
         q: (B, H, S, D) float32, bfloat16 or float16 on the CPU.
-        k, v: (B, K, S, D), H a multiple of K.
+        k, v: (B, K, Sk, D), H a multiple of K.
         lists: which key blocks each query block reads.
         scale: factor of the scores.
-        key_mask: (B, S) bool, False for keys that nobody may read.
-        key_bias: (B|1, H|1, S) added to the scaled scores.
+        key_mask: (B, Sk) bool, False for keys that nobody may read.
+        key_bias: (B|1, H|1, Sk) added to the scaled scores, -inf for keys that nobody may read.
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
@@ -77,7 +72,7 @@ def attention(
         ValueError: lists or a bias that do not fit the tensors.
         CompileError: there is no compiler, or it failed.
     """
-    _check_sizes(q, lists, key_bias)
+    _check_sizes(q, k, lists, key_bias)
     if key_bias is not None:
         key_bias = key_bias.float()
     return _operator(q, k, v, lists, scale=scale, key_mask=key_mask, key_bias=key_bias)
@@ -111,28 +106,14 @@ def instruction_sets() -> tuple[str, ...]:
     level = torch.backends.cpu.get_cpu_capability()
     has = {"avx512": level == "AVX512", "avx2": level in ("AVX512", "AVX2"), "portable": True}
     has["avx512_bf16"] = has["avx512"] and torch.cpu._is_avx512_bf16_supported()
-    # Linux hands the matrix registers to those that ask
-    has["amx_bf16"] = has["avx512_bf16"] and torch.cpu._init_amx()
     return tuple(name for name in SETS if has[name])
 
 
-@lru_cache
 def instruction_set(dtype: torch.dtype) -> str:
     """The instruction set that runs a dtype on this processor."""
-    names = [x for x in instruction_sets() if dtype == torch.bfloat16 or "bf16" not in x]
-    if names[0] == "amx_bf16" and not _compiles("amx_bf16"):
-        names = names[1:]
-    return names[0]
-
-
-def _compiles(name: str) -> bool:
-    """Whether the compiler knows an instruction set, which older ones do not know AMX as."""
-    try:
-        load(SOURCE, SETS[name])
-    except CompileError as error:
-        log.info("the compiler does not know %s: %s", name, error)
-        return False
-    return True
+    return next(
+        name for name in instruction_sets() if dtype == torch.bfloat16 or "bf16" not in name
+    )
 
 
 def peak_flops(dtype: torch.dtype) -> float:
@@ -163,19 +144,23 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return load(SOURCE, SETS[instruction_set(dtype)])
 
 
-def _check_sizes(q: Tensor, lists: BlockLists, key_bias: Tensor | None) -> None:
-    B, H, S, _ = q.shape
+def _check_sizes(q: Tensor, k: Tensor, lists: BlockLists, key_bias: Tensor | None) -> None:
+    B, H, Sk = *q.shape[:2], k.shape[2]
     order, block = lists.order, lists.block
     rows, entries = lists.batch * lists.heads * lists.num_blocks, lists.key_block.numel()
     sizes = {
         "order": (order.numel() % block, 0),
+        "key order": (lists.key_order.numel() % block, 0),
         "row_start": (lists.row_start.numel(), rows + 1),
         "num_full": (lists.num_full.numel(), rows),
         "batch": (lists.batch in (1, B), True),
         "heads": (lists.heads in (1, H), True),
     }
     if lists.box is not None:
-        sizes |= {name: (getattr(lists.box, name).numel(), order.numel()) for name in BOX}
+        slots = (lists.key_order, order, order)
+        sizes |= {
+            name: (getattr(lists.box, name).numel(), x.numel()) for name, x in zip(BOX, slots)
+        }
     elif lists.mask_id is not None:
         sizes["mask_id"] = (lists.mask_id.numel(), entries)
         sizes["masks"] = (tuple(lists.masks.shape[1:]), (block, block))
@@ -186,10 +171,10 @@ def _check_sizes(q: Tensor, lists: BlockLists, key_bias: Tensor | None) -> None:
         key_bias.dim() != 3
         or key_bias.shape[0] not in (1, B)
         or key_bias.shape[1] not in (1, H)
-        or key_bias.shape[2] != S
+        or key_bias.shape[2] != Sk
     ):
         raise ValueError(
-            f"key_bias must be of shape (1 or {B}, 1 or {H}, {S}), got {tuple(key_bias.shape)}"
+            f"key_bias must be of shape (1 or {B}, 1 or {H}, {Sk}), got {tuple(key_bias.shape)}"
         )
 
 
@@ -201,6 +186,7 @@ ARRAYS = (
     ("key_bias", torch.float32),
     ("key_mask", torch.bool),
     ("order", torch.int32),
+    ("key_order", torch.int32),
     ("row_start", torch.int64),
     ("num_full", torch.int32),
     ("key_block", torch.int32),
@@ -209,7 +195,7 @@ ARRAYS = (
     ("masks", torch.bool),
 )
 NUMBERS = (
-    *("guard", "bias_sample", "bias_head", "B", "H", "K", "S", "D", "N", "n"),
+    *("guard", "bias_sample", "bias_head", "B", "H", "K", "S", "S_k", "D", "N", "N_k", "n"),
     *("plan_batch", "plan_heads", "num_entries", "num_masks", "kind", "threads"),
 )
 
@@ -243,7 +229,7 @@ def _run(
 ) -> None:
     """Call the library; ``rows`` and ``arrays`` are fields of ``Call`` by name."""
     q, bias = rows["q"], arrays["key_bias"]
-    B, H, S, D = q.shape
+    S_k = rows["k"].shape[2]
     arrays = arrays | {name: getattr(lists, name) for name in LISTED}
     if lists.box is not None:
         arrays |= {f"box_{name}": getattr(lists.box, name) for name in BOX}
@@ -257,11 +243,13 @@ def _run(
         **{name: Rows(x.data_ptr(), *x.stride()[:3]) for name, x in rows.items()},
         **{name: x.data_ptr() for name, x in held.items()},
         guard=0 if lists.box is None else lists.box.guard,
-        bias_sample=0 if bias is None or bias.shape[0] == 1 else bias.shape[1] * S,
-        bias_head=0 if bias is None or bias.shape[1] == 1 else S,
+        bias_sample=0 if bias is None or bias.shape[0] == 1 else bias.shape[1] * S_k,
+        bias_head=0 if bias is None or bias.shape[1] == 1 else S_k,
         **dict(zip("BHSD", q.shape)),
         K=rows["k"].shape[1],
+        S_k=S_k,
         N=lists.order.numel(),
+        N_k=lists.key_order.numel(),
         n=lists.block,
         plan_batch=lists.batch,
         plan_heads=lists.heads,
@@ -293,7 +281,9 @@ def _forward(q, k, v, lists, scale, key_mask, key_bias):
 def _backward(d_out, delta, q, k, v, lse, lists, scale, key_mask, key_bias):
     rows = {"d_out": _rows(d_out), "q": _rows(q), "k": _rows(k), "v": _rows(v)}
     rows |= {f"d_{name}": _rows(torch.empty_like(rows[name])) for name in "qkv"}
-    d_bias = None if key_bias is None else torch.empty(q.shape[:3], dtype=torch.float32)
+    d_bias = None
+    if key_bias is not None:
+        d_bias = torch.empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
     arrays = {"lse": lse, "delta": delta, "d_bias": d_bias}
     arrays |= {"key_mask": key_mask, "key_bias": key_bias}
     _run("backward", rows, arrays, lists, scale)

@@ -1,7 +1,7 @@
 """Block-sparse attention in PyTorch: the engine of every CPU, and the twin of the Triton kernels.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block,
-nb blocks, G query blocks in flight, P listed blocks in flight.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, N slots, n slots to a
+block, nb blocks, G query blocks in flight, P listed blocks in flight.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.cpp.onednn import fast_float32_products, has_bfloat16_products
 from vidattn.kernels.engines.chunks import Chunk
-from vidattn.kernels.engines.parts import Hidden, Part, Parts
+from vidattn.kernels.engines.parts import Bias, Part, Parts
 from vidattn.kernels.engines.workspace import LN2, LOG2E, MAX_PLAIN_SCORE, Workspace
 from vidattn.kernels.library import Operator
 from vidattn.kernels.slots import Rows, Slots
@@ -26,7 +25,7 @@ from vidattn.kernels.workers import run
 FLOOR = -1e20
 # smaller than any sum of weights, so that dividing by it leaves the 0 of a row without keys
 TINY = 1e-37
-TAKES = ("scale", "key_mask")
+TAKES = ("scale", "key_mask", "key_bias")
 
 
 def attention(
@@ -47,22 +46,20 @@ def attention(
 
     Args:
         q: (B, H, S, D).
-        k, v: (B, K, S, D), H a multiple of K.
+        k, v: (B, K, Sk, D), H a multiple of K.
         lists: which key blocks each query block reads.
         scale: factor of the scores.
-        key_mask: (B, S) bool, False for keys that nobody may read.
-        key_bias: (B|1, H|1, S), finite, added to the scaled scores; it has a gradient too.
+        key_mask: (B, Sk) bool, False for keys that nobody may read.
+        key_bias: (B|1, H|1, Sk) added to the scaled scores, -inf for keys that nobody may read; it
+            has a gradient too.
 
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, -inf for no keys.
     """
     dtype = q.dtype
-    if key_bias is not None or not _computes_in(dtype, q.device):
+    if not _computes_in(dtype, q.device):
         q, k, v = q.float(), k.float(), v.float()
-    if key_bias is not None:
-        q, k, v = _with_bias(q, k, v, key_bias / scale)
-    out, lse = _attention(q, k, v, lists, scale=scale, key_mask=key_mask)
-    out = out if key_bias is None else out[..., :-1]
+    out, lse = _attention(q, k, v, lists, scale=scale, key_mask=key_mask, key_bias=key_bias)
     return out.to(dtype), lse.float()
 
 
@@ -78,24 +75,19 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _forward(q, k, v, lists, scale, key_mask, key_bias):
     with torch.autocast(q.device.type, enabled=False):
-        return Call(q, k, v, lists, scale, key_mask).forward()
+        return Call(q, k, v, lists, scale, key_mask, key_bias).forward()
 
 
 def _backward(d_out, delta, q, k, v, lse, lists, scale, key_mask, key_bias):
     with torch.autocast(q.device.type, enabled=False):
-        call = Call(q, k, v, lists, scale, key_mask)
-        return *call.backward(d_out, lse, delta), q.new_empty(0)
+        call = Call(q, k, v, lists, scale, key_mask, key_bias)
+        *grads, d_bias = call.backward(d_out, lse, delta)
+    if d_bias is None:
+        return *grads, q.new_empty(0)
+    return *grads, d_bias.sum_to_size(key_bias.shape).to(key_bias.dtype)
 
 
 _attention = Operator("block_sparse_torch", _forward, _backward)
-
-
-def _with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One more channel, in which every query is 1 and every key its bias."""
-    B, H, S, _ = q.shape
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    bias = bias.to(k.dtype).expand(B, H, S)[..., None]
-    return F.pad(q, (0, 1), value=1.0), torch.cat([k, bias], dim=-1), F.pad(v, (0, 1))
 
 
 class Call:
@@ -103,11 +95,20 @@ class Call:
 
     Args:
         q: (B, H, S, D).
-        k, v: (B, K, S, D).
+        k, v: (B, K, Sk, D).
     """
 
-    def __init__(self, q, k, v, lists: BlockLists, scale: float, key_mask: Tensor | None):
-        slots = Slots(lists.order, lists.block, key_mask)
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lists: BlockLists,
+        scale: float,
+        key_mask: Tensor | None,
+        key_bias: Tensor | None = None,
+    ):
+        slots = Slots(lists.key_order, lists.block, key_mask)
         self.tokens, self.slots, self.lists, self.scale = (q, k, v), slots, lists, scale
         self.q, self.k, self.v = Rows(q), slots.fill(k), slots.fill(v)
         self.dtype = q.dtype
@@ -116,17 +117,19 @@ class Call:
             torch.linalg.vector_norm(x, dim=-1, dtype=self.score_dtype).amax().item()
             for x in (q, self.k)
         )
-        self.is_plain = longest_q * longest_k * abs(scale) * LOG2E <= MAX_PLAIN_SCORE
         n, D = slots.block, q.shape[-1]
         block_bytes = n * (n * self.score_dtype.itemsize + 2 * D * q.dtype.itemsize)
         # log2 of the sum of weights
         lse = torch.full((*q.shape[:3], 1), -math.inf, dtype=self.score_dtype, device=q.device)
         self.lse = Rows(lse)
-        self.parts = Parts(
-            lists, slots, self.q, self.lse, k.shape[1], block_bytes, self.score_dtype
-        )
+        self.has_bias = key_bias is not None
+        bias = key_bias * LOG2E if self.has_bias else None
+        given = (self.q, self.lse, k.shape[1], block_bytes, self.score_dtype, bias)
+        self.parts = Parts(lists, slots, *given)
+        largest = longest_q * longest_k * abs(scale) * LOG2E + self.parts.largest_bias
+        self.is_plain = largest <= MAX_PLAIN_SCORE
 
-    def _run(self, work: Callable[[Workspace, Chunk, Part, Hidden | None], None]) -> None:
+    def _run(self, work: Callable[[Workspace, Chunk, Part, Bias | None], None]) -> None:
         device = self.k.device
         # kept from call to call: memory new to the process costs a tenth of the time
         spaces = self.lists.cache.setdefault(("workspaces", self.dtype, device), [])
@@ -137,8 +140,8 @@ class Call:
             except IndexError:
                 space = Workspace(self.dtype, self.score_dtype, device)
             space.begin()
-            for chunk, part, hidden in self.parts.of_worker(index):
-                work(space, chunk, part, hidden)
+            for chunk, part, bias in self.parts.of_worker(index):
+                work(space, chunk, part, bias)
             spaces.append(space)
 
         with fast_float32_products(device):
@@ -156,8 +159,8 @@ class Call:
         out, row_index = self._new_output()
         out_rows, lse_rows = Rows(out).flat, self.lse.flat
 
-        def work(space: Workspace, chunk: Chunk, part: Part, hidden: Hidden | None) -> None:
-            acc, total, top = self._attend(space, chunk, part, hidden)
+        def work(space: Workspace, chunk: Chunk, part: Part, bias: Bias | None) -> None:
+            acc, total, top = self._attend(space, chunk, part, bias)
             part.put(lse_rows, part.lse_rows, total.log2().add_(top))
             acc.div_(total.clamp_min_(TINY))
             part.put(out_rows, row_index(part), space.cast("out", acc, out.dtype))
@@ -166,7 +169,7 @@ class Call:
         return out, self.lse.tensor.mul_(LN2).squeeze(-1)
 
     def _attend(
-        self, space: Workspace, chunk: Chunk, part: Part, hidden: Hidden | None
+        self, space: Workspace, chunk: Chunk, part: Part, bias: Bias | None
     ) -> tuple[Tensor, Tensor, Tensor | float]:
         """(G, n, D) weighted values, (G, n, 1) sum of the weights, and the score of weight 1."""
         q = part.take(self.q.flat, part.query_rows).to(self.score_dtype).mul_(self.scale * LOG2E)
@@ -174,7 +177,7 @@ class Call:
         total, top = None, 0.0
         for index, (begin, end) in zip(part.segments, chunk.segments()):
             k = space.gather("k", self.k, index, len(q))
-            scores = space.scores(q, k, hidden, begin, end)
+            scores = space.scores(q, k, bias, begin, end)
             if not self.is_plain:
                 highest = scores.amax(-1, keepdim=True).clamp_min_(FLOOR)
                 if begin:
@@ -195,9 +198,13 @@ class Call:
         """(G, n, 1) sums of weights; (G, n, P * n) scores become weights, in place."""
         return scores.exp2_().sum(-1, keepdim=True)
 
-    def backward(self, d_out: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
-        """Gradients of q, k and v; ``delta`` is what the softmax of each row loses."""
-        _, k, v = self.tokens
+    def backward(self, d_out: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor | None]:
+        """Gradients of q, k, v and the biases of keys, (B, H, Sk), or None where there are none.
+
+        Args:
+            delta: what the softmax of each row loses.
+        """
+        q, k, v = self.tokens
         # a row without keys gets no weights
         lse = (lse / LN2).masked_fill_(lse == -math.inf, -FLOOR).view(-1, 1)
         delta = delta.reshape(-1, 1)
@@ -205,41 +212,50 @@ class Call:
         d_q_rows = Rows(d_q).flat
         pulls = [d_out.reshape(-1, d_out.shape[-1]), lse, delta]
         d_k, d_v = (torch.zeros_like(x, dtype=self.score_dtype) for x in (self.k, self.v))
+        d_bias = None
+        if self.has_bias:
+            d_bias = d_k.new_zeros(d_k.shape[0] // k.shape[1] * q.shape[1], self.slots.block, 1)
 
-        def work(space: Workspace, chunk: Chunk, part: Part, hidden: Hidden | None) -> None:
+        def work(space: Workspace, chunk: Chunk, part: Part, bias: Bias | None) -> None:
             rows = [part.take(x, part.lse_rows) for x in pulls]
             if part.live is not None:
                 rows[1].masked_fill_(~part.live[..., None], -FLOOR)
-            grad = self._pull(space, (chunk, part, hidden), rows, (d_k, d_v)).mul_(self.scale)
+            grad = self._pull(space, (chunk, part, bias), rows, (d_k, d_v, d_bias))
+            grad.mul_(self.scale)
             part.put(d_q_rows, row_index(part), space.cast("out", grad, d_q.dtype))
 
         self._run(work)
         d_k.mul_(self.scale)
         d_k, d_v = (self.slots.read(d, x).to(x.dtype) for d, x in ((d_k, k), (d_v, v)))
-        return [d_q, d_k, d_v]
+        if d_bias is not None:
+            d_bias = self.slots.read(d_bias, q).squeeze(-1)
+        return [d_q, d_k, d_v, d_bias]
 
     def _pull(
         self,
         space: Workspace,
-        piece: tuple[Chunk, Part, Hidden | None],
+        piece: tuple[Chunk, Part, Bias | None],
         rows: list[Tensor],
-        grads: tuple[Tensor, Tensor],
+        grads: tuple[Tensor, Tensor, Tensor | None],
     ) -> Tensor:
-        """Adds to the gradients of k and v; returns that of the queries, without the scale.
+        """Adds to the gradients of all but the queries; returns theirs, without the scale.
 
         Args:
             rows: of the queries, the gradient of their output, their log-sum-exp and ``delta``.
         """
-        chunk, part, hidden = piece
-        (d_out, lse, delta), (d_k, d_v) = rows, grads
+        chunk, part, bias = piece
+        (d_out, lse, delta), (d_k, d_v, d_bias) = rows, grads
         raw_q = part.take(self.q.flat, part.query_rows)
         q = raw_q.to(self.score_dtype) * (self.scale * LOG2E)
         d_q = space.buffer("acc", q.shape, self.score_dtype)
         for index, (begin, end) in zip(part.segments, chunk.segments()):
             k = space.gather("k", self.k, index, len(q))
             v = space.gather("v", self.v, index, len(q))
-            weights = space.scores(q, k, hidden, begin, end).sub_(lse).exp2_()
+            weights = space.scores(q, k, bias, begin, end).sub_(lse).exp2_()
             d_scores = space.d_weights(d_out, v, weights).sub_(delta).mul_(weights)
+            if d_bias is not None:
+                cells = part.cells[:, begin:end].flatten()
+                d_bias.index_add_(0, cells, d_scores.sum(1).view(cells.numel(), -1, 1))
             d_scores = space.cast("d weights", d_scores, k.dtype)
             space.add_product(d_q, d_scores, k, first=not begin)
             for grad, a, b in (

@@ -1,6 +1,7 @@
 """Block-sparse attention on NVIDIA GPUs, by Triton kernels.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, nb blocks.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, N slots of queries, nb
+their blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vidattn.kernels.triton.configs import Tile, architecture, padded_head_dim, 
 LOG2E = math.log2(math.e)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-TAKES = ("scale", "key_mask", "gain", "shift")
+TAKES = ("scale", "key_mask", "key_bias", "gain", "shift")
 # the tiles an interpreted kernel runs
 INTERPRETED_AS = 90
 # the log-sum-exp of a query that gets no gradient: every weight is then 0
@@ -50,11 +51,12 @@ def attention(
 
     Args:
         q: (B, H, S, D).
-        k, v: (B, K, S, D), H a multiple of K.
+        k, v: (B, K, Sk, D), H a multiple of K.
         lists: which key blocks each query block reads.
         scale: factor of the scores, above 0.
-        key_mask: (B, S) bool, False for keys that nobody may read.
-        key_bias: (B|1, H|1, S) added to the scaled scores of a key.
+        key_mask: (B, Sk) bool, False for keys that nobody may read.
+        key_bias: (B|1, H|1, Sk) added to the scaled scores of a key, -inf for keys that nobody may
+            read.
         gain: (B|1, H|1, nb) factor of the output of a query block.
         shift: (B|1, H|1, nb, D) added to the output of a query block after that.
 
@@ -127,10 +129,11 @@ def _forward(q, k, v, lists, scale, key_mask, key_bias, gain=None, shift=None):
         shift=_per_head(shift, q),
         scale=scale * LOG2E,
         num_tokens=q.shape[2],
+        key_order=rows.key_order,
         **bias,
         **stride_arguments(q=q, k=k, v=v, o=out),
         **list_arguments(rows, lists, q, k),
-        **constant_arguments(rows, q, shipped),
+        **constant_arguments(rows, q, k, shipped),
     )
     return out, lse
 
@@ -159,7 +162,8 @@ def _backward(d_out, delta, q, k, v, lse, lists, scale, key_mask, key_bias):
     delta.masked_fill_(lse == NO_QUERY, 0)
     given = {"q": q, "k": k, "v": v, "d_out": d_out, "slot_lse": lse, "delta": delta}
     bias = bias_arguments(q, key_mask, key_bias)
-    given |= {"scale": scale, **bias, **stride_arguments(q=q, k=k, v=v, d=d_out)}
+    given |= {"scale": scale, "key_order": rows.key_order, **bias}
+    given |= stride_arguments(q=q, k=k, v=v, d=d_out)
     shipped = _tile("query_gradient", q, rows, bias)
     launch(
         triton_query_gradient.query_gradient_kernel,
@@ -168,21 +172,22 @@ def _backward(d_out, delta, q, k, v, lse, lists, scale, key_mask, key_bias):
         **given,
         **stride_arguments(g=d_q),
         **list_arguments(rows, lists, q, k),
-        **constant_arguments(rows, q, shipped),
+        **constant_arguments(rows, q, k, shipped),
     )
-    d_bias = None if key_bias is None else lse.new_empty(q.shape[:3])
+    d_bias = None if key_bias is None else lse.new_empty(*q.shape[:2], k.shape[2])
     shipped = _tile("key_gradient" if d_bias is None else "key_gradient_bias", q, rows, bias)
     launch(
         triton_key_gradient.key_gradient_kernel,
-        rows.order.numel() // shipped.columns * q.shape[0] * k.shape[1],
+        rows.key_order.numel() // shipped.columns * q.shape[0] * k.shape[1],
         d_k=d_k,
         d_v=d_v,
         d_bias=d_bias,
-        num_tokens=q.shape[2],
+        num_keys=k.shape[2],
+        num_query_blocks=rows.order.numel() // rows.block,
         **given,
         **stride_arguments(gk=d_k, gv=d_v),
         **list_arguments(columns, lists, q, k),
-        **constant_arguments(columns, q, shipped),
+        **constant_arguments(columns, q, k, shipped),
     )
     if d_bias is None:
         return d_q, d_k, d_v, q.new_empty(0)
@@ -192,7 +197,7 @@ def _backward(d_out, delta, q, k, v, lse, lists, scale, key_mask, key_bias):
 _attention = Operator("block_sparse_triton", _forward, _backward)
 _compensated = torch.library.custom_op(
     "vidattn::block_sparse_triton_compensated",
-    lambda q, k, v, gain, shift, *rest: _forward(q, k, v, *gather(rest, q.shape[2]), gain, shift),
+    lambda q, k, v, gain, shift, *rest: _forward(*gather((q, k, v, *rest)), gain, shift),
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? gain, Tensor? shift, "
     f"{LISTS}, {REST}) -> (Tensor, Tensor)",
@@ -237,7 +242,7 @@ def stride_arguments(**tensors: Tensor) -> dict[str, int]:
 
 
 def bias_arguments(q: Tensor, key_mask: Tensor | None, key_bias: Tensor | None) -> dict[str, Any]:
-    """The arguments about (B|1, H|1, S) float32 biases, base 2, -inf for keys nobody may read."""
+    """The arguments about (B|1, H|1, Sk) float32 biases, base 2, -inf for keys nobody may read."""
     if key_mask is None and key_bias is None:
         return {"key_bias": None, "stride_bias_b": 0, "stride_bias_h": 0}
     bias = (
@@ -252,7 +257,7 @@ def bias_arguments(q: Tensor, key_mask: Tensor | None, key_bias: Tensor | None) 
 
 def list_arguments(rows: Segments, lists: BlockLists, q: Tensor, k: Tensor) -> dict[str, Any]:
     """The arguments about lists and layout, which all kernels name alike."""
-    num_blocks = rows.order.numel() // rows.block
+    num_blocks = rows.own_order.numel() // rows.block
     key, low, high = (None, None, None) if rows.box is None else rows.box
     return {
         "order": rows.order,
@@ -274,11 +279,12 @@ def list_arguments(rows: Segments, lists: BlockLists, q: Tensor, k: Tensor) -> d
     }
 
 
-def constant_arguments(rows: Segments, q: Tensor, shipped: Tile) -> dict[str, Any]:
+def constant_arguments(rows: Segments, q: Tensor, k: Tensor, shipped: Tile) -> dict[str, Any]:
     """The compile-time arguments and the options of a launch."""
     from vidattn.kernels.triton.tiles import BOX, LIVE, NO_RULE, TABLE
 
-    rule = LIVE if rows.order.numel() != q.shape[2] else NO_RULE
+    listed = q if rows.is_transposed else k
+    rule = LIVE if rows.listed_order.numel() != listed.shape[2] else NO_RULE
     if rows.box is not None or rows.masks is not None:
         rule = TABLE if rows.box is None else BOX
     return {

@@ -1,6 +1,6 @@
 """Attention of every query to every key, by the fastest kernel that PyTorch has for it.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def dense_attention(
 
     Args:
         q: (B, H, S, D).
-        k, v: (B, K, S, D), H a multiple of K.
-        mask: bool or additive, broadcast to (B, H, S, S).
+        k, v: (B, K, Sk, D), H a multiple of K.
+        mask: bool or additive, broadcast to (B, H, S, Sk).
         scale: factor of the scores; D ** -0.5 by default.
 
     Returns:

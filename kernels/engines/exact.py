@@ -4,7 +4,7 @@ Which is faster depends on the processor, the dtype, the head dim, the length, a
 a gradient. It is measured once for each of these on random numbers, which takes some tens of
 milliseconds, and kept; calls too short to matter stay PyTorch's, unmeasured.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim.
 """
 
 from __future__ import annotations
@@ -74,14 +74,21 @@ class Kind(NamedTuple):
 
 
 def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of every query to every key, on the engine that ``exact_engine`` names.
 
     Args:
         q: (B, H, S, D).
-        k, v: (B, K, S, D), H a multiple of K.
-        key_mask: (B, S) bool, False for keys that nobody may read.
+        k, v: (B, K, Sk, D), H a multiple of K.
+        key_mask: (B, Sk) bool, False for keys that nobody may read.
+        key_bias: (B|1, H|1, Sk) added to the scaled scores, -inf for keys that nobody may read.
         scale: factor of the scores; D ** -0.5 by default.
 
     Returns:
@@ -89,9 +96,13 @@ def exact_attention(
     """
     if exact_engine(q, k, v) == "pytorch":
         mask = None if key_mask is None else key_mask[:, None, None]
+        if key_bias is not None:
+            bias = key_bias[:, :, None]
+            mask = bias if mask is None else torch.where(mask, bias, -math.inf)
         return dense_attention(q, k, v, mask=mask, scale=scale)
     q, k, v = cast_by_autocast(q, k, v)
-    return _ours(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, key_mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _ours(q, k, v, scale, key_mask=key_mask, key_bias=key_bias)
 
 
 def exact_engine(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -152,9 +163,9 @@ def _flops(heads: int, num_tokens: int, head_dim: int) -> float:
     return 4.0 * heads * num_tokens**2 * head_dim
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+def _ours(q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Tensor | None) -> Tensor:
     lists = whole_lists(q.shape[2])
-    return block_sparse_cpu.attention(q, k, v, lists, scale=scale, key_mask=key_mask)[0]
+    return block_sparse_cpu.attention(q, k, v, lists, scale=scale, **options)[0]
 
 
 @lru_cache(maxsize=64)
@@ -195,7 +206,7 @@ def _measure(kind: Kind) -> float:
                 torch.autograd.grad(out, leaves, pull)
         return time.perf_counter() - begin
 
-    contestants = (F.scaled_dot_product_attention, lambda *x: _ours(*x, D**-0.5, None))
+    contestants = (F.scaled_dot_product_attention, lambda *x: _ours(*x, D**-0.5))
     for attention in contestants:
         call(attention)
     times = [[call(attention) for attention in contestants] for _ in range(ROUNDS)]

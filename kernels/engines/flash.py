@@ -25,6 +25,7 @@ HEAD_DIMS = (64, 128)
 BLOCKS = {9: (64, 128), 10: (128, 256)}
 # what is timed to learn whether it is worth choosing
 TIMED_BLOCKS, TIMED_HEADS, TIMED_SHARE = 64, 16, 0.25
+# neither biases nor other keys: nobody has run these kernels with them
 TAKES = ("scale", "key_mask", "need_lse")
 log = logging.getLogger("vidattn")
 

@@ -1,7 +1,7 @@
 """Block-sparse attention on PyTorch's FlexAttention: a cross-check, and an engine for GPUs.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, N slots, n slots to a block,
-nb blocks, Bm and Hm samples and heads of the plan, M distinct masks.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, n slots to a block, nb
+blocks of queries, nbk of keys, Bm and Hm samples and heads of the plan, M distinct masks.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # each shape of the inputs and each kind of rule is compiled once, up to so many
 MAX_SHAPES = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TAKES = ("scale", "key_mask", "need_lse")
+TAKES = ("scale", "key_mask", "key_bias", "need_lse")
 
 
 def attention(
@@ -35,6 +36,7 @@ def attention(
     *,
     scale: float,
     key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     need_lse: bool = True,
     kernel_options: dict[str, int | str] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -42,10 +44,11 @@ def attention(
 
     Args:
         q: (B, H, S, D).
-        k, v: (B, K, S, D), H a multiple of K.
+        k, v: (B, K, Sk, D), H a multiple of K.
         lists: which key blocks each query block reads; on a GPU a block has a multiple of 16 slots.
         scale: factor of the scores.
-        key_mask: (B, S) bool, False for keys that nobody may read.
+        key_mask: (B, Sk) bool, False for keys that nobody may read.
+        key_bias: (B|1, H|1, Sk) added to the scaled scores, -inf for keys that nobody may read.
         need_lse: whether to return the log-sum-exp, which FlexAttention lacks on a CPU.
         kernel_options: of FlexAttention on a GPU; by default tiles that divide the block, its own
             where a block is a multiple of 128.
@@ -53,13 +56,19 @@ def attention(
     Returns:
         (B, H, S, D) in the dtype of ``q``; (B, H, S) float32 log-sum-exp, or None.
     """
-    lists.check(q.shape[2])
-    slots = Slots(lists.order, lists.block, key_mask)
-    block_mask = _block_mask(lists, slots, shared=key_mask is None)
+    lists.check(q.shape[2], k.shape[2])
+    keys = Slots(lists.key_order, lists.block, key_mask)
+    slots = keys if lists.keys is None else Slots(lists.order, lists.block, None)
+    block_mask = _block_mask(lists, keys, shared=key_mask is None)
     options = {"scale": scale, "block_mask": block_mask, "enable_gqa": q.shape[1] != k.shape[1]}
     if q.device.type != "cpu" and (chosen := kernel_options or _tiles(lists.block)):
         options["kernel_options"] = chosen
-    blocks = (slots.fill(x).view(*x.shape[:2], -1, x.shape[-1]) for x in (q, k, v))
+    if key_bias is not None:
+        options["score_mod"] = _score_mod(keys.of_tokens(key_bias.expand(*q.shape[:2], -1)))
+    blocks = (
+        side.fill(x).view(*x.shape[:2], -1, x.shape[-1])
+        for side, x in zip((slots, keys, keys), (q, k, v))
+    )
     if not need_lse:
         return slots.read(_compiled()(*blocks, **options), q), None
     from torch.nn.attention.flex_attention import AuxRequest
@@ -126,17 +135,17 @@ def _block_mask(lists: BlockLists, slots: Slots, *, shared: bool) -> BlockMask:
         return lists.cache["flex"]
     from torch.nn.attention.flex_attention import BlockMask
 
-    nb = slots.num_blocks
-    listed = torch.zeros(lists.num_rows, nb, dtype=torch.bool, device=lists.row_start.device)
+    nbk = slots.num_blocks
+    listed = torch.zeros(lists.num_rows, nbk, dtype=torch.bool, device=lists.row_start.device)
     rows, columns = lists.row_of_entry, lists.key_block.long()
     listed[rows, columns] = True
     whole = listed.clone()
     whole[rows[lists.is_partial], columns[lists.is_partial]] = False
-    listed, whole = (x.view(lists.batch, lists.heads, nb, nb) for x in (listed, whole))
+    listed, whole = (x.view(lists.batch, lists.heads, -1, nbk) for x in (listed, whole))
     rule = _rule(lists, slots, whole)
     if slots.readable is not None:
         # a block with a key that may not be read needs the rule too
-        unread = ~slots.readable.view(-1, 1, 1, nb, slots.block).all(-1)
+        unread = ~slots.readable.view(-1, 1, 1, nbk, slots.block).all(-1)
         listed, whole = torch.broadcast_tensors(listed, whole & ~unread)
     full = whole.sum(-1, dtype=torch.int32), _columns(whole)
     partial = listed & ~whole
@@ -153,8 +162,17 @@ def _block_mask(lists: BlockLists, slots: Slots, *, shared: bool) -> BlockMask:
 
 
 def _columns(table: Tensor) -> Tensor:
-    """(Bm, Hm, nb, nb) int32, in each row the columns that are set, then the others."""
+    """(Bm, Hm, nb, nbk) int32, in each row the columns that are set, then the others."""
     return torch.argsort(table.int(), dim=-1, descending=True, stable=True).int()
+
+
+def _score_mod(bias: Tensor) -> ScoreMod:
+    """Adds (B, H, N) biases of the slots of keys."""
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[b, h, key]
+
+    return biased
 
 
 def _rule(lists: BlockLists, slots: Slots, whole: Tensor) -> MaskMod | None:

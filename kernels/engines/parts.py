@@ -1,7 +1,8 @@
 """Block lists of one call cut into parts: the query blocks in flight, with the keys they read.
 
-Letters: B batch, H query heads, K key heads, n slots to a block, nb blocks, c copies in flight,
-g plan rows in flight, G = c * g query blocks in flight, L listed blocks, P of them in flight.
+Letters: B batch, H query heads, K key heads, Sk keys, n slots to a block, nb blocks of keys, c
+copies in flight, g plan rows in flight, G = c * g query blocks in flight, L listed blocks, P of
+them in flight.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Part:
     query_rows: Tensor  # (G * n,) int64, rows of D numbers in q
     lse_rows: Tensor  # (G * n,) int64, likewise in the log-sum-exp
     live: Tensor | None  # (G, n) bool, which slots hold a token, None where all do
-    cells: Tensor  # (G, L) int64, key blocks, counted through the batch
+    cells: Tensor  # (G, L) int64, key blocks, counted through what has biases of keys
 
     @property
     def num_blocks(self) -> int:
@@ -52,15 +53,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What hides pairs of one part."""
+class Bias:
+    """What is added to the scores of one part."""
 
     pairs: Tensor | None  # (g, n, (L - first_partial) * n), HIDDEN or less for hidden pairs
-    keys: Tensor | None  # (G, L, n), -inf for keys nobody may read
+    keys: Tensor | None  # (G, L, n) base 2, -inf for keys nobody may read
     first_partial: int
+    largest: float  # what the finite ones of keys add or take at most
 
-    def hide(self, scores: Tensor, begin: int, end: int) -> None:
-        """Lower the scores (G, n, P * n) of hidden pairs of the listed blocks begin to end."""
+    def add_to(self, scores: Tensor, begin: int, end: int) -> None:
+        """Add to the scores (G, n, P * n) of the listed blocks begin to end."""
         n, first = scores.shape[1], self.first_partial
         if self.pairs is not None and end > first:
             start = max(begin, first)
@@ -75,11 +77,13 @@ class Parts:
     """The parts of one call, shared out to workers whose query and key heads are their own.
 
     Args:
+        slots: of keys.
         q: rows of (B, H, S, D).
         lse: rows of (B, H, S, 1).
         num_key_heads: K.
         block_bytes: memory in flight of one listed block.
         dtype: of the scores.
+        key_bias: (B|1, H|1, Sk) added to the scores of a key, base 2, or None.
     """
 
     def __init__(
@@ -91,12 +95,14 @@ class Parts:
         num_key_heads: int,
         block_bytes: int,
         dtype: torch.dtype,
+        key_bias: Tensor | None,
     ):
         self._lists, self._slots, self._block_bytes, self._dtype = lists, slots, block_bytes, dtype
         self._q, self._lse = q, lse
+        self._queries = slots if lists.keys is None else Slots(lists.order, lists.block, None)
         B, H = q.tensor.shape[:2]
         self._index_heads(B, H, num_key_heads)
-        self._find_unreadable()
+        self._find_bias(B, H, key_bias)
         limit = num_workers(lists.key_block.device)
         self._shares = self._share_out(limit)
         sizes = (B, H, num_key_heads, q.strides, lse.strides, slots.block, block_bytes, limit)
@@ -108,7 +114,10 @@ class Parts:
         return len(self._shares)
 
     def _index_heads(self, B: int, H: int, K: int) -> None:
-        """Tables (plan heads, copies): the query, key and sample each copy of a plan row is for."""
+        """Tables (plan heads, copies): the query, key and sample each copy of a plan row is for.
+
+        The samples are those that have biases of keys.
+        """
         lists = self._lists
         b = torch.arange(B, device=lists.key_block.device)[:, None]
         h = torch.arange(H, device=lists.key_block.device)
@@ -121,17 +130,25 @@ class Parts:
         self._key_heads = by_plan(b * K + h // (H // K))
         self._samples = by_plan(b.expand(B, H))
 
-    def _find_unreadable(self) -> None:
+    def _find_bias(self, B: int, H: int, key_bias: Tensor | None) -> None:
+        """A bias of each block of keys: of all samples, of each, or of each of their heads."""
         readable = self._slots.readable
-        self._key_bias = None
-        if readable is None:
+        self.largest_bias, self._key_bias = 0.0, None
+        if key_bias is not None:
+            bias = self._slots.of_tokens(key_bias.to(self._dtype).expand(B, H, -1))
+            self.largest_bias = bias.masked_fill(bias.isinf(), 0).abs().amax().item()
+            self._samples = self._query_heads
+        elif readable is not None:
+            bias = torch.zeros(len(readable), 1, readable.shape[1], device=readable.device)
+            bias = bias.to(self._dtype)
+            if len(readable) == 1:
+                self._samples = torch.zeros_like(self._samples)
+        else:
             return
-        bias = torch.zeros(readable.shape, dtype=self._dtype, device=readable.device)
-        bias.masked_fill_(~readable, -math.inf)
+        if readable is not None:
+            bias.masked_fill_(~readable[:, None], -math.inf)
         self._key_bias = bias.view(-1, self._slots.block)
-        self._is_biased = ~readable.view(-1, self._slots.block).all(-1)
-        if readable.shape[0] == 1:
-            self._samples = torch.zeros_like(self._samples)
+        self._is_biased = (self._key_bias != 0).any(-1)
 
     def _share_out(self, limit: int) -> list[tuple[slice, slice]]:
         """Plan heads and copies of each worker: equal shares without a key head in common.
@@ -148,7 +165,7 @@ class Parts:
                     return shares
         return [(slice(None), slice(None))]
 
-    def of_worker(self, worker: int) -> Iterator[tuple[Chunk, Part, Hidden | None]]:
+    def of_worker(self, worker: int) -> Iterator[tuple[Chunk, Part, Bias | None]]:
         """The parts of one worker, in a fixed order."""
         for chunk, parts in self._chunks(worker):
             pairs = None
@@ -159,8 +176,10 @@ class Parts:
                 keys = None
                 if self._key_bias is not None and bool(self._is_biased[part.cells].any()):
                     keys = self._key_bias[part.cells]
-                hides = pairs is not None or keys is not None
-                yield chunk, part, Hidden(pairs, keys, chunk.first_partial) if hides else None
+                bias = None
+                if pairs is not None or keys is not None:
+                    bias = Bias(pairs, keys, chunk.first_partial, self.largest_bias)
+                yield chunk, part, bias
 
     def _chunks(self, worker: int) -> Iterable[tuple[Chunk, Iterable[Part]]]:
         """Chunks of a worker with their parts, from the call before where they are few."""
@@ -191,9 +210,9 @@ class Parts:
             keys = (key_heads[..., None] * nb + blocks).flatten(0, 1)
             yield Part(
                 segments=tuple(keys[:, a:b].flatten() for a, b in chunk.segments()),
-                query_rows=self._slots.index(self._q, heads, query_blocks).flatten(),
-                lse_rows=self._slots.index(self._lse, heads, query_blocks).flatten(),
-                live=self._slots.live(query_blocks),
+                query_rows=self._queries.index(self._q, heads, query_blocks).flatten(),
+                lse_rows=self._queries.index(self._lse, heads, query_blocks).flatten(),
+                live=self._queries.live(query_blocks),
                 cells=(samples[..., None] * nb + blocks).flatten(0, 1),
             )
 

@@ -108,7 +108,7 @@ def fake(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 _attention = torch.library.custom_op(
     "vidattn::quantised_torch",
-    lambda q, k, v, *rest: _forward(q, k, v, *gather(rest, q.shape[2])),
+    lambda *inputs: _forward(*gather(inputs)),
     mutates_args=(),
     schema=SCHEMA,
 )

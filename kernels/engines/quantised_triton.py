@@ -82,7 +82,7 @@ def _forward(q, k, v, lists, scale, key_mask, precision):
     size = (q.itemsize, q.shape[-1], rows.block)
     extras = {"has_masks": rows.masks is not None, "has_bias": key_mask is not None}
     shipped = tile(precision, plain.architecture_of(q), *size, **extras)
-    constants = plain.constant_arguments(rows, q, shipped)
+    constants = plain.constant_arguments(rows, q, k, shipped)
     plain.launch(
         quantised_kernel,
         rows.order.numel() // shipped.rows * q.shape[0] * q.shape[1],
@@ -170,7 +170,7 @@ def _in_channels(x: Tensor, rows: Segments) -> tuple[Tensor, Tensor]:
 
 _attention = torch.library.custom_op(
     "vidattn::quantised_triton",
-    lambda q, k, v, *rest: _forward(q, k, v, *gather(rest, q.shape[2])),
+    lambda *inputs: _forward(*gather(inputs)),
     mutates_args=(),
     schema=SCHEMA,
 )

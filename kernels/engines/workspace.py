@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vidattn.kernels.engines.partial_bias import HIDDEN
-from vidattn.kernels.engines.parts import Hidden
+from vidattn.kernels.engines.parts import Bias
 
 LN2, LOG2E = math.log(2), math.log2(math.e)
 # Scores up to this, base 2, need no maximum subtracted: 2 ** 100 times a million keys is finite,
@@ -73,7 +73,7 @@ class Workspace:
         else:
             acc.baddbmm_(a, b)
 
-    def scores(self, q: Tensor, k: Tensor, hidden: Hidden | None, begin: int, end: int) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, bias: Bias | None, begin: int, end: int) -> Tensor:
         """(G, n, P * n) scores, base 2, of listed blocks begin to end; HIDDEN or less if hidden.
 
         Args:
@@ -88,14 +88,14 @@ class Workspace:
             product = self.buffer("scores", shape, self.dtype)
             torch.bmm(self.cast("rounded q", q, self.dtype), k.mT, out=product)
             scores.copy_(product)
-            if hidden is not None:
-                hidden.hide(scores, begin, end)
-            if _is_roundable(scores):
+            if bias is not None:
+                bias.add_to(scores, begin, end)
+            if _is_roundable(scores, 0.0 if bias is None else bias.largest):
                 return scores
             self._misses += 1
         torch.bmm(q, self.cast("exact k", k, self.score_dtype).mT, out=scores)
-        if hidden is not None:
-            hidden.hide(scores, begin, end)
+        if bias is not None:
+            bias.add_to(scores, begin, end)
         return scores
 
     def d_weights(self, d_out: Tensor, v: Tensor, weights: Tensor) -> Tensor:
@@ -117,16 +117,16 @@ class Workspace:
         return torch.bmm(d_out, v.mT, out=exact)
 
 
-def _is_roundable(scores: Tensor) -> bool:
-    """Whether bfloat16 held the scores well enough.
+def _is_roundable(scores: Tensor, largest_bias: float) -> bool:
+    """Whether bfloat16 held the scores well enough, before a bias of up to so much was added.
 
     What counts is the error of the largest score of each row: lesser ones weigh less. A few rows
     may go up to twice the limit.
     """
     top = scores.amax(-1)
     low, high = (x.item() for x in torch.aminmax(top))
-    if max(-low, high) <= MAX_ROUNDED_SCORE:
+    if max(-low, high) + largest_bias <= MAX_ROUNDED_SCORE:
         return True
-    size = top.abs().masked_fill_(top <= HIDDEN, 0)
+    size = top.abs().add_(largest_bias).masked_fill_(top <= HIDDEN, 0)
     few = (size > MAX_ROUNDED_SCORE).sum() * 16 <= size.numel()
     return bool(few and size.amax() <= 2 * MAX_ROUNDED_SCORE)

@@ -1,7 +1,8 @@
 """Block-sparse flash attention in Triton, forward.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, BD the power of two that holds
-it, N slots, R plan rows, E listed blocks, M queries and L keys of a tile.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, BD the power of two
+that holds it, N slots of queries, Nk of keys, R plan rows, E listed blocks, M queries and L keys of
+a tile.
 """
 
 from __future__ import annotations
@@ -114,21 +115,22 @@ def _read_keys(
 @triton.jit(do_not_specialize=["guard"])
 def forward_kernel(
     q,  # (B, H, S, D)
-    k,  # (B, K, S, D)
-    v,  # (B, K, S, D)
+    k,  # (B, K, Sk, D)
+    v,  # (B, K, Sk, D)
     out,  # (B, H, S, D)
     lse,  # (B, H, S) natural log
-    key_bias,  # (B|1, H|1, S) base 2, or None
+    key_bias,  # (B|1, H|1, Sk) base 2, -inf for a key that nobody may read, or None
     gain,  # (B, H, N / BLOCK) factor of the output, or None
     shift,  # (B, H, N / BLOCK, D) added to it, or None
-    order,  # (N,) token of each slot, -1 for none
+    order,  # (N,) token of each slot of queries, -1 for none
+    key_order,  # (Nk,) likewise of keys
     row_start,  # (R + 1,)
     num_clear,  # (R,)
     num_whole,  # (R,)
     listed,  # (E,) key blocks
     mask_id,  # (E,), for a table
     masks,  # (distinct masks, BLOCK, BLOCK), for a table
-    key_code,  # (N,) packed positions, guard for an empty slot, for a box
+    key_code,  # (Nk,) packed positions, guard for an empty slot, for a box
     low,  # (N,), for a box
     high,  # (N,), for a box
     guard,
@@ -189,7 +191,7 @@ def forward_kernel(
     b_top = tl.full([BM], NOTHING, tl.float32)
     # fmt: off
     b_acc, b_sum, b_top = _read_keys(
-        b_acc, b_sum, b_top, b_q, k, v, key_bias, order, listed, 0, clear, clear,
+        b_acc, b_sum, b_top, b_q, k, v, key_bias, key_order, listed, 0, clear, clear,
         None, None, None, guard, None, None, None, scale, stride_ks, stride_vs,
         D, BD, BLOCK, BN, NO_RULE, STAGES,
     )
@@ -205,7 +207,7 @@ def forward_kernel(
             mask_id += start
             o_query = i_tile % PER_BLOCK * BM + tl.arange(0, BM)
         b_acc, b_sum, b_top = _read_keys(
-            b_acc, b_sum, b_top, b_q, k, v, key_bias, order, listed, clear, count, whole,
+            b_acc, b_sum, b_top, b_q, k, v, key_bias, key_order, listed, clear, count, whole,
             key_code, b_low, b_high, guard, masks, mask_id, o_query, scale, stride_ks, stride_vs,
             D, BD, BLOCK, BN, RULE, STAGES,
         )

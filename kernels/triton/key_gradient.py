@@ -3,8 +3,9 @@
 The transposed lists name the query blocks of a key block, so that one program sums all of a tile:
 no atomics, and equal inputs give equal bits.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, BD the power of two that holds
-it, N slots, R plan rows, E listed blocks, M queries and L keys of a tile.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, BD the power of two
+that holds it, N slots of queries, Nk of keys, R plan rows, E listed blocks, M queries and L keys of
+a tile.
 """
 
 from __future__ import annotations
@@ -107,16 +108,17 @@ def _pull_keys(
 @triton.jit(do_not_specialize=["guard"])
 def key_gradient_kernel(
     q,  # (B, H, S, D)
-    k,  # (B, K, S, D)
-    v,  # (B, K, S, D)
+    k,  # (B, K, Sk, D)
+    v,  # (B, K, Sk, D)
     d_out,  # (B, H, S, D)
     slot_lse,  # (B, H, N) base 2, by slot; 1e30 hides a query
     delta,  # (B, H, N) what the softmax of a query loses, by slot
-    d_k,  # (B, K, S, D)
-    d_v,  # (B, K, S, D)
-    d_bias,  # (B, H, S), or None
-    key_bias,  # (B|1, H|1, S) base 2, or None
-    order,  # (N,)
+    d_k,  # (B, K, Sk, D)
+    d_v,  # (B, K, Sk, D)
+    d_bias,  # (B, H, Sk), or None
+    key_bias,  # (B|1, H|1, Sk) base 2, or None
+    order,  # (N,) of queries
+    key_order,  # (Nk,) of keys
     row_start,  # (R + 1,) of the transposed lists
     num_clear,  # (R,)
     num_whole,  # (R,)
@@ -152,8 +154,9 @@ def key_gradient_kernel(
     stride_row_h,
     num_heads,
     group,
-    num_tokens,
-    num_blocks,
+    num_keys,
+    num_query_blocks,
+    num_blocks,  # of keys
     D: tl.constexpr,
     BD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,7 +173,7 @@ def key_gradient_kernel(
     i_b = i_bk // (num_heads // group)
     i_k = i_bk % (num_heads // group)
     o_slot = i_tile * BN + tl.arange(0, BN)
-    b_token = tl.load(order + o_slot)
+    b_token = tl.load(key_order + o_slot)
     # [L, BD]
     b_k = load_rows(k + i_b * stride_kb + i_k * stride_kh, b_token, stride_ks, D, BD, True)
     b_v = load_rows(v + i_b * stride_vb + i_k * stride_vh, b_token, stride_vs, D, BD, True)
@@ -188,8 +191,8 @@ def key_gradient_kernel(
         i_bh = i_b * num_heads + i_h
         p_q = q + i_b * stride_qb + i_h * stride_qh
         p_d_out = d_out + i_b * stride_db + i_h * stride_dh
-        p_lse = slot_lse + i_bh * num_blocks * BLOCK
-        p_delta = delta + i_bh * num_blocks * BLOCK
+        p_lse = slot_lse + i_bh * num_query_blocks * BLOCK
+        p_delta = delta + i_bh * num_query_blocks * BLOCK
         i_row = i_b * stride_row_b + i_h * stride_row_h + i_tile // PER_BLOCK
         start = tl.load(row_start + i_row)
         count = (tl.load(row_start + i_row + 1) - start).to(tl.int32)
@@ -219,7 +222,7 @@ def key_gradient_kernel(
             )
         # fmt: on
         if d_bias is not None:
-            tl.store(d_bias + i_bh * num_tokens + b_token, b_dbias, mask=b_token >= 0)
+            tl.store(d_bias + i_bh * num_keys + b_token, b_dbias, mask=b_token >= 0)
     d_k += i_b * stride_gkb + i_k * stride_gkh
     d_v += i_b * stride_gvb + i_k * stride_gvh
     store_rows(d_k, b_dk * scale, b_token, stride_gks, D, BD)

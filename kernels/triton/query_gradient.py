@@ -1,7 +1,8 @@
 """Block-sparse flash attention in Triton, backward: the gradient of q, from the row lists.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, BD the power of two that holds
-it, N slots, R plan rows, E listed blocks, M queries and L keys of a tile.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, BD the power of two
+that holds it, N slots of queries, Nk of keys, R plan rows, E listed blocks, M queries and L keys of
+a tile.
 """
 
 from __future__ import annotations
@@ -98,14 +99,15 @@ def _pull_queries(
 @triton.jit(do_not_specialize=["guard"])
 def query_gradient_kernel(
     q,  # (B, H, S, D)
-    k,  # (B, K, S, D)
-    v,  # (B, K, S, D)
+    k,  # (B, K, Sk, D)
+    v,  # (B, K, Sk, D)
     d_out,  # (B, H, S, D)
     slot_lse,  # (B, H, N) base 2, by slot; 1e30 hides a query
     delta,  # (B, H, N) what the softmax of a query loses, by slot
     d_q,  # (B, H, S, D)
-    key_bias,  # (B|1, H|1, S) base 2, or None
-    order,  # (N,)
+    key_bias,  # (B|1, H|1, Sk) base 2, or None
+    order,  # (N,) of queries
+    key_order,  # (Nk,) of keys
     row_start,  # (R + 1,)
     num_clear,  # (R,)
     num_whole,  # (R,)
@@ -177,7 +179,7 @@ def query_gradient_kernel(
     log2_scale = scale * LOG2E
     # fmt: off
     b_dq = _pull_queries(
-        b_dq, b_q, b_d_out, b_lse, b_delta, k, v, key_bias, order, listed, 0, clear, clear,
+        b_dq, b_q, b_d_out, b_lse, b_delta, k, v, key_bias, key_order, listed, 0, clear, clear,
         None, None, None, guard, None, None, None, log2_scale, stride_ks, stride_vs,
         D, BD, BLOCK, BN, NO_RULE, STAGES,
     )
@@ -193,8 +195,8 @@ def query_gradient_kernel(
             mask_id += start
             o_query = i_tile % PER_BLOCK * BM + tl.arange(0, BM)
         b_dq = _pull_queries(
-            b_dq, b_q, b_d_out, b_lse, b_delta, k, v, key_bias, order, listed, clear, count, whole,
-            key_code, b_low, b_high, guard, masks, mask_id, o_query, log2_scale,
+            b_dq, b_q, b_d_out, b_lse, b_delta, k, v, key_bias, key_order, listed, clear, count,
+            whole, key_code, b_low, b_high, guard, masks, mask_id, o_query, log2_scale,
             stride_ks, stride_vs, D, BD, BLOCK, BN, RULE, STAGES,
         )
     # fmt: on

@@ -67,7 +67,7 @@ FUNCTIONS = {
 }
 # arguments that are tensors but not of the dtype of q
 POINTERS = {
-    **dict.fromkeys(("order", "num_clear", "num_whole", "listed", "mask_id"), "*i32"),
+    **dict.fromkeys(("order", "key_order", "num_clear", "num_whole", "listed", "mask_id"), "*i32"),
     **dict.fromkeys(("key_code", "low", "high"), "*i32"),
     **dict.fromkeys(
         ("lse", "slot_lse", "delta", "mass", "key_bias", "d_bias", "gain", "shift"), "*fp32"

@@ -17,10 +17,14 @@ TOLERANCE = {
 }
 
 
-def random_inputs(grid: Grid, *, batch=2, heads=4, key_heads=4, head_dim=32, dtype=torch.float32):
-    """q, k, v and what their output and log-sum-exp are pulled by."""
+def random_inputs(
+    grid: Grid, num_keys=None, *, batch=2, heads=4, key_heads=4, head_dim=32, dtype=torch.float32
+):
+    """q, k, v and what their output and log-sum-exp are pulled by; as many keys as queries, or
+    ``num_keys``."""
     S = grid.num_tokens
-    shapes = [(batch, heads, S, head_dim)] + 2 * [(batch, key_heads, S, head_dim)]
+    Sk = S if num_keys is None else num_keys
+    shapes = [(batch, heads, S, head_dim)] + 2 * [(batch, key_heads, Sk, head_dim)]
     tensors = [torch.randn(shape) for shape in (*shapes, shapes[0], shapes[0][:3])]
     return [x.to(dtype) for x in tensors[:4]] + [tensors[4]]
 

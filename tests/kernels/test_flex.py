@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vidattn
+from tests.kernels import other_keys_cases
 from tests.kernels.attention_cases import (
     TOLERANCE,
     assert_right,
@@ -57,6 +58,22 @@ def test_a_window_with_padded_text():
 def test_every_kind_of_plan(make, dtype):
     assert_forward_right(make(GRID), dtype)
     assert_forward_right(make(GRID), dtype, padded=True, key_heads=2)
+
+
+@compiled
+@pytest.mark.parametrize("name", ["blocks", pytest.param("dense", marks=pytest.mark.slow)])
+def test_other_keys_and_their_weights(name):
+    plan = other_keys_cases.PLANS[name]()
+    q, k, v = random_inputs(plan.grid, plan.key_grid.num_tokens, key_heads=2)[:3]
+    for _ in range(2):
+        options = {"key_weight": other_keys_cases.weights_of(plan)}
+        with torch.no_grad():
+            out = attend(q, k, v, plan, backend="flex", **options)
+        exact = [x.double() for x in (q, k, v)]
+        expected = attend(*exact, plan, backend="reference", **options)
+        assert relative_rms(out, expected) < TOLERANCE[torch.float32]
+        # nobody reads the keys of the last head
+        assert not out[1, 2:].any()
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_graph_looks_at_the_lists_of_a_plan_once(monkeypatch):
     looked = []
     check = BlockLists._check_bounds
     monkeypatch.setattr(
-        BlockLists, "_check_bounds", lambda lists, n: (looked.append(n), check(lists, n))
+        BlockLists, "_check_bounds", lambda lists, *n: (looked.append(n), check(lists, *n))
     )
     q, k, v = (x.detach() for x in leaves())
     run = torch.compile(partial(attend, backend="torch"), backend="aot_eager", fullgraph=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import vidattn
+from tests.kernels import other_keys_cases
 from tests.kernels.attention_cases import (
     TOLERANCE,
     assert_right,
@@ -16,6 +17,7 @@ from tests.kernels.attention_cases import (
     striped,
 )
 from tests.kernels.triton_interpreter import interpreted  # noqa: F401
+from tests.waits import Waits
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
 from vidattn.kernels import library
@@ -268,3 +270,51 @@ def test_gain_and_shift_of_query_blocks(parts, heads):
     assert relative_rms(fused, expected) < TOLERANCE[torch.float32]
     pulled, _ = run(plan, q.clone().requires_grad_(), k, v, **options)
     assert relative_rms(pulled, expected) < TOLERANCE[torch.float32] and pulled.requires_grad
+
+
+SMALL = Grid(1, 5, 4, text=3), Grid(2, 5, 4, text=2, text_first=True)
+OTHER_KEYS = {
+    "dense": lambda: other_keys_cases.dense(*SMALL),
+    "blocks": lambda: other_keys_cases.blocks(*SMALL, batch=1, heads=2),
+    "rule": lambda: other_keys_cases.rule(*SMALL),
+    "box": lambda: other_keys_cases.box(4, 3),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KEYS)
+def test_other_keys_and_their_weights(name):
+    plan = OTHER_KEYS[name]()
+    sizes = {"batch": 1, "heads": 2, "key_heads": 2, "head_dim": 16}
+    given = random_inputs(plan.grid, plan.key_grid.num_tokens, **sizes)
+    key_mask = torch.rand(1, plan.key_grid.num_tokens) < 0.8
+    weights = other_keys_cases.weights_of(plan, batch=1)
+    assert_right(given, plan, "triton", key_weight=weights, key_mask=key_mask)
+
+
+@pytest.mark.parametrize("queries", [None, 2])
+def test_other_keys_without_empty_slots(queries):
+    """Slots are full on one side, so that tiles need no test there."""
+    grid, keys = Grid(1, 2, 16), Grid(1, 1, 27)
+    if queries is not None:
+        grid, keys = keys, grid
+    plan = Plan.dense(grid, keys, block=16)
+    given = random_inputs(grid, keys.num_tokens, batch=1, heads=2, head_dim=16, key_heads=1)
+    assert_right(given, plan, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_key_may_stand_for_its_equals(dtype):
+    sizes = {"queries": 19, "keys": 11, "heads": 2, "key_heads": 1}
+    for name, (whole, merged) in other_keys_cases.merging("triton", dtype, **sizes).items():
+        assert relative_rms(merged, whole) < 2 * TOLERANCE[dtype], name
+
+
+def test_new_weights_wait_for_nothing():
+    plan = other_keys_cases.blocks()
+    q, k, v, *_ = random_inputs(plan.grid, plan.key_grid.num_tokens, key_heads=2)
+    q, k, v, weight = (x.to("meta") for x in (q, k, v, other_keys_cases.weights_of(plan)))
+    plan = plan.to("meta")
+    for _ in range(2):
+        with Waits() as waits:
+            attend(q, k, v, plan, key_weight=weight, backend="triton")
+    assert not waits.count, waits.found

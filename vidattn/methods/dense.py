@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from vidattn.grid import Grid, raster_layout
+from vidattn.grid import Grid
 from vidattn.plan import Plan
 from vidattn.planning.method import Method
 from vidattn.planning.reading import Reading
@@ -22,6 +20,4 @@ class Dense(Method):
 
     def plan(self, grid: Grid, reading: Reading | None = None) -> Plan:
         """All pairs, in blocks of 128 tokens."""
-        layout = raster_layout(grid, 128)
-        nv = layout.num_video_blocks
-        return Plan.from_blocks(grid, layout, torch.ones(1, 1, nv, nv, dtype=torch.bool))
+        return Plan.dense(grid)

@@ -1,6 +1,6 @@
 """Dense attention of a few queries, which many questions about a plan are answered by.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, R queries.
+Letters: B batch, H query heads, K key heads, S tokens, Sk keys, D head dim, R queries.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 def sampled_attention(
     q: Tensor, k: Tensor, queries: Tensor, *, scale: float, key_mask: Tensor | None = None
 ) -> Tensor:
-    """(B, H, R, S) share of attention that some queries give each key, in float32 or more.
+    """(B, H, R, Sk) share of attention that some queries give each key, in float32 or more.
 
     Args:
         q: (B, H, S, D) in sequence order.
-        k: (B, K, S, D), H a multiple of K.
+        k: (B, K, Sk, D), H a multiple of K.
         queries: (R,) int64 tokens.
         scale: factor of the scores.
-        key_mask: (B, S) bool, False for keys that nobody may read.
+        key_mask: (B, Sk) bool, False for keys that nobody may read.
     """
     return sampled_scores(q, k, queries, scale=scale, key_mask=key_mask).softmax(-1)
 

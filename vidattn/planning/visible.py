@@ -1,6 +1,6 @@
 """Which keys some queries read under a plan.
 
-Letters: B batch, H query heads, S tokens, R queries.
+Letters: B batch, H query heads, Sk keys, R queries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def visible_keys(plan: Plan, queries: Tensor) -> Tensor:
         queries: (R,) int64 tokens.
 
     Returns:
-        (B|1, H|1, R, S) bool, whether a query reads a key, in sequence order.
+        (B|1, H|1, R, Sk) bool, whether a query reads a key, in sequence order.
     """
     lists, n, nb = plan.lists, plan.layout.block, plan.layout.num_blocks
     slot = plan.layout.slot_of_token[queries]
@@ -28,7 +28,7 @@ def visible_keys(plan: Plan, queries: Tensor) -> Tensor:
     of = torch.arange(len(row), device=slot.device).repeat_interleave(count)
     nth = torch.arange(len(of), device=slot.device) - (count.cumsum(0) - count)[of]
     entry = start[of] + nth
-    visible = torch.zeros(len(row), nb, n, dtype=torch.bool, device=slot.device)
+    visible = torch.zeros(len(row), lists.num_key_blocks, n, dtype=torch.bool, device=slot.device)
     visible[of, lists.key_block[entry].long()] = True
     partial = nth >= lists.num_full[row][of]
     if partial.any():
@@ -40,5 +40,5 @@ def visible_keys(plan: Plan, queries: Tensor) -> Tensor:
             inside = torch.arange(n, device=slot.device)
             seen = lists.box.visible(query[:, None], key[:, None] * n + inside)
         visible[of, key] = seen
-    rows = visible.flatten(1)[:, plan.layout.slot_of_token]
+    rows = visible.flatten(1)[:, plan.key_layout.slot_of_token]
     return rows.view(lists.batch, lists.heads, len(queries), -1)

@@ -1,7 +1,7 @@
 """What a plan loses on given queries, keys and values: attention mass, and the output.
 
-Letters: B batch, H query heads, K key heads, S tokens, D head dim, R sampled queries, n slots to a
-block, nb blocks, E listed blocks.
+Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, R sampled queries, n
+slots to a block, nb blocks, E listed blocks.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def fidelity(
 
     Args:
         q: (B, H, S, D) in sequence order.
-        k: (B, K, S, D), H a multiple of K.
+        k: (B, K, Sk, D), H a multiple of K.
         v: likewise.
         scale: factor of the scores; D ** -0.5 by default.
-        key_mask: (B, S) bool, False for keys that nobody may read.
+        key_mask: (B, Sk) bool, False for keys that nobody may read.
         queries: (R,) int64 tokens to look at; all of them by default.
     """
     queries = torch.arange(q.shape[2], device=q.device) if queries is None else queries
@@ -82,17 +82,17 @@ def recall(
 
     Args:
         q: (B, H, S, D) in sequence order.
-        k: (B, K, S, D), H a multiple of K.
+        k: (B, K, Sk, D), H a multiple of K.
         queries: (R,) int64 tokens to look at.
         scale: factor of the scores; D ** -0.5 by default.
-        key_mask: (B, S) bool, False for keys that nobody may read.
+        key_mask: (B, Sk) bool, False for keys that nobody may read.
 
     Returns:
         (B, H) float32 share of dense attention's mass on the pairs that are read.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kept = q.new_zeros(q.shape[:2], dtype=torch.float32)
-    step = max(1, BUDGET // (q.shape[0] * q.shape[1] * q.shape[2]))
+    step = max(1, BUDGET // (q.shape[0] * q.shape[1] * k.shape[2]))
     for some in queries.split(step):
         weights = sampled_attention(q, k, some, scale=scale, key_mask=key_mask)
         kept += plan.put_back(
@@ -110,7 +110,7 @@ def _fidelity(q, k, v, plan: Plan, scale: float, key_mask, queries: Tensor) -> t
     if plan.rest is not None:
         shift = plan.rest @ block_means(v, layout.order, layout.block, key_mask)[0]
     mass, error, size = q.new_zeros(3, *q.shape[:2])
-    step = max(1, BUDGET // (q.shape[0] * q.shape[1] * q.shape[2]))
+    step = max(1, BUDGET // (q.shape[0] * q.shape[1] * k.shape[2]))
     for some in queries.split(step):
         scores = sampled_scores(q, k, some, scale=scale, key_mask=key_mask)
         weights = scores.softmax(-1)

@@ -61,7 +61,12 @@ class Counts:
 
 
 def count(plan: AnyPlan, tile: Size | None = None) -> Counts:
-    """The exact counts of a plan."""
+    """The exact counts of a plan.
+
+    Raises:
+        ValueError: keys that are other tokens than the queries.
+    """
+    plan.check_square("a count of work")
     grid, pairs, video = plan.grid, plan.grid.num_tokens**2, plan.grid.num_video_tokens**2
     density, share = plan.density, visited_share(plan)
     every = torch.arange(plan.num_heads, device=plan.device)

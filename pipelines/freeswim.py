@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor
 from vidattn.grid import Size
 from vidattn.methods.freeswim import FreeSwim, sharpness
 from vidattn.pipelines.enlarging import enlarge, in_tiles, late_start, pad
+from vidattn.pipelines.family import family_of
 from vidattn.pipelines.hooks.dual_path import DualPath, Store
 from vidattn.pipelines.models import video_transformers
 from vidattn.pipelines.patch import patch
@@ -110,12 +112,17 @@ class FreeSwimPipeline:
         self.trained = (
             trained_size(next(iter(self.models.values()))) if trained is None else trained
         )
-        self.multiple = self._pixels_of_token()
+        model = next(iter(self.models.values()))
+        token = tuple(pipe.vae_scale_factor_spatial * edge for edge in model.config.patch_size[1:])
+        # the pipeline may want more than whole tokens
+        self.multiple = tuple(math.lcm(edge, family_of(model).pixels) for edge in token)
         if any(x % m for x, m in zip(self.trained, self.multiple)) or min(self.trained) < 1:
             raise ValueError(
-                f"trained must be a (height, width) of whole tokens, multiples of {self.multiple}, "
-                f"got {self.trained}"
+                f"trained must be a (height, width) in multiples of {self.multiple}, got "
+                f"{self.trained}"
             )
+        self.token = token
+        self.window = tuple(x // edge for x, edge in zip(self.trained, token))
 
     @torch.no_grad()
     def __call__(
@@ -149,11 +156,13 @@ class FreeSwimPipeline:
         if wrong := sorted({"latents", "callback_on_step_end"} & set(arguments)):
             raise ValueError(f"FreeSwim runs the pipeline twice, so it takes no {wrong[0]}")
         arguments |= {"prompt": prompt, "generator": generator, "output_type": "pt"}
-        self._check(height, width, arguments)
+        prompts = len(prompt) if isinstance(prompt, list) else 1
+        frames = arguments.get("num_frames", self._default("num_frames"))
+        self.check((frames, height, width), prompts * arguments.get("num_videos_per_prompt", 1))
         if base is None:
             rows, columns = self.trained
             base = self.pipe(height=rows, width=columns, **arguments).frames
-        padded = tuple(-(-x // m) * m for x, m in zip((height, width), self.multiple))
+        padded = self._padded(height, width)
         clip = pad(enlarge(base, (height, width)), padded)
         with ExitStack() as stack:
             if self.tiling:
@@ -174,7 +183,7 @@ class FreeSwimPipeline:
         """Bytes that are kept of the full path for (F, H, W) pixels of so many videos."""
         latent = (size[0] - 1) // self.pipe.vae_scale_factor_temporal + 1
         patch_frames = next(iter(self.models.values())).config.patch_size[0]
-        rows, columns = (-(-x // m) for x, m in zip(size[1:], self.multiple))
+        rows, columns = (x // edge for x, edge in zip(self._padded(*size[1:]), self.token))
         tokens = num_videos * latent // patch_frames * rows * columns
         return sum(
             Store.nbytes_of(
@@ -187,18 +196,20 @@ class FreeSwimPipeline:
             for model in self.models.values()
         )
 
-    def _check(self, height: int, width: int, arguments: dict[str, Any]) -> None:
+    def check(self, size: Size, num_videos: int = 1) -> None:
+        """Refuse (F, H, W) pixels that are not above the trained size, or whose cache is too large.
+
+        Raises:
+            ValueError: it is refused.
+        """
+        frames, height, width = size
         rows, columns = self.trained
         if height < rows or width < columns or (height, width) == self.trained:
             raise ValueError(
                 f"{height} x {width} is not above the trained size of {rows} x {columns}: FreeSwim "
                 "makes larger videos; call the pipeline itself for others"
             )
-        default = inspect.signature(type(self.pipe).__call__).parameters["num_frames"].default
-        frames = arguments.get("num_frames", default)
-        prompt = arguments["prompt"]
-        count = len(prompt) if isinstance(prompt, list) else 1
-        needed = self.cache_bytes((frames, height, width), count)
+        needed = self.cache_bytes(size, num_videos)
         if self.cache_gib is not None and needed > self.cache_gib * 2**30:
             raise ValueError(
                 f"the full path keeps {needed / 2**30:.2f} GiB for {frames} frames of {height} x "
@@ -206,20 +217,20 @@ class FreeSwimPipeline:
                 'it elsewhere with cache_device="cpu" and another limit'
             )
 
-    def _pixels_of_token(self) -> tuple[int, int]:
-        patch_size = next(iter(self.models.values())).config.patch_size
-        factor = self.pipe.vae_scale_factor_spatial
-        return factor * patch_size[1], factor * patch_size[2]
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        """The least size that the pipeline makes which holds another."""
+        first, second = (-(-x // m) * m for x, m in zip((height, width), self.multiple))
+        return first, second
+
+    def _default(self, name: str) -> Any:
+        return inspect.signature(type(self.pipe).__call__).parameters[name].default
 
     def _patched(self):
-        rows, columns = (x // m for x, m in zip(self.trained, self.multiple))
-        method = FreeSwim(window=(rows, columns))
-        return patch(self.pipe, method, dense_layers=0, dense_steps=0)
+        return patch(self.pipe, FreeSwim(window=self.window), dense_layers=0, dense_steps=0)
 
     def _second_path(self, site: Any) -> DualPath:
-        rows, columns = (x // m for x, m in zip(self.trained, self.multiple))
         store = Store(self.cache_precision, self.cache_device)
-        return DualPath(site, sharpness(rows * columns), self.cache_steps, store)
+        return DualPath(site, sharpness(math.prod(self.window)), self.cache_steps, store)
 
     def _encode(self, clip: Tensor) -> Tensor:
         """(B, C, f, h, w) latents of a clip as the transformer sees them."""
@@ -234,13 +245,11 @@ class FreeSwimPipeline:
 
     def _noise(self, latents: Tensor, generator: Any, arguments: dict[str, Any]) -> Tensor:
         """Latents with the noise of the first of the steps that are left."""
-        default = inspect.signature(type(self.pipe).__call__).parameters["num_inference_steps"]
+        count = arguments.get("num_inference_steps", self._default("num_inference_steps"))
         # a copy: the pipeline sets its own anew
         scheduler = copy.copy(self.pipe.scheduler)
         with late_start(scheduler, self.strength):
-            scheduler.set_timesteps(
-                arguments.get("num_inference_steps", default.default), device=latents.device
-            )
+            scheduler.set_timesteps(count, device=latents.device)
         noise = torch.randn(latents.shape, generator=generator, device=_of(generator, latents))
         first, noise = scheduler.timesteps[:1], noise.to(latents.device)
         if hasattr(scheduler, "scale_noise"):

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "amx.h"
 #include "rows.h"
 
 namespace {
@@ -17,6 +18,8 @@ constexpr int PIECE = 64;                // slots whose products share one packe
 constexpr int VECTORS = PIECE / W;       // vectors to a row of a piece
 constexpr int VECTOR_WORDS = W / PAIR;   // words that hold the weights of a vector of slots
 constexpr int PIECE_WORDS = PIECE / PAIR;
+constexpr int GROUP = AMX ? SIDE : ROWS;     // rows of queries that are multiplied together
+constexpr int SLOT_STEP = GRANULE * (AMX ? 2 : 1);  // slots of a packed piece round up to so many
 constexpr i64 WORKSPACE = 128ll << 20;   // bytes of packed blocks held at a time, about
 constexpr i64 HEADS_PER_TASK = 4;        // heads that share the bits of one predicate
 
@@ -51,7 +54,7 @@ struct Transposed {
 // What one thread works in; the arrays lie in one buffer.
 struct Scratch {
   Buffer memory;
-  float *rows, *out, *weights, *sums, *tops, *keys, *key_bias;
+  float *rows, *out, *scores, *weights, *sums, *tops, *keys, *key_bias;
   // of the backward pass alone
   float *values, *key_pairs, *d_keys, *d_values, *d_scores, *d_pairs, *exact, *line, *d_bias;
   std::vector<u64> bits;
@@ -79,7 +82,7 @@ struct Job {
     nb = c.N / c.n;
     nb_k = c.N_k / c.n;
     pieces = (c.n + PIECE - 1) / PIECE;
-    ld = std::min<i64>(PIECE, round_up(c.n, GRANULE));
+    ld = std::min<i64>(PIECE, round_up(c.n, SLOT_STEP));
     slots = pieces * ld;
     group = c.H / c.K;
     width = round_up(c.D, GRANULE * PAIR);

@@ -142,16 +142,17 @@ struct Carver {
 };
 
 void prepare_forward(const Job& j, Scratch& s) {
-  i64 rows = round_up(j.call.n, ROWS), longest = 0;
+  i64 rows = round_up(j.call.n, GROUP), longest = 0;
   i64 plan_rows = j.call.plan_batch * j.call.plan_heads * j.nb;
   for (i64 row = 0; row < plan_rows; row++)
     longest = std::max<i64>(
         longest, j.call.row_start[row + 1] - j.call.row_start[row] - j.call.num_full[row]);
   s.memory.grow(rows * (j.words + j.width + PIECE + GRANULE + 1) + PIECE * j.words + PIECE +
-                7 * GRANULE);
+                GROUP * PIECE + 8 * GRANULE);
   Carver carve{s.memory.data};
   s.rows = carve.take(rows * j.words);
   s.out = carve.take(rows * j.width);
+  s.scores = carve.take(GROUP * PIECE);
   s.weights = carve.take(rows * PIECE);
   s.sums = carve.take(rows * GRANULE);
   s.tops = carve.take(rows);

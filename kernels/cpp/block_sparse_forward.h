@@ -81,7 +81,7 @@ struct Strip {
   const float* bias;
   float scale;
   u64 bits[ROWS];
-  float *weights, *tops, *sums, *out;
+  float *scores, *weights, *tops, *sums, *out;
   i64 width;
 };
 
@@ -106,9 +106,16 @@ template <int N, bool MASKED>
 void weigh(const Strip& s, const u8* vectors) {
   V acc[ROWS][N];
   int at[N];
-  scores<N>(acc, s.queries, s.words, s.keys, s.ld, s.depth, vectors);
 #pragma GCC unroll 8
   for (int n = 0; n < N; n++) at[n] = vectors[n];
+  if (AMX) {
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) acc[m][n] = load(s.scores + m * PIECE + at[n] * W);
+  } else {
+    scores<N>(acc, s.queries, s.words, s.keys, s.ld, s.depth, vectors);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
     V highest = splat(-INFINITY);
@@ -139,6 +146,14 @@ INLINE void weigh_tile(const Strip& s, const u8* vectors, int count) {
   static constexpr void (*TILES[])(const Strip&, const u8*) = {
       weigh<1, MASKED>, weigh<2, MASKED>, weigh<3, MASKED>, weigh<TILE, MASKED>};
   TILES[count - 1](s, vectors);
+}
+
+// Weights of 0 for vectors of keys that none of its rows sees.
+INLINE void clear_weights(const Strip& s, Set unseen) {
+  const List list(unseen);
+  for (int i = 0; i < list.count; i++)
+    for (int m = 0; m < ROWS; m++)
+      store_packed(s.weights + m * PIECE_WORDS + list.vector[i] * VECTOR_WORDS, V{});
 }
 
 // The bias of the keys of a piece, base 2; keys whose bias is minus infinity leave `readable`.
@@ -175,27 +190,63 @@ void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, i64 next, c
   i64 strips = round_up(c.n, ROWS) / ROWS;
   i64 at = key_piece_at(j, h.index / j.group, block, piece) * j.ld * j.words;
   Strip strip{nullptr, j.keys.data + at, j.words, j.ld, depth_of(j), bias, float(c.scale) * LOG2E,
-              {}, nullptr, nullptr, nullptr, nullptr, j.width};
+              {}, nullptr, nullptr, nullptr, nullptr, nullptr, j.width};
   auto visit = [&](i64 r) {
     strip.queries = s.rows + r * ROWS * j.words;
+    strip.scores = s.scores + r * ROWS % GROUP * PIECE;
     strip.weights = s.weights + r * ROWS * PIECE_WORDS;
     strip.tops = s.tops + r * ROWS;
     strip.sums = s.sums + r * ROWS * GRANULE;
     strip.out = s.out + r * ROWS * j.width;
   };
-  for (i64 r = 0; r < strips; r++) {
+  auto fetch_next = [&](i64 r) {
     fetch(j.keys.data + next, j.ld * j.words, r, strips);
     fetch(j.values.data + next, j.ld * j.words, r, strips);
+  };
+  auto look = [&](i64 r) {
     s.seen[r] = vectors_of(padded);
-    if (!masked) continue;
+    if (!masked) return;
     u64 any = 0;
     for (int m = 0; m < ROWS; m++)
       any |= strip.bits[m] = bits ? bits[r * ROWS + m] & readable : readable;
     s.seen[r] = vectors_of(any);
+  };
+  auto weigh_seen = [&](i64 r) {
     visit(r);
     const List list(s.seen[r]);
     for (int i = 0, n; i < list.count; i += n)
       weigh_tile<true>(strip, list.vector + i, n = next_tile(list.count - i));
+  };
+#if VIDATTN_AMX
+  for (i64 first = 0; first < strips; first += GROUP / ROWS) {
+    i64 end = std::min<i64>(strips, first + GROUP / ROWS);
+    Set any = 0;
+    for (i64 r = first; r < end; r++) look(r), fetch_next(r), any |= s.seen[r];
+    if (!any) continue;
+    // weights are multiplied by two vectors of values at a time
+    Set pairs = (any | any >> 1) & 5, unseen = pairs * 3;
+    float* weights = s.weights + first * ROWS * PIECE_WORDS;
+    Sides scores{s.rows + first * ROWS * j.words, j.words, j.keys.data + at, j.ld};
+    const List list(any);
+    multiply_sides(scores, low_bits(int(j.words / SIDE)), list.vector, list.count, s.scores, PIECE);
+    for (i64 r = first; r < end; r++) {
+      visit(r);
+      clear_weights(strip, unseen & ~s.seen[r]);
+      if (masked) {
+        look(r), weigh_seen(r);
+      } else {
+        weigh_tile<false>(strip, list.vector, list.count);
+      }
+    }
+    Sides sums{weights, PIECE_WORDS, j.values.data + at, j.width};
+    add_sides(sums, (pairs | pairs >> 1) & 3, j.width, s.out + first * ROWS * j.width);
+  }
+  return;
+#endif
+  for (i64 r = 0; r < strips; r++) {
+    fetch_next(r);
+    look(r);
+    if (masked) weigh_seen(r);
   }
   // a tile's keys stay close while all rows pass
   const List whole(masked ? 0 : vectors_of(padded));
@@ -239,6 +290,7 @@ void attend_block(const Job& j, const Head& h, i64 block, Scratch& s) {
 }
 
 void attend(const Job& j, i64 task, Scratch& s) {
+  const MatrixRegisters registers;
   i64 block = task % j.nb, begin = task / j.nb * j.heads_per_task, known = -1;
   i64 end = std::min(begin + j.heads_per_task, j.num_units * j.group);
   for (i64 index = begin; index < end; index++) {

@@ -1,7 +1,8 @@
 """Block-sparse attention in C++: the fast engine of every CPU with a compiler beside it.
 
 ``block_sparse_cpu.cpp`` is compiled at the first call for the best instruction set of the
-processor: AVX-512 with bfloat16 products, AVX-512, AVX2, or what every processor has. Its twin is
+processor: AVX-512 with the matrix registers of AMX, with bfloat16 products, or alone, AVX2, or what
+every processor has. Its twin is
 ``block_sparse_torch``.
 
 Letters: B batch, H query heads, K key heads, S queries, Sk keys, D head dim, N slots, n slots to a
@@ -29,6 +30,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # instruction sets, best first, with what the compiler is told; bfloat16 products take no float32
 _AVX512 = ("-DVIDATTN_WIDTH=16", *(f"-mavx512{part}" for part in ("f", "vl", "bw", "dq")), "-mfma")
 SETS = {
+    "amx_bf16": (
+        *(*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        *("-DVIDATTN_PAIRS=1", "-DVIDATTN_AMX=1"),
+    ),
     "avx512_bf16": (*_AVX512, "-mavx512bf16", "-DVIDATTN_PAIRS=1"),
     "avx512": (*_AVX512, "-DVIDATTN_PAIRS=0"),
     "avx2": ("-DVIDATTN_WIDTH=8", "-mavx2", "-mfma", "-DVIDATTN_PAIRS=0"),
@@ -106,14 +111,28 @@ def instruction_sets() -> tuple[str, ...]:
     level = torch.backends.cpu.get_cpu_capability()
     has = {"avx512": level == "AVX512", "avx2": level in ("AVX512", "AVX2"), "portable": True}
     has["avx512_bf16"] = has["avx512"] and torch.cpu._is_avx512_bf16_supported()
+    # Linux hands the matrix registers to those that ask
+    has["amx_bf16"] = has["avx512_bf16"] and torch.cpu._init_amx()
     return tuple(name for name in SETS if has[name])
 
 
+@lru_cache
 def instruction_set(dtype: torch.dtype) -> str:
     """The instruction set that runs a dtype on this processor."""
-    return next(
-        name for name in instruction_sets() if dtype == torch.bfloat16 or "bf16" not in name
-    )
+    names = [x for x in instruction_sets() if dtype == torch.bfloat16 or "bf16" not in x]
+    if names[0] == "amx_bf16" and not _compiles("amx_bf16"):
+        names = names[1:]
+    return names[0]
+
+
+def _compiles(name: str) -> bool:
+    """Whether the compiler knows an instruction set, which older ones do not know AMX as."""
+    try:
+        load(SOURCE, SETS[name])
+    except CompileError as error:
+        log.info("the compiler does not know %s: %s", name, error)
+        return False
+    return True
 
 
 def peak_flops(dtype: torch.dtype) -> float:

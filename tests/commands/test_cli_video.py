@@ -39,6 +39,21 @@ def test_generate_writes_a_video_and_what_made_it(original, capfd, tmp_path):
     assert {x.name for x in path.parent.iterdir()} == {"boot.mp4", "boot.json"}
 
 
+def test_a_video_above_the_trained_size(original, capfd, tmp_path):
+    path = tmp_path / "large.mp4"
+    argv = ("a red boot", "--model", original, "--target", "90x130", "--output", path, *SMALL)
+    code, _, err = run(capfd, "generate", *argv, "--strength", "0.67")
+    assert code == 0, err
+    frames, _ = frames_of(path)
+    assert len(frames) == 9 and frames[0].shape == (90, 130, 3)
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert report["method"] == "freeswim" and report["target"] == [90, 130]
+    # 3 steps at 48 x 64, of which two thirds again; the full path in the first of them
+    assert len(report["timing"]["steps_ms"]) == 5
+    first = report["report"]["layers"][0]
+    assert first["num_sparse"] == 4 and first["num_dense"] == {"full path": 1}
+
+
 def test_a_seed_makes_the_same_video(original, capfd, tmp_path):
     paths = [tmp_path / f"{i}.mp4" for i in range(3)]
     for path, seed in zip(paths, (5, 5, 6)):
@@ -115,7 +130,7 @@ def test_a_schedule_is_made_and_compared(original, capfd, tmp_path):
 def test_compare_runs_every_method_and_leaves_out_what_cannot(
     original, capfd, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("vidattn.runs.serve.list_methods", lambda: ["dense", "radial", "topk"])
+    monkeypatch.setattr("vidattn.runs.serve.list_sparse_methods", lambda: ["radial", "topk"])
     code, out, err = run(
         capfd, "compare", "a red boot", "--model", original, "--output", tmp_path,
         "--method", "all:density=0.001", "--metrics", "ssim,psnr,ms-ssim", *SMALL,
@@ -158,6 +173,10 @@ def test_what_compare_cannot_measure_is_said_before_it_runs(
             "--frames 10 is not possible with this WanPipeline: it must be 4n + 1",
         ),
         (("--frames", "10"), "it must be 4n + 1; the nearest are 9 and 13"),
+        (("--target", "48x64"), "48 x 64 is not above the trained size of 48 x 64"),
+        (("--target", "96"), "must be a height and a width such as 1080x1920, got '96'"),
+        (("--target", "96x128", "--method", "radial"), "FreeSwim, which does not take --method"),
+        (("--strength", "0.5"), "--strength says how much --target makes anew"),
         (("--height", "50"), "a multiple of 16; the nearest are 48 and 64"),
         (("--width", "7"), "a multiple of 16; the nearest are 16"),
         (("--image", __file__), "makes videos from text"),

@@ -172,7 +172,7 @@ def test_enlarging_keeps_the_shape_of_things():
         ({"height": 48, "width": 64}, {}, "48 x 64 is not above the trained size of 48 x 64"),
         ({"height": 40}, {}, "not above the trained size"),
         ({}, {"trained": None}, "nobody knows the size that a model of 2 layers and 2 heads"),
-        ({}, {"trained": (50, 64)}, "whole tokens, multiples of .16, 16."),
+        ({}, {"trained": (50, 64)}, "in multiples of .16, 16., got"),
         ({}, {"cache_gib": 1e-6}, "cache_gib is 1e-06: allow more"),
         ({}, {"strength": 0.0}, "strength must be above 0"),
         ({}, {"cache_steps": 0}, "cache_steps must be a positive integer"),

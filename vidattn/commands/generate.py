@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vidattn.runs.choices import Served
 from vidattn.runs.clip import Clip, Guards, make_clip
+from vidattn.runs.large import Large
 from vidattn.runs.lora import LoraChoice, check_loras, load_loras
 from vidattn.runs.output import write_atomically, write_json
 from vidattn.runs.pairings import check_pairings, put_beside
@@ -23,26 +24,34 @@ def run(args: argparse.Namespace) -> None:
     """Make the video, or several."""
     guards = Guards(args.dense_layers, args.dense_steps)
     outlook = foresee(args, args.requests)
-    choice = args.choice or outlook.default()
+    large = None if args.target is None else Large(args.target, args.strength)
+    choice = args.choice or (large.choice if large else outlook.default())
     if isinstance(choice, LoraChoice):
         print(f"attention as {choice.lora.path} was trained with; --method or --schedule overrules")
-    outlook.check(choice, guards, args.degrees is not None and args.degrees.ulysses > 1)
+    if large is None:
+        outlook.check(choice, guards, args.degrees is not None and args.degrees.ulysses > 1)
     if outlook.pipe is not None:
-        _check(outlook, args)
+        _check(outlook, args, large)
     pipe, requests = outlook.load(args)
     load_loras(pipe, args.loras)
     put_beside(pipe, args.pairings)
     warn_about(pipe, args.model, requests)
     with spread(pipe, args.degrees):
         for request, path in zip(requests, args.paths):
-            clip = make_clip(pipe, request, choice, guards)
+            if large is not None:
+                clip = large.make_clip(pipe, request)
+            else:
+                clip = make_clip(pipe, request, choice, guards)
             # all that share a video have all of it
             if args.degrees is None or find_processes().rank == 0:
                 _write(pipe, args, request, choice, clip, path)
 
 
-def _check(outlook: Outlook, args: argparse.Namespace) -> None:
+def _check(outlook: Outlook, args: argparse.Namespace, large: Large | None) -> None:
     """Refuse what the model rules out beside the method."""
+    if large is not None:
+        for request in outlook.requests:
+            large.check(outlook.pipe, request)
     check_loras(outlook.pipe, args.loras)
     check_pairings(outlook.pipe, args.pairings)
     if args.degrees is not None:
@@ -65,6 +74,7 @@ def _write(
             "parallel": args.degrees and vars(args.degrees),
             "dense_layers": clip.report.dense_layers,
             "dense_steps": clip.report.dense_steps,
+            "target": args.target and list(args.target),
             "frames": list(clip.frames.shape),
             "timing": clip.timing(),
             "report": clip.report.to_dict(),

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vidattn.choice import SYNTAX, Choice
+from vidattn.flags.values import finite, size
 from vidattn.flags.video import (
     add_model_arguments,
     add_pairing_arguments,
@@ -60,6 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="N processes, started by torchrun, share the video: ulysses=N, ring=N, or both",
     )  # fmt: skip
     add_request_arguments(parser)
+    group = parser.add_argument_group("above the trained size, by FreeSwim on Wan models")
+    group.add_argument(
+        "--target", type=size, metavar="HxW",
+        help="height and width to make; --height and --width are those of training",
+    )  # fmt: skip
+    group.add_argument(
+        "--strength", type=finite, metavar="X",
+        help="share of the steps that the enlarged clip goes through again (default 0.7)",
+    )  # fmt: skip
     add_pairing_arguments(parser)
     add_model_arguments(parser)
 
@@ -77,6 +87,10 @@ def read(args: argparse.Namespace) -> None:
     args.choice = _choice(args) or trained_attention(args.loras)
     args.pairings = read_pairings(args)
     args.degrees = None if args.parallel is None else parse_parallel(args.parallel)
+    if args.target is not None:
+        _check_target(args)
+    elif args.strength is not None:
+        raise ValueError("--strength says how much --target makes anew: give that too")
     if args.degrees is not None and args.cache == "first-block":
         raise ValueError(
             "--cache first-block and --parallel exclude each other: each process would skip steps "
@@ -89,6 +103,21 @@ def read(args: argparse.Namespace) -> None:
         writable_file(path, (".mp4", ".gif"))
         writable_file(path.with_suffix(".json"), (".json",))
     args.requests = [request_of(args, prompt) for prompt in _share(args, prompts)]
+
+
+def _check_target(args: argparse.Namespace) -> None:
+    """Refuse what does not go with FreeSwim, which is a method by itself."""
+    others = {
+        "--method": args.choice,
+        "--parallel": args.degrees,
+        "--cache": args.cache,
+        "--compile": args.compile,
+        "--image": args.image,
+        "--dense-layers": args.dense_layers,
+        "--dense-steps": args.dense_steps,
+    }
+    if given := [flag for flag, value in others.items() if value]:
+        raise ValueError(f"--target attends by FreeSwim, which does not take {given[0]}")
 
 
 def _paths(output: Path | None, count: int) -> list[Path]:

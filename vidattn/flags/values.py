@@ -53,3 +53,13 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
     return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """A height and a width in pixels, such as 1080x1920."""
+    height, _, width = text.lower().replace("×", "x").partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(
+            f"must be a height and a width such as 1080x1920, got {text!r}"
+        )
+    return int(height), int(width)

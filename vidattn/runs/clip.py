@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -69,24 +69,34 @@ def make_clip(pipe: object, request: Request, choice: Served, guards: Guards) ->
     """
     pipe.set_progress_bar_config(desc=choice.label)
     arguments = pipeline_arguments(request, "pt")
+
+    def make() -> tuple[Tensor, Report]:
+        with patch(pipe, **choice.arguments, **vars(guards)) as handle:
+            return pipe(**arguments).frames[0], handle.report()
+
+    return timed_clip(pipe, choice.label, make)
+
+
+def timed_clip(pipe: object, label: str, make: Callable[[], tuple[Tensor, Report]]) -> Clip:
+    """The frames (F, 3, H, W) that ``make`` gives with their report, and the time they took.
+
+    Raises:
+        FloatingPointError: the frames hold NaN or infinity.
+    """
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with (
-        patch(pipe, **choice.arguments, **vars(guards)) as handle,
-        step_times(pipe) as bars,
-    ):
+    with step_times(pipe) as bars:
         begin = _now()
-        frames = pipe(**arguments).frames[0]
+        frames, report = make()
         total_ms = 1e3 * (_now() - begin)
-        report = handle.report()
     steps_ms = [1e3 * (stop - start) for marks in bars for start, stop in zip(marks, marks[1:])]
     if not steps_ms:
         raise RuntimeError(f"{type(pipe).__name__} shows no progress, so its steps cannot be timed")
     frames = frames.detach().float().cpu()
     if not bool(torch.isfinite(frames).all()):
         raise FloatingPointError(
-            f"the decoded frames of {choice.label} hold NaN or infinity although the latents did "
+            f"the decoded frames of {label} hold NaN or infinity although the latents did "
             "not: the VAE overflows in this dtype; try --dtype float32"
         )
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None

@@ -90,10 +90,11 @@ def attend(
         scale: factor of the scores, a number; D ** -0.5 by default. A plan may sharpen it.
         key_mask: (B, Sk) bool, False for keys that nobody may read, such as padded text.
         key_weight: (B|1, Hk|1, Sk) how many keys each one stands for: the logarithm is added to its
-            scaled scores, in float32 or more, and nobody reads a key of weight 0. A key and a mean
-            value of weight n are n equal keys. It may change from call to call, and has no
-            gradient. That weights are finite and not negative is checked on a CPU; elsewhere,
-            where that would wait for the device, others make the output NaN.
+            scaled scores, in float32 or more, and nobody reads a key of weight 0, which must hold
+            finite numbers all the same. A key of weight n with the mean of n values is n equal keys
+            with these values. It may change from call to call, and has no gradient. That weights
+            are finite and not negative is checked on a CPU; elsewhere, where that would wait for
+            the device, others make the output NaN.
         backend: "triton" (NVIDIA GPUs), "cpp" (CPUs with a C++ compiler), "torch" (any device),
             "flex" (compiled FlexAttention), "flash" (its FlashAttention-4 kernels, on Hopper and
             Blackwell), "reference" (float64, dense memory), or "auto": dense plans run on PyTorch's

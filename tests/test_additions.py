@@ -1,4 +1,4 @@
-"""A method, a family and a backbone are added by what the README of their folder says.
+"""A method, a policy, a family and a backbone are added by what the README of their folder says.
 
 Each is tried in a copy of the checkout, with as many edits as the README names, by the tests that
 are there already. For an engine, tests/test_engines.py does so.
@@ -18,11 +18,15 @@ COPIED = ("vidattn", "kernels", "pipelines", "backbones", "configs", "scripts", 
 FILES = (
     "tests/test_methods.py",
     "tests/test_readme.py",
+    "tests/cache/test_policies.py",
     "tests/pipelines/test_families.py",
     "tests/backbones/test_facts.py",
     "tests/backbones/test_pyramid.py",
 )
-CHOSEN = "near_frames or long_keys or table_of or AnyFlowTransformer or every_known or pooling_tiny"
+CHOSEN = (
+    "near_frames or long_keys or echo or table_of or AnyFlowTransformer or every_known"
+    " or pooling_tiny"
+)
 NUM_PARAMETERS = 10_739_240
 
 
@@ -44,6 +48,14 @@ def add_methods(root: Path) -> None:
         (root / name).write_text(text, encoding="utf-8")
     rows = "| `near_frames` | the grid | | | |\n| `long_keys` | content | | | |\n"
     edit(root / page.name, "|---|---|---|---|---|\n", rows)
+
+
+def add_policy(root: Path) -> None:
+    """Two edits: the file, and its row."""
+    page = page_of("vidattn/cache")
+    ((name, text),) = page.files.items()
+    (root / name).write_text(text, encoding="utf-8")
+    edit(root / page.name, "|---|---|---|\n", "| `echo` | | |\n")
 
 
 def add_family(root: Path) -> None:
@@ -74,7 +86,7 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
     for path in (*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "CITATION.cff"):
         shutil.copy(path, root)
     (root / "LICENSE").touch()
-    for add in (add_methods, add_family, add_backbone):
+    for add in (add_methods, add_policy, add_family, add_backbone):
         add(root)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", CHOSEN, *FILES],
@@ -90,6 +102,8 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
         ("[near_frames", 10),
         ("[long_keys", 8),
         ("table_of_methods", 1),
+        ("limit[window-int4-echo", 1),
+        ("table_of_policies", 1),
         ("AnyFlowTransformer3DModel", 3),
         ("every_known_model_has_a_tiny_one", 1),
         ("table_of_models", 1),

@@ -5,14 +5,19 @@ import typing
 
 import pytest
 
-from vidattn.catalog import describe, list_methods
+from vidattn.cache import policy_class
+from vidattn.catalog import describe, list_methods, list_policies
 from vidattn.methods import create_method, method_class
 from vidattn.support.config import show_value
 
 
-@pytest.mark.parametrize("name", list_methods())
-def test_a_method_is_described_as_it_is(name):
-    cls, entry = method_class(name), describe(name)
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [("methods", name) for name in list_methods()] + [("cache", name) for name in list_policies()],
+)
+def test_a_method_or_policy_is_described_as_it_is(home, name):
+    of = {"methods": method_class, "cache": policy_class}[home]
+    cls, entry = of(name), describe(name, home)
     hints = typing.get_type_hints(cls)
     fields = cls.options()
     assert {key: option.hint for key, option in entry.options.items()} == {
@@ -25,6 +30,8 @@ def test_a_method_is_described_as_it_is(name):
     doc, about = (inspect.getdoc(x).replace("``", "") for x in (cls, inspect.getmodule(cls)))
     assert entry.summary.split() == doc.split("\n\n")[0].split()
     assert entry.about.split() == about.split()
+    if home == "cache":
+        return
     if entry.reads_content is not None:
         assert create_method(name).reads_content is entry.reads_content
     else:

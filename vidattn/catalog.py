@@ -1,4 +1,4 @@
-"""The methods with their options and the presets, found without importing them.
+"""The methods and cache policies with their options, and the presets, found without importing them.
 
 Importing a method brings in PyTorch, which takes longer than most answers of the command line.
 """
@@ -23,6 +23,8 @@ PRESETS = "configs/presets"
 PACKAGE = Path(__file__).resolve().parent
 # the methods that read everything
 FULL = ("dense", "exact")
+# of a folder of things with options, the word for one of them, and the class they derive from
+HOMES = {"methods": ("method", "Method"), "cache": ("policy", "Policy")}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,17 @@ class Entry:
 
 def list_methods() -> list[str]:
     """Names of the registered methods, in alphabetical order."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE / "methods")]))
+    return list_names("methods")
+
+
+def list_policies() -> list[str]:
+    """Names of the registered cache policies, in alphabetical order."""
+    return list_names("cache")
+
+
+def list_names(home: str) -> list[str]:
+    """Names of what is registered in one of the folders of things with options."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE / home)]))
 
 
 def list_sparse_methods() -> list[str]:
@@ -75,29 +87,29 @@ def list_presets() -> list[str]:
 
 
 @cache
-def describe(name: str) -> Entry:
-    """What a method says about itself.
+def describe(name: str, home: str = "methods") -> Entry:
+    """What a method says about itself, or something else with options.
 
     Raises:
         ValueError: no such method; the nearest names are listed.
     """
-    if name not in list_methods():
-        raise unknown("method", name, list_methods())
-    tree = _tree(f"vidattn.methods.{name}")
+    word, root = HOMES[home]
+    if name not in list_names(home):
+        raise unknown(word, name, list_names(home))
+    tree = _tree(f"vidattn.{home}.{name}")
     lines = [_lineage(tree, node) for node in sorted(_classes(tree), key=lambda node: node.name)]
-    lineage = next(line for line in lines if line[-1][1].name == "Method")
+    lineage = next(line for line in lines if line[-1][1].name == root)
     meanings: dict[str, str] = {}
     options: dict[str, Option] = {}
     reads: list[bool | None] = []
-    for home, node in lineage:
+    for module, node in lineage:
         meanings = _meanings(node) | meanings
-        for field in _fields(home, node):
+        for field in _fields(module, node):
             options.setdefault(field.name, field)
         reads += _reads_content(node)
     options = {key: replace(x, meaning=meanings.get(key, "")) for key, x in options.items()}
-    return Entry(
-        name, _paragraphs(lineage[0][1])[0], "\n\n".join(_paragraphs(tree)), options, reads[0]
-    )
+    summary, about = _paragraphs(lineage[0][1])[0], "\n\n".join(_paragraphs(tree))
+    return Entry(name, summary, about, options, next(iter(reads), None))
 
 
 @cache

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidattn.catalog import describe
+from vidattn.catalog import HOMES, describe
 from vidattn.support.config import alternatives, describe_type, show_value
 from vidattn.support.registry import unknown
 
@@ -51,7 +51,7 @@ class Choice:
         return {"method": self.name, **self.options}
 
 
-def parse_choice(text: str) -> Choice:
+def parse_choice(text: str, home: str = "methods") -> Choice:
     """A choice from ``name:option=value,option=value``.
 
     A piece without '=' belongs to the value before it, so a size is written ``window=5,9,9``.
@@ -63,7 +63,7 @@ def parse_choice(text: str) -> Choice:
     {'window': (5, 9, 9), 'stride': 1}
     """
     name, _, rest = text.partition(":")
-    describe(name)
+    describe(name, home)
     given: dict[str, str] = {}
     last = ""
     for piece in filter(None, (x.strip() for x in rest.split(","))):
@@ -74,20 +74,21 @@ def parse_choice(text: str) -> Choice:
         elif last:
             given[last] += f",{piece}"
         else:
-            raise ValueError(f"method {text!r} has no '=' in {piece!r}; write {SYNTAX}")
-    return make_choice(name, given)
+            word = HOMES[home][0]
+            raise ValueError(f"{word} {text!r} has no '=' in {piece!r}; write {SYNTAX}")
+    return make_choice(name, given, home)
 
 
-def make_choice(name: str, given: dict[str, str]) -> Choice:
+def make_choice(name: str, given: dict[str, str], home: str = "methods") -> Choice:
     """A choice from options in words.
 
     Raises:
         ValueError: no such method or option (the nearest are listed), or a value of another type.
     """
-    known = describe(name).options
+    known = describe(name, home).options
     for option in given:
         if option not in known:
-            raise unknown(f"option of method {name!r}", option, known)
+            raise unknown(f"option of {HOMES[home][0]} {name!r}", option, known)
     values = {
         option: parse_value(option, text, known[option].hint) for option, text in given.items()
     }

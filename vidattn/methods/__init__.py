@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import typing
-
 from torch import Tensor
 
 from vidattn.catalog import list_methods
@@ -13,7 +9,8 @@ from vidattn.grid import Grid
 from vidattn.plan import AnyPlan
 from vidattn.planning.method import Method
 from vidattn.planning.reading import Reading
-from vidattn.support.config import describe_type, show_value, takes_words
+from vidattn.support.config import show_value
+from vidattn.support.options import check_options, class_in
 from vidattn.support.registry import unknown
 
 
@@ -25,12 +22,7 @@ def method_class(name: str) -> type[Method]:
     """
     if name not in list_methods():
         raise unknown("method", name, list_methods())
-    module = importlib.import_module(f"{__name__}.{name}")
-    return next(
-        cls
-        for _, cls in inspect.getmembers(module, inspect.isclass)
-        if issubclass(cls, Method) and cls.__module__ == module.__name__
-    )
+    return class_in(f"{__name__}.{name}", Method)
 
 
 def create_method(name: str, **options: object) -> Method:
@@ -40,14 +32,7 @@ def create_method(name: str, **options: object) -> Method:
         ValueError: no such method, no such option (the nearest are listed), or a bad value.
     """
     cls = method_class(name)
-    known = cls.options()
-    hints = typing.get_type_hints(cls)
-    for option, value in options.items():
-        if option not in known:
-            raise unknown(f"option of method {name!r}", option, known)
-        if isinstance(value, str) and not takes_words(hints[option]):
-            kind = describe_type(hints[option])
-            raise ValueError(f"{option} of {name} must be {kind}, got the word {value!r}")
+    check_options(cls, cls.options(), options, f"method {name!r}")
     return cls(**options)
 
 

@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from vidattn.methods import list_methods, plan
     from vidattn.neighborhood import neighborhood_attention
     from vidattn.pipelines.patch import patch, unpatch
+    from vidattn.pipelines.streaming.recipe import Recipe
+    from vidattn.pipelines.streaming.stream import stream
 
 __version__ = "0.1.0"
 __all__ = [
     "Grid",
+    "Recipe",
     "attend",
     "list_methods",
     "neighborhood_attention",
     "patch",
     "plan",
+    "stream",
     "unpatch",
 ]
 
@@ -34,11 +38,13 @@ __all__ = [
 # and attention needs no diffusers.
 _HOMES = {
     "Grid": "vidattn.grid",
+    "Recipe": "vidattn.pipelines.streaming.recipe",
     "attend": "vidattn.attention",
     "list_methods": "vidattn.methods",
     "neighborhood_attention": "vidattn.neighborhood",
     "patch": "vidattn.pipelines.patch",
     "plan": "vidattn.methods",
+    "stream": "vidattn.pipelines.streaming.stream",
     "unpatch": "vidattn.pipelines.patch",
 }
 

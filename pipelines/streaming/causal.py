@@ -1,0 +1,122 @@
+"""One causal transformer with its caches: what it makes of a chunk at a noise level.
+
+Letters: B batch, C channels, F latent frames, h, w their size, S tokens, L words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidattn.pipelines.streaming.checks import check_size, transformer_of
+from vidattn.pipelines.streaming.policies import Policies
+from vidattn.pipelines.streaming.reading import Reader, Words, site_of
+from vidattn.pipelines.streaming.recipe import Recipe
+from vidattn.pipelines.streaming.rope import starting_at
+from vidattn.streaming.cache import Cache
+
+# of the text encoder of Wan
+PROMPT_TOKENS = 512
+
+
+class CausalModel:
+    """The transformer of a pipeline, which goes on with the video in its caches.
+
+    Args:
+        size: of the frames, height and width in pixels.
+    """
+
+    def __init__(self, pipe: Any, policies: Policies, recipe: Recipe, size: tuple[int, int]):
+        self._pipe, self._recipe, self._model = pipe, recipe, transformer_of(pipe)
+        rows, columns = check_size(pipe, self._model, size)
+        self._frame_tokens = rows * columns
+        self.device = torch.device(pipe._execution_device)
+        site = site_of(
+            self._model, (rows, columns), recipe.longest, self.device, self._model.dtype,
+            len(recipe.passes),
+        )  # fmt: skip
+        self._reader = Reader(self._model, policies, recipe.passes, site)
+        self._words: dict[str, Words] = {}
+
+    @property
+    def caches(self) -> list[Cache]:
+        """Those of all layers and passes."""
+        return self._reader.caches
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What runs the model stands in this block; outside of it the pipeline is as it was."""
+        with torch.no_grad(), self._reader.installed():
+            yield
+
+    def read_prompt(self, prompt: str) -> None:
+        """Let a prompt lead from now on.
+
+        Raises:
+            ValueError: it is empty.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt must say what the video shows, got {prompt!r}")
+        passes = self._recipe.passes
+        with torch.no_grad():
+            found = self._pipe.encode_prompt(
+                prompt=prompt,
+                negative_prompt=self._recipe.negative_prompt,
+                do_classifier_free_guidance=len(passes) > 1,
+                max_sequence_length=PROMPT_TOKENS,
+                device=self.device,
+            )
+        self._words = {x: Words.of(y.to(self._model.dtype)) for x, y in zip(passes, found)}
+
+    def velocity(
+        self, latents: Tensor, timestep: float, frames: range, num_given: int = 0
+    ) -> Tensor:
+        """(B, C, F, h, w) float32 velocity of a chunk at a time of 1000.
+
+        Args:
+            latents: (B, C, F, h, w) of the chunk.
+            num_given: first frames of it that are clean.
+        """
+        return self._guided(latents, self._times(timestep, frames, num_given), frames, keep=False)
+
+    def keep(self, latents: Tensor, frames: range) -> None:
+        """Make a clean chunk part of the past."""
+        times = self._times(self._recipe.clean_time, frames, 0)
+        self._guided(latents, times, frames, keep=True)
+
+    def reset(self) -> None:
+        """Forget the video."""
+        self._reader.reset()
+
+    def _times(self, timestep: float, frames: range, num_given: int) -> Tensor:
+        """(1,) or, where they differ, (1, S) times."""
+        if num_given == 0:
+            return torch.full((1,), timestep, device=self.device)
+        times = [self._recipe.clean_time] * num_given
+        times += [timestep] * (len(frames) - num_given)
+        times = torch.tensor([times], device=self.device)
+        return times.repeat_interleave(self._frame_tokens, dim=1)
+
+    def _guided(self, latents: Tensor, times: Tensor, frames: range, *, keep: bool) -> Tensor:
+        outs = []
+        for name, words in self._words.items():
+            with (
+                starting_at(self._model, frames.start),
+                self._reader.at(name, frames, words, keep=keep),
+                self._model.cache_context(name),
+            ):
+                out = self._pipe.transformer(
+                    hidden_states=latents.to(self._model.dtype),
+                    timestep=times,
+                    encoder_hidden_states=words.embeddings,
+                    return_dict=False,
+                )[0]
+            outs.append(out.float())
+        if len(outs) == 1:
+            return outs[0]
+        cond, uncond = outs
+        return uncond + self._recipe.guidance * (cond - uncond)

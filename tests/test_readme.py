@@ -19,10 +19,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.commands.cli_cases import run
+from tests.commands.cli_cases import run, tiny_wan
 from tests.readme_cases import PAGES, ROOT, Page
-from vidattn.catalog import describe, list_methods
+from vidattn.catalog import describe, list_methods, list_policies
 from vidattn.engines import ENGINES
+from vidattn.pipelines.streaming.recipe import Recipe
 from vidattn.schedule_file import load_schedule
 
 PROMPTS = "a red bag moving left over a dark background\n"
@@ -38,6 +39,7 @@ MAKES = ("generate", "compare", "tune", "calibrate")
 # each once, whichever page it is on
 COMMANDS = {shlex.join(words): words for page in PAGES for words in page.commands}
 OURS = {line: words for line, words in COMMANDS.items() if words[0] == "vidattn"}
+STREAMS = [line for line, words in OURS.items() if words[1] == "stream" and len(words) > 2]
 MAKING = {line: words for line, words in OURS.items() if words[1] in MAKES and len(words) > 2}
 HUB = [line for line, words in MAKING.items() if "--model" in words]
 BUNDLED = [line for line in MAKING if line not in HUB]
@@ -77,11 +79,11 @@ def test_there_is_something_to_run():
     assert {page.name for page in PAGES} > {"README.md", "kernels/README.md", "CONTRIBUTING.md"}
 
 
-@pytest.mark.parametrize("line", [line for line in OURS if line not in MAKING])
+@pytest.mark.parametrize("line", [x for x in OURS if x not in (*MAKING, *STREAMS)])
 def test_a_command_without_a_model_runs_as_written(line, folder, capfd):
     words = OURS[line][1:]
     # a command that is named alone is explained
-    if words[0] in (*MAKES, "simulate") and len(words) == 1:
+    if words[0] in (*MAKES, "stream", "simulate") and len(words) == 1:
         words.append("--help")
     code, out, err = run(capfd, *words)
     assert code == 0, err
@@ -98,6 +100,21 @@ def test_a_command_with_the_bundled_model_gets_as_far_as_its_weights(
 
     monkeypatch.setattr("vidattn.runs.serve.load_pipeline", load)
     _, _, err = run(capfd, *MAKING[line][1:])
+    assert err.startswith("vidattn: Loaded"), err
+
+
+@pytest.mark.parametrize("line", STREAMS)
+def test_a_stream_of_a_causal_model_gets_as_far_as_its_weights(line, folder, capfd, monkeypatch):
+    def load(*_):
+        raise Loaded
+
+    monkeypatch.setattr("vidattn.commands.stream.load_pipeline", load)
+    words = OURS[line][1:]
+    pipe = tiny_wan()
+    pipe.transformer.register_to_config(**Recipe().to_config())
+    pipe.save_pretrained(folder / words[words.index("--model") + 1])
+    capfd.readouterr()
+    _, _, err = run(capfd, *words)
     assert err.startswith("vidattn: Loaded"), err
 
 
@@ -205,6 +222,12 @@ def test_the_table_of_methods_says_what_they_read():
         # of a pattern an option decides, whether it is rectified; paro may have been calibrated
         either = ("the grid", "content")
         assert reads in expected.get(describe(name).reads_content, either), name
+
+
+def test_the_table_of_policies_has_all_of_them():
+    page = Page(ROOT / "vidattn/cache/README.md")
+    rows = re.findall(r"^\| `(\w+)` \|", page.text, re.MULTILINE)
+    assert sorted(rows) == list_policies(), "give each policy a row in vidattn/cache/README.md"
 
 
 def test_the_table_of_models_is_that_of_the_families(monkeypatch):

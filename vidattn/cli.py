@@ -1,4 +1,4 @@
-"""The command line: vidattn generate | compare | tune | calibrate | list | draw | simulate."""
+"""The command line: vidattn generate, stream, compare, tune, calibrate, list, draw, simulate."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vidattn.support.registry import unknown
 
 COMMANDS = {
     "generate": "make a video",
+    "stream": "make a video of any length with a causal model, while it can be watched",
     "compare": "time methods against dense attention, on one seed",
     "tune": "mix methods by layer and head, and write the schedule",
     "calibrate": "find the orders and masks of paro, and write its file",

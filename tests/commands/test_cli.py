@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from vidattn.catalog import describe, list_methods
+from vidattn.catalog import describe, list_methods, list_policies
 from vidattn.choice import Choice, parse_choice
 from vidattn.cli import COMMANDS, main
 from vidattn.flags.video import add_model_arguments, add_request_arguments
@@ -50,6 +50,18 @@ def test_list_knows_the_models(capfd):
     code, out, _ = run(capfd, "list", "--presets")
     assert code == 0 and "wan2.1-14b" in out and "radial:decay=0.2" in "".join(out.split())
     assert run(capfd, "list", "--presets", "--models")[0] != 0
+    assert run(capfd, "list", "radial", "--policies")[0] != 0
+
+
+def test_list_explains_the_policies(capfd):
+    code, out, _ = run(capfd, "list", "--policies")
+    assert code == 0
+    for name in list_policies():
+        assert name in out
+        code, explained, _ = run(capfd, "list", "--policies", name)
+        assert code == 0 and all(option in explained for option in describe(name, "cache").options)
+    code, _, err = run(capfd, "list", "--policies", "rollin")
+    assert code == 2 and "did you mean 'rolling'" in err
 
 
 @pytest.mark.parametrize("name", list_methods())

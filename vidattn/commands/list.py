@@ -1,4 +1,4 @@
-"""`vidattn list`: the methods, everything about one of them, the models or the presets."""
+"""`vidattn list`: the methods, everything about one of them, policies, models or presets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 import yaml
 
-from vidattn.catalog import PRESETS, describe, list_methods, list_presets
+from vidattn.catalog import PRESETS, Entry, describe, list_methods, list_policies, list_presets
 from vidattn.choice import Choice
 from vidattn.support.config import describe_type
 from vidattn.support.resources import resource
@@ -19,6 +19,10 @@ def run(args: argparse.Namespace) -> None:
         _show_models()
     elif args.presets:
         _show_presets()
+    elif args.policies:
+        _show_options(args.policies, "cache")
+    elif args.policies is not None:
+        _show_policies()
     elif args.method:
         _show_method(args.method)
     else:
@@ -31,6 +35,16 @@ def _show_methods() -> None:
     rows = [[entry.name, entry.summary, " ".join(entry.options)] for entry in entries]
     print(table(head, rows, prose=head[1:]))
     print("\nvidattn list METHOD explains the options, vidattn draw METHOD makes a picture.")
+
+
+def _show_policies() -> None:
+    head = ["policy", "what it does", "options"]
+    entries = [describe(name, "cache") for name in list_policies()]
+    rows = [[entry.name, entry.summary, " ".join(entry.options)] for entry in entries]
+    print(table(head, rows, prose=head[1:]))
+    print(
+        "\nvidattn list --policies NAME explains the options; vidattn stream --policy takes them."
+    )
 
 
 def _show_models() -> None:
@@ -65,8 +79,7 @@ def _show_presets() -> None:
 
 def _show_method(name: str) -> None:
     entry = describe(name)
-    for paragraph in (f"{name}: {entry.summary}", *entry.about.split("\n\n")):
-        print(f"{fill(paragraph)}\n")
+    _show_about(entry)
     print({
         True: "The plan reads queries and keys.",
         False: "The plan is the same for every content.",
@@ -75,12 +88,7 @@ def _show_method(name: str) -> None:
     if not entry.options:
         print("\nIt has no options.")
         return
-    head = ["option", "type", "default", "meaning"]
-    rows = [
-        [option.name, describe_type(option.hint), option.default, option.meaning]
-        for option in entry.options.values()
-    ]
-    print(f"\n{table(head, rows, prose=['type', 'meaning'])}")
+    print(f"\n{_options_table(entry)}")
     defaults = {option.name: option.default for option in entry.options.values()}
     option = next(x for x in defaults if x == "density" or defaults[x] != "none")
     example = "0.3" if option == "density" else defaults[option]
@@ -88,3 +96,23 @@ def _show_method(name: str) -> None:
         f"\nWritten --{option.replace('_', '-')} {example}, or inside the method as "
         f"{name}:{option}={example}."
     )
+
+
+def _show_options(name: str, home: str) -> None:
+    entry = describe(name, home)
+    _show_about(entry)
+    print(_options_table(entry))
+
+
+def _show_about(entry: Entry) -> None:
+    for paragraph in (f"{entry.name}: {entry.summary}", *entry.about.split("\n\n")):
+        print(f"{fill(paragraph)}\n")
+
+
+def _options_table(entry: Entry) -> str:
+    head = ["option", "type", "default", "meaning"]
+    rows = [
+        [option.name, describe_type(option.hint), option.default, option.meaning]
+        for option in entry.options.values()
+    ]
+    return table(head, rows, prose=["type", "meaning"])

@@ -1,4 +1,4 @@
-"""Flags of `vidattn list`: the methods, everything about one of them, the models or the presets."""
+"""Flags of `vidattn list`: the methods, everything about one of them, policies, models, presets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ EXAMPLES = """\
 examples:
   vidattn list
   vidattn list radial
+  vidattn list --policies
+  vidattn list --policies tempcache
   vidattn list --models
   vidattn list --presets"""
 
@@ -23,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", action="store_true", help="show the transformers of diffusers that are known"
     )
+    parser.add_argument(
+        "--policies", nargs="?", const="", metavar="NAME",
+        help="show what a stream may keep of the past, or the options of one of these policies",
+    )  # fmt: skip
 
 
 def read(args: argparse.Namespace) -> None:
@@ -32,7 +38,12 @@ def read(args: argparse.Namespace) -> None:
         ValueError: no such method, or more than one thing asked for.
     """
     asked = [args.method, args.models and "--models", args.presets and "--presets"]
+    asked.append(args.policies is not None and "--policies")
     if len(asked := [word for word in asked if word]) > 1:
-        raise ValueError(f"list takes a method, --models or --presets, got {' and '.join(asked)}")
+        raise ValueError(
+            f"list takes a method, --policies, --models or --presets, got {' and '.join(asked)}"
+        )
     if args.method:
         describe(args.method)
+    if args.policies:
+        describe(args.policies, "cache")

@@ -16,6 +16,7 @@ from vidattn.support.config import build
 from vidattn.support.resources import resource
 
 BUNDLED = "assets/tiny-t2v"
+BUNDLED_CAUSAL = "assets/tiny-t2v-causal"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -80,6 +81,24 @@ def find_model(model: str | None) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ValueError(f"--model '{model}' is no hub id: they read owner/name")
     return model
+
+
+def find_causal_model(model: str | None) -> str:
+    """The --model of a stream; the bundled causal model where none is given.
+
+    Raises:
+        ValueError: none is given, and none is bundled.
+    """
+    if model is not None:
+        return model
+    try:
+        return str(resource(BUNDLED_CAUSAL))
+    except FileNotFoundError:
+        raise ValueError(
+            "a stream needs a causal model, and none ships with this copy of vidattn: give --model "
+            "with a folder that scripts/convert_causal.py made of the weights of Self-Forcing, "
+            "CausVid, Causal-Forcing, LongLive or Krea"
+        ) from None
 
 
 def is_bundled(model: str | None) -> bool:

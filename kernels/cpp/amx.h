@@ -100,6 +100,16 @@ INLINE void add_sides(Sides x, u64 steps, i64 width, float* to) {
   }
 }
 #undef VIDATTN_ADD_COLUMN
+#else
+INLINE void multiply_sides(const Sides&, u64, const u8*, int, float*, i64) {}
+INLINE void add_sides(Sides, u64, i64, float*) {}
 #endif
+
+// Vectors of 16 slots are multiplied two at a time: sets of vectors, in whole pairs, and in steps.
+INLINE u32 in_pairs(u32 vectors) { return ((vectors | vectors >> 1) & 5) * 3; }
+INLINE u64 in_steps(u32 vectors) {
+  u32 pairs = (vectors | vectors >> 1) & 5;
+  return (pairs | pairs >> 1) & 3;
+}
 
 }  // namespace

@@ -56,11 +56,22 @@ struct Pull {
   float scale;
 };
 
+// Products of ROWS rows from row r on with N vectors of columns; AMX has made them before.
+template <int N>
+INLINE void scores_of(V (&acc)[ROWS][N], const Pull& p, const Scratch& s, const float* rows,
+                      const float* columns, int r, const u8* vectors) {
+  if (!AMX) return scores<N>(acc, rows + r * p.words, p.words, columns, p.ld, p.depth, vectors);
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) acc[m][n] = load(s.scores + (r + m) * PIECE + vectors[n] * W);
+}
+
 // Weights of ROWS keys from row r on, for N vectors of queries.
 template <int N, bool MASKED>
 void weigh_keys(const Pull& p, const Scratch& s, int r, const u8* vectors) {
   V acc[ROWS][N];
-  scores<N>(acc, p.keys + r * p.words, p.words, p.queries_t, p.ld, p.depth, vectors);
+  scores_of<N>(acc, p, s, p.keys, p.queries_t, r, vectors);
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
     V bias = splat(p.bias ? p.bias[r + m] : 0);
@@ -81,7 +92,7 @@ void weigh_keys(const Pull& p, const Scratch& s, int r, const u8* vectors) {
 template <int N>
 void pull_scores(const Pull& p, const Scratch& s, int r, const u8* vectors) {
   V acc[ROWS][N];
-  scores<N>(acc, p.values + r * p.words, p.words, p.pulls_t, p.ld, p.depth, vectors);
+  scores_of<N>(acc, p, s, p.values, p.pulls_t, r, vectors);
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; m++) {
     V total = {};
@@ -125,12 +136,45 @@ void run_tiles(const Pull& p, const Scratch& s, const Tile (&tiles)[4]) {
   }
 }
 
-// Zeros where hidden score gradients would be read across rows.
+// Zeros where hidden score gradients would be read across rows, or by AMX, which skips no vector.
 void clear_unseen(const Scratch& s, int r, Set unseen) {
   const List list(unseen);
+  for (int m = 0; AMX && m < ROWS; m++)
+    for (int i = 0; i < list.count; i++)
+      for (float* pairs : {s.weights, s.d_scores})
+        store_packed(pairs + (r + m) * PIECE_WORDS + list.vector[i] * VECTOR_WORDS, V{});
   for (int m = 0; m < ROWS; m += PAIR)
     for (int i = 0; i < list.count; i++)
       store((PAIRS ? s.d_pairs : s.d_scores) + (r + m) / PAIR * PIECE + list.vector[i] * W, V{});
+}
+
+// On matrix registers: the products of all rows with the queries, (keys, PIECE).
+void multiply_rows(const Pull& p, const Scratch& s, const float* rows, const float* columns) {
+  const List list(p.queries_seen);
+  for (int r = 0; r < p.num_keys; r += SIDE) {
+    Sides sides{rows + r * p.words, p.words, columns, p.ld};
+    multiply_sides(sides, low_bits(int(p.words / SIDE)), list.vector, list.count,
+                   s.scores + r * PIECE, PIECE);
+  }
+}
+
+// On matrix registers: rows += (rows, PIECE) pairs times what the queries, or keys, have.
+void add_rows(const float* pairs, const float* right, i64 width, int num_rows, u64 steps,
+              float* to) {
+  for (int r = 0; r < num_rows; r += SIDE)
+    add_sides({pairs + r * PIECE_WORDS, PIECE_WORDS, right, width}, steps, width, to + r * width);
+}
+
+// On matrix registers: the gradients, once weights and score gradients are known.
+void pull_rows(const Pull& p, const Scratch& s) {
+  u64 steps = in_steps(p.queries_seen);
+  add_rows(s.weights, p.pulls, p.width, p.num_keys, steps, p.d_values);
+  add_rows(s.d_scores, p.queries, p.width, p.num_keys, steps, p.d_keys);
+  // keys are multiplied 32 at a time
+  int rows = int(round_up(p.num_keys, 2 * SIDE));
+  for (int r = p.num_keys; r < rows; r += ROWS) clear_unseen(s, r, low_bits(VECTORS));
+  transpose(s.d_pairs, PIECE / 2, PIECE, s.across);
+  add_rows(s.across, p.key_pairs, p.width, p.num_queries, low_bits(rows / (2 * SIDE)), p.d_q);
 }
 
 // What the queries of a piece gain: each strip sums over the vectors of keys that any of it sees.
@@ -155,12 +199,14 @@ void pull_pair(const Pull& p, Scratch& s) {
   for (int r = 0; r < p.num_keys; r += ROWS) {
     Set& seen = s.seen[r / ROWS];
     seen = p.queries_seen;
-    if (!p.bits) continue;
-    seen &= vectors_of(p.bits[r] | p.bits[r + 1] | p.bits[r + 2] | p.bits[r + 3]);
-    clear_unseen(s, r, p.queries_seen & ~seen);
+    if (p.bits) seen &= vectors_of(p.bits[r] | p.bits[r + 1] | p.bits[r + 2] | p.bits[r + 3]);
+    if (AMX || p.bits) clear_unseen(s, r, (AMX ? in_pairs(p.queries_seen) : p.queries_seen) & ~seen);
   }
+  if (AMX) multiply_rows(p, s, p.keys, p.queries_t);
   run_tiles(p, s, p.bits ? WEIGH_SEEN : WEIGH);
+  if (AMX) multiply_rows(p, s, p.values, p.pulls_t);
   run_tiles(p, s, PULL);
+  if (AMX) return pull_rows(p, s);
   i64 strips = p.num_keys / ROWS;
   Product d_v{p.d_values, p.width, s.weights, PIECE_WORDS, p.pulls, p.width, 0};
   add_products<false>(d_v, p.width, strips, s.seen.data());
@@ -254,6 +300,7 @@ void pull_block(const Job& j, i64 unit, i64 part, i64 block, Scratch& s) {
 }
 
 void pull(const Job& j, i64 task, Scratch& s) {
+  const MatrixRegisters registers;
   i64 unit = task / j.parts, part = task % j.parts;
   const i64* start = &j.part_start[unit * (j.parts + 1) + part];
   for (i64 block = start[0]; block < start[1]; block++) pull_block(j, unit, part, block, s);

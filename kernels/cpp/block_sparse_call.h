@@ -57,6 +57,7 @@ struct Scratch {
   float *rows, *out, *scores, *weights, *sums, *tops, *keys, *key_bias;
   // of the backward pass alone
   float *values, *key_pairs, *d_keys, *d_values, *d_scores, *d_pairs, *exact, *line, *d_bias;
+  float* across;          // score gradients, queries by keys
   std::vector<u64> bits;
   std::vector<u32> seen;  // vectors of columns that each strip of rows sees
 };

@@ -163,8 +163,8 @@ void prepare_forward(const Job& j, Scratch& s) {
 }
 
 void prepare_backward(const Job& j, Scratch& s) {
-  s.memory.grow(j.slots * (3 * j.words + 2 * j.width + 1) + 4 * PIECE * PIECE + j.width +
-                PIECE * j.words + PIECE + 13 * GRANULE);
+  s.memory.grow(j.slots * (3 * j.words + 2 * j.width + 1) + 6 * PIECE * PIECE + j.width +
+                PIECE * j.words + PIECE + 15 * GRANULE);
   Carver carve{s.memory.data};
   s.keys = carve.take(j.slots * j.words);
   s.values = carve.take(j.slots * j.words);
@@ -174,6 +174,8 @@ void prepare_backward(const Job& j, Scratch& s) {
   s.weights = carve.take(PIECE * PIECE);
   s.d_scores = carve.take(PIECE * PIECE);
   s.d_pairs = carve.take(PIECE * PIECE);
+  s.scores = carve.take(PIECE * PIECE);
+  s.across = carve.take(PIECE * PIECE);
   // words of floats need no second, exact copy
   s.exact = PAIR == 1 ? s.weights : carve.take(PIECE * PIECE);
   s.line = carve.take(j.width);

@@ -178,6 +178,9 @@ INLINE void fetch(const float* from, i64 words, i64 share, i64 shares) {
     __builtin_prefetch(from + i * GRANULE, 0, 2);
 }
 
+// The steps of 32 numbers in a row.
+INLINE u64 whole_steps(const Job& j) { return low_bits(int(j.words / SIDE)); }
+
 // `next` is where the next piece begins in the packed keys and values.
 void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, i64 next, const u64* bits,
                   Scratch& s) {
@@ -217,21 +220,18 @@ void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, i64 next, c
     for (int i = 0, n; i < list.count; i += n)
       weigh_tile<true>(strip, list.vector + i, n = next_tile(list.count - i));
   };
-#if VIDATTN_AMX
-  for (i64 first = 0; first < strips; first += GROUP / ROWS) {
+  for (i64 first = 0; AMX && first < strips; first += GROUP / ROWS) {
     i64 end = std::min<i64>(strips, first + GROUP / ROWS);
     Set any = 0;
     for (i64 r = first; r < end; r++) look(r), fetch_next(r), any |= s.seen[r];
     if (!any) continue;
-    // weights are multiplied by two vectors of values at a time
-    Set pairs = (any | any >> 1) & 5, unseen = pairs * 3;
     float* weights = s.weights + first * ROWS * PIECE_WORDS;
     Sides scores{s.rows + first * ROWS * j.words, j.words, j.keys.data + at, j.ld};
     const List list(any);
-    multiply_sides(scores, low_bits(int(j.words / SIDE)), list.vector, list.count, s.scores, PIECE);
+    multiply_sides(scores, whole_steps(j), list.vector, list.count, s.scores, PIECE);
     for (i64 r = first; r < end; r++) {
       visit(r);
-      clear_weights(strip, unseen & ~s.seen[r]);
+      clear_weights(strip, in_pairs(any) & ~s.seen[r]);
       if (masked) {
         look(r), weigh_seen(r);
       } else {
@@ -239,10 +239,9 @@ void attend_piece(const Job& j, const Head& h, i64 block, i64 piece, i64 next, c
       }
     }
     Sides sums{weights, PIECE_WORDS, j.values.data + at, j.width};
-    add_sides(sums, (pairs | pairs >> 1) & 3, j.width, s.out + first * ROWS * j.width);
+    add_sides(sums, in_steps(any), j.width, s.out + first * ROWS * j.width);
   }
-  return;
-#endif
+  if (AMX) return;
   for (i64 r = 0; r < strips; r++) {
     fetch_next(r);
     look(r);

@@ -135,6 +135,11 @@ def _compiles(name: str) -> bool:
     return True
 
 
+def version(dtype: torch.dtype) -> str:
+    """The name of the library that runs a dtype: another one for every source and compiler."""
+    return Path(_library(dtype)._name).stem
+
+
 def peak_flops(dtype: torch.dtype) -> float:
     """Products and sums a second, measured, of one thread that works in registers alone.
 

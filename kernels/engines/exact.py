@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -134,10 +134,17 @@ def speed_of(kind: Kind) -> float:
     """How many times as fast as PyTorch the C++ engine is in calls of a kind, measured once."""
     if block_sparse_cpu.missing(kind.dtype) is not None:
         return 0.0
-    found = kept(f"full attention, cpp to pytorch, {kind}", lambda: _measure(kind))
+    name = f"full attention, {block_sparse_cpu.version(kind.dtype)} to pytorch, {kind}"
+    found = kept(name, lambda: _measure(kind))
     engine = "cpp" if found >= MARGIN else "pytorch"
     log.info("dense attention in %s runs on the %r engine: %.2f", kind, engine, found)
     return found
+
+
+def speeds(dtype: torch.dtype, has_gradient: bool, lengths: Sequence[int]) -> list[float]:
+    """``speed_of`` calls of some lengths in a dtype, with heads of 64 and the threads of now."""
+    kinds = (Kind(dtype, 64, x, has_gradient, torch.get_num_threads()) for x in lengths)
+    return [speed_of(kind) for kind in kinds]
 
 
 def _is_ours_to_take(q: Tensor, k: Tensor, v: Tensor) -> bool:

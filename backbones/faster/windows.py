@@ -18,6 +18,7 @@ from timm.layers import halo_attn
 from timm.models import davit, swin_transformer, swin_transformer_v2
 from torch import Tensor, fx, nn
 
+from vidattn.backbones.faster.attention import FasterAttention, may_attend
 from vidattn.backbones.faster.layers import FASTER_LAYERS, Faster, is_served, is_watched, product
 from vidattn.kernels.engines.block_sparse_cpu import missing
 from vidattn.kernels.windows.packed_windows import packed_windows
@@ -144,14 +145,17 @@ class Acceleration:
     """What ``accelerate`` changed; ``remove``, or the end of its ``with`` block, undoes it.
 
     Attributes:
-        num_modules: blocks or attentions whose windows the kernel computes.
+        num_modules: blocks or attentions whose windows the kernel computes, and other attentions
+            that run on the faster engine.
     """
 
     def __init__(self, model: nn.Module):
         found = [module for module in model.modules() if _takes(module, FASTER)]
-        self.num_modules = len(found)
+        others = _attentions(model)
+        self.num_modules = len(found) + len(others)
         found += [module for module in model.modules() if _takes(module, FASTER_LAYERS)]
-        self._faster = [(FASTER | FASTER_LAYERS)[type(module)](module) for module in found]
+        self._faster: list[Faster] = [FasterAttention(module) for module in others]
+        self._faster += [(FASTER | FASTER_LAYERS)[type(module)](module) for module in found]
 
     def remove(self) -> None:
         """Let every module compute as it did, whatever has been put on it or taken off since."""
@@ -167,15 +171,20 @@ class Acceleration:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Compute the windows of a model with one C++ kernel, in place.
+    """Compute the windows of a model with one C++ kernel, its attention on the faster engine.
 
     Takes Swin, Swin V2, DaViT and HaloNet of timm, and whatever holds their blocks; linear layers
-    and the channel attention of DaViT become those of ``faster_layers``. Outputs, gradients and
-    their gradients stay the same within the rounding of floats; modules keep their classes, names
-    and state dict. This serves float32 on a CPU, inside ``torch.compile`` too. timm's own code runs
-    where it cannot: on other devices and dtypes, in autocast, for attention dropout in training, in
-    a block with a hook on its attention or in it, which is called as before, and for what
-    ``torch.export`` and ``torch.jit.trace`` make. Undo it before ``torch.jit.script``.
+    and the channel attention of DaViT become those of ``faster_layers``. Vision transformers, and
+    all other modules of timm that call PyTorch's fused attention, run it on our engine where that
+    has measured faster for the dtype, the head dim and the length, training included and under
+    autocast too, and on PyTorch's otherwise and when compiled.
+
+    Outputs, gradients and their gradients stay the same within the rounding of floats; modules keep
+    their classes, names and state dict. Windows and linear layers are served in float32 on a CPU,
+    inside ``torch.compile`` too. timm's own code runs where they cannot be: on other devices and
+    dtypes, in autocast, for attention dropout in training, in a block with a hook on its attention
+    or in it, which is called as before, and for what ``torch.export`` and ``torch.jit.trace`` make.
+    Undo it before ``torch.jit.script``.
 
     Args:
         model: timm's, or any that holds blocks of these.
@@ -190,15 +199,23 @@ def accelerate(model: nn.Module) -> Acceleration:
     >>> with accelerate(model) as handle:
     ...     scores = model(images)
     """
-    if not any(_takes(module, FASTER) for module in model.modules()):
+    is_taken = any(_takes(module, FASTER) for module in model.modules())
+    if not is_taken and not _attentions(model):
         names = ", ".join(cls.__name__ for cls in FASTER)
         raise ValueError(
-            f"{type(model).__name__} has nothing to accelerate: it needs a {names} of timm, which "
-            "is not accelerated yet"
+            f"{type(model).__name__} has nothing to accelerate: it needs a {names} of timm, or an "
+            "attention with fused_attn=True, which is not accelerated yet"
         )
     if missing(torch.float32):
         raise ValueError("acceleration needs a C++ compiler: install one, or set CXX to it")
     return Acceleration(model)
+
+
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    """The attentions that may run on the faster engine; those in windows have their kernel."""
+    blocks = [module for module in model.modules() if type(module) in FASTER]
+    inside = {part for block in blocks for part in block.modules()}
+    return [x for x in model.modules() if may_attend(x) and x not in inside]
 
 
 def _takes(module: nn.Module, faster: dict[type, type[Faster]]) -> bool:

@@ -6,10 +6,12 @@ import signal
 
 import pytest
 
+from vidattn import engines
 from vidattn.catalog import describe, list_methods, list_policies
 from vidattn.choice import Choice, parse_choice
 from vidattn.cli import COMMANDS, main
 from vidattn.flags.video import add_model_arguments, add_request_arguments
+from vidattn.kernels.engines import exact
 from vidattn.runs import output
 from vidattn.runs.folder import BUNDLED, read_card
 from vidattn.runs.output import fresh_file, write_atomically, write_json
@@ -62,6 +64,17 @@ def test_list_explains_the_policies(capfd):
         assert code == 0 and all(option in explained for option in describe(name, "cache").options)
     code, _, err = run(capfd, "list", "--policies", "rollin")
     assert code == 2 and "did you mean 'rolling'" in err
+
+
+def test_list_says_what_runs_attention_here(capfd, monkeypatch):
+    monkeypatch.setattr(exact, "speed_of", lambda kind: 2.0 if kind.has_gradient else 0.5)
+    code, out, _ = run(capfd, "list", "--engines")
+    assert code == 0
+    for engine in engines.ON_CPU:
+        assert f"{engine} " in out
+    rows = [line.split() for line in out.splitlines() if line.startswith(("float32", "bfloat16"))]
+    assert [row[-4:] for row in rows] == [["0.50x"] * 4, ["2.00x"] * 4] * 2
+    assert run(capfd, "list", "--engines", "--models")[0] != 0
 
 
 @pytest.mark.parametrize("name", list_methods())

@@ -13,7 +13,8 @@ examples:
   vidattn list --policies
   vidattn list --policies tempcache
   vidattn list --models
-  vidattn list --presets"""
+  vidattn list --presets
+  vidattn list --engines"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies", nargs="?", const="", metavar="NAME",
         help="show what a stream may keep of the past, or the options of one of these policies",
     )  # fmt: skip
+    parser.add_argument(
+        "--engines", action="store_true",
+        help="show what runs attention on this machine, and how fast",
+    )  # fmt: skip
 
 
 def read(args: argparse.Namespace) -> None:
@@ -37,11 +42,13 @@ def read(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no such method, or more than one thing asked for.
     """
-    asked = [args.method, args.models and "--models", args.presets and "--presets"]
-    asked.append(args.policies is not None and "--policies")
-    if len(asked := [word for word in asked if word]) > 1:
+    flags = [f"--{name}" for name in ("models", "presets", "engines") if getattr(args, name)]
+    flags += ["--policies"] * (args.policies is not None)
+    asked = [word for word in (args.method, *flags) if word]
+    if len(asked) > 1:
         raise ValueError(
-            f"list takes a method, --policies, --models or --presets, got {' and '.join(asked)}"
+            "list takes a method, --policies, --models, --presets or --engines, got "
+            f"{' and '.join(asked)}"
         )
     if args.method:
         describe(args.method)

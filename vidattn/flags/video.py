@@ -39,6 +39,11 @@ def add_pairing_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile", action="store_true", help="compile the blocks of the transformer"
     )
+    group.add_argument(
+        "--dense-backend", choices=("auto", "pytorch"), default="auto",
+        help="what runs dense layers and steps: on a CPU the faster of PyTorch's attention and "
+        "ours, or always PyTorch's",
+    )  # fmt: skip
 
 
 def read_pairings(args: argparse.Namespace) -> Pairings:

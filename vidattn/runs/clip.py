@@ -23,10 +23,11 @@ from vidattn.runs.request import Request
 
 @dataclass(frozen=True)
 class Guards:
-    """Layers and steps that stay dense; None for what the method or the schedule does by itself."""
+    """What ``patch`` is told of dense calls; None for what the method or the schedule says."""
 
     dense_layers: int | float | None = None
     dense_steps: int | float | None = None
+    dense_backend: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ Each stage (VAE, encoded clips, transformer, export) resumes from what is under 
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
-from t2v.causal import CausalModel, steps_of
+from t2v.causal import CausalModel, even_steps
 from t2v.flow import FlowModel
 from t2v.flow_stages import (
     build_flow_model,
@@ -32,6 +31,8 @@ from t2v.vae import (
     vae_stage,
 )
 from t2v.worlds import load_world
+
+from vidattn.pipelines.streaming.recipe import Recipe
 
 
 def clips_of(config: dict):
@@ -74,19 +75,22 @@ def export(vae, model: FlowModel, config: dict) -> None:
 
 
 def export_causal(model: CausalModel, config: dict) -> None:
-    """Write the causal transformer beside the other one, with how it goes on with a video."""
+    """Write the causal transformer beside the other one; it says how it is to be streamed."""
     out, options = Path(config["out"]), config["causal"]
+    frames = options["chunk"] * (1 + min(options["windows"]))
+    recipe = Recipe(
+        chunk=options["chunk"],
+        times=tuple(1000 * share for share in even_steps(options["steps"])),
+        shift=options["shift"],
+        sampler="euler",
+        size=tuple(options["clips"][1:]),
+        policy=f"rolling:window={frames},sink=0",
+    )
+    model.transformer.register_to_config(**recipe.to_config())
     folder, partial = out / "transformer_causal", out / "transformer_causal.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.transformer.save_pretrained(partial, safe_serialization=True)
     halve(partial)
-    levels = steps_of(options["steps"], options["shift"])
-    facts = {
-        "chunk": options["chunk"],
-        "window": min(options["windows"]) * options["chunk"],
-        "timesteps": [round(1000 * level, 3) for level in levels],
-    }
-    (partial / "causal.json").write_text(json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 

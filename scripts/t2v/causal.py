@@ -132,10 +132,14 @@ class CausalModel(FlowModel):
         return torch.cat(chunks, 2)
 
 
+def even_steps(count: int) -> list[float]:
+    """Shares of noise at which a chunk's steps begin, before they are shifted."""
+    return [1 - i / count for i in range(count)]
+
+
 def steps_of(count: int, shift: float) -> list[float]:
     """Levels of noise at which a chunk's steps begin."""
-    even = [1 - i / count for i in range(count)]
-    return [shift * u / (1 + (shift - 1) * u) for u in even]
+    return [shift * u / (1 + (shift - 1) * u) for u in even_steps(count)]
 
 
 def noised(latents: Tensor, chunk: int, shift: float, generator: torch.Generator):

@@ -1,6 +1,5 @@
 """The pieces of the training program, and a micro run that is cut short and resumed."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,13 +7,15 @@ import torch
 import torch.nn.functional as F
 import train_t2v as program
 import yaml
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
-from t2v import checkpoint, flow, muon, team
+from t2v import causal, checkpoint, flow, muon, team
 from t2v import stage as stages
 from t2v import vae as vaes
 
+import vidattn
 from tests.scripts import world_cases as cases
+from vidattn.pipelines.streaming.recipe import find_recipe
 
 TOKENIZER = flow.build_tokenizer(cases.scenes.WORDS, cases.scenes.SPELLINGS)
 
@@ -299,17 +300,19 @@ def test_causal_sibling_learns_in_two_stages_and_shares_the_rest(tmp_path):
     cases.write_sprites(tmp_path / "data")
     run(config)
     out = Path(config["out"])
-    assert json.loads((out / "transformer_causal" / "causal.json").read_text()) == {
-        "chunk": 1,
-        "window": 1,
-        "timesteps": [1000.0, 750.0],
-    }
-    base, causal = (
+    model = WanTransformer3DModel.from_pretrained(out, subfolder="transformer_causal")
+    recipe = find_recipe(model, None)
+    assert recipe.levels == tuple(causal.steps_of(2, 3.0)) and recipe.chunk == 1
+    assert (recipe.size, recipe.policy) == ((32, 32), "rolling:window=2,sink=0")
+    pipe = WanPipeline.from_pretrained(out, transformer=model)
+    made = list(vidattn.stream(pipe, prompt="a fox moving left", num_frames=9))
+    assert [tuple(frames.shape) for frames in made] == [(n, 3, 32, 32) for n in (1, 4, 4)]
+    base, after = (
         WanTransformer3DModel.from_pretrained(out, subfolder=name).state_dict()
         for name in ("transformer", "transformer_causal")
     )
-    assert base.keys() == causal.keys()
-    assert max((causal[key] - base[key]).abs().max() for key in base) > 0
+    assert base.keys() == after.keys()
+    assert max((after[key] - base[key]).abs().max() for key in base) > 0
     stages_done = {
         name: checkpoint.load_step(Path(config["work"]) / f"{name}_fall.safetensors")
         for name in ("flow", "forcing", "rollout")

@@ -19,8 +19,8 @@ log = logging.getLogger("vidattn")
 _lock = threading.Lock()
 
 
-def kept(name: str, measure: Callable[[], float]) -> float:
-    """The figure of a name: the one that is kept, or a new one, which then is.
+def kept(name: str, measure: Callable[[], float | None]) -> float | None:
+    """The figure of a name: the one that is kept, or a new one, which then is, unless it is None.
 
     Figures lie in ``figures.json`` beside the compiled libraries, under a name that must hold all
     they depend on but the processor and the version of PyTorch, which are added. What cannot be
@@ -30,7 +30,10 @@ def kept(name: str, measure: Callable[[], float]) -> float:
         path, key = cache_folder() / "figures.json", f"{name}, {_machine()}"
         found = _read(path).get(key)
         if not isinstance(found, float):
-            found = float(measure())
+            found = measure()
+            if found is None:
+                return None
+            found = float(found)
             _write(path, _read(path) | {key: found})
             log.info("measured once on this machine: %s: %.3f", key, found)
         return found

@@ -113,6 +113,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("has_gradient", [False, True])
 def test_it_is_measured_once_and_kept(folder, has_gradient, monkeypatch):
     monkeypatch.setattr(exact, "MEASURED_FLOPS", 1e6)
+    monkeypatch.setattr(exact, "AGREEMENT", float("inf"))
     kind = exact.Kind(torch.float32, 16, 128, has_gradient, torch.get_num_threads())
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -123,6 +124,13 @@ def test_it_is_measured_once_and_kept(folder, has_gradient, monkeypatch):
     monkeypatch.setattr(exact, "_measure", None)
     exact.speed_of.cache_clear()
     assert exact.speed_of(kind) == found
+
+
+def test_a_busy_machine_decides_nothing(folder, monkeypatch):
+    monkeypatch.setattr(exact, "MEASURED_FLOPS", 1e6)
+    monkeypatch.setattr(exact, "AGREEMENT", 0.0)
+    kind = exact.Kind(torch.float32, 16, 128, False, torch.get_num_threads())
+    assert exact.speed_of(kind) == 1 and list(folder.iterdir()) == []
 
 
 def test_a_broken_file_of_figures_is_written_anew(folder):

@@ -10,7 +10,6 @@ from tests.cache.policy_cases import CHUNK, TOKENS, Film, site
 from vidattn.cache import create_policy, label, parse_policy, policy_class
 from vidattn.catalog import list_policies
 from vidattn.streaming.attention import read
-from vidattn.streaming.bank import bytes_per_token
 from vidattn.streaming.codec import CODECS
 from vidattn.streaming.policy import CachePolicy, WindowPolicy
 
@@ -70,12 +69,16 @@ def test_a_window_never_grows_past_its_limit(name, quantise, limit):
         # no whole number of frames
         cap = options["cap"] = cap + 3
     if limit == "cap_mib":
-        options["cap_mib"] = (cap + 0.5) * bytes_per_token(site(), quantise) / 2**20
+        policy = create_policy(name, **options)
+        size = (cap + 0.5) * policy.token_bytes(site()) + policy.fixed_bytes(site())
+        options["cap_mib"] = size / 2**20
     video = film(name, **options)
     sizes = []
     for _ in range(12 + WINDOW // CHUNK):
         video.step()
         assert video.parts[0].k.shape[2] <= cap
+        if limit == "cap_mib":
+            assert 0 < video.cache.num_bytes <= size
         sizes.append((video.cache.num_tokens, video.cache.num_bytes))
     assert len(set(sizes[-10:])) == 1
     assert sizes[-1][0] > cap - (CHUNK + 1) * TOKENS - 3

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from vidattn.streaming.cache import Site
 from vidattn.streaming.frames import FrameCache
 from vidattn.streaming.policy import WindowPolicy
+from vidattn.streaming.sink import Sink
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class EmaSink(WindowPolicy):
                 "changes, which the policy rolling does"
             )
 
-    def build(self, site: Site) -> FrameCache:
+    def make(self, site: Site) -> FrameCache:
         """An empty cache for one layer."""
         room = self.room(site) // site.frame_tokens
         cap = (room + site.chunk) * site.frame_tokens
-        sink = self.make_sink(site, self.alpha)
-        return FrameCache(site, sink, self.quantise, room=room, cap=cap)
+        return FrameCache(site, self.make_sink(site), self.quantise, room=room, cap=cap)
+
+    def make_sink(self, site: Site) -> Sink:
+        """The sink of one layer, which changes."""
+        return Sink(site, self.sink, self.sink_at, self.alpha)

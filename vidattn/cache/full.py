@@ -14,7 +14,7 @@ from vidattn.streaming.sink import Sink
 class Full(CachePolicy):
     """Every key and value is kept; a limit ends the video rather than dropping any."""
 
-    def build(self, site: Site) -> FrameCache:
+    def make(self, site: Site) -> FrameCache:
         """An empty cache for one layer."""
         limit = self.limit(site)
         self.check_limit(site, limit, site.chunk, f"a chunk of {site.chunk} frames")

@@ -43,7 +43,7 @@ class HeadClasses(WindowPolicy):
         self.at_least("profile", 1)
         check_share("share", self.share)
 
-    def build(self, site: Site) -> SplitCache:
+    def make(self, site: Site) -> SplitCache:
         """An empty cache for one layer."""
         return SplitCache(site, self, self.room(site) // site.frame_tokens)
 

@@ -17,7 +17,7 @@ from vidattn.streaming.policy import WindowPolicy
 class Rolling(WindowPolicy):
     """A sink and a window of frames are kept, all others dropped."""
 
-    def build(self, site: Site) -> FrameCache:
+    def make(self, site: Site) -> FrameCache:
         """An empty cache for one layer."""
         room = self.room(site) // site.frame_tokens
         cap = (room + site.chunk) * site.frame_tokens

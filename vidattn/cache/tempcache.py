@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidattn.streaming.bank import Bank
+from vidattn.streaming.bank import Bank, token_bytes
 from vidattn.streaming.cache import Cache, Part, Site
 from vidattn.streaming.policy import WindowPolicy
 
@@ -40,7 +40,15 @@ class TempCache(WindowPolicy):
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity must be a cosine from -1 to 1, got {self.similarity!r}")
 
-    def build(self, site: Site) -> MergingCache:
+    def token_bytes(self, site: Site) -> int:
+        """Memory of one token in one cache, with its weight and the frame it was seen in."""
+        return super().token_bytes(site) + 8 * site.heads * site.batch
+
+    def fixed_bytes(self, site: Site) -> int:
+        """Memory beside that of tokens: the sink, and the last chunk as it was."""
+        return super().fixed_bytes(site) + token_bytes(site, "none") * site.chunk_tokens
+
+    def make(self, site: Site) -> MergingCache:
         """An empty cache for one layer.
 
         Raises:
@@ -88,7 +96,8 @@ class MergingCache(Cache):
     @property
     def num_bytes(self) -> int:
         own = [self._weight, self._seen, *(() if self._last is None else self._last[:2])]
-        return self._bank.num_bytes + sum(x.numel() * x.element_size() for x in own)
+        own_bytes = sum(x.numel() * x.element_size() for x in own)
+        return self._bank.num_bytes + self._sink.num_bytes + own_bytes
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, frames: range) -> tuple[Part, ...]:
         last = [] if self._last is None else [self._last]

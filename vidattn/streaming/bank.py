@@ -79,7 +79,7 @@ class Bank:
         return self._codec.decode(some, self._site.head_dim, self._site.dtype)
 
 
-def bytes_per_token(site: Site, quantise: Quantise) -> int:
-    """Memory of one token in all heads and samples, keys and values, in all caches of a model."""
+def token_bytes(site: Site, quantise: Quantise) -> int:
+    """Memory of one token in one cache: keys and values of all heads and samples."""
     each = CODECS[quantise].num_bytes(site.head_dim, site.dtype)
-    return 2 * each * site.heads * site.batch * site.num_caches
+    return 2 * each * site.heads * site.batch

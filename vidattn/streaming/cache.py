@@ -77,6 +77,8 @@ class Cache(ABC):
 
     def __init__(self, site: Site, cap: int | None):
         self.site, self.cap = site, cap
+        # memory that is never exceeded either, None for no limit
+        self.cap_bytes: int | None = None
         self._staged: tuple[Tensor, Tensor, range] | None = None
 
     def append(self, q: Tensor, k: Tensor, v: Tensor, frames: range) -> tuple[Part, ...]:
@@ -93,7 +95,7 @@ class Cache(ABC):
         """
         self._staged = (k, v, frames)
         parts = self._read(q, k, v, frames)
-        assert self.cap is None or self.num_tokens <= self.cap, (self.num_tokens, self.cap)
+        self._check()
         return parts
 
     def commit(self) -> None:
@@ -101,7 +103,12 @@ class Cache(ABC):
         assert self._staged is not None, "nothing was appended"
         (k, v, frames), self._staged = self._staged, None
         self._keep(k, v, frames)
-        assert self.cap is None or self.num_tokens <= self.cap, (self.num_tokens, self.cap)
+        self._check()
+
+    def _check(self) -> None:
+        tokens, size = self.num_tokens, self.num_bytes
+        assert self.cap is None or tokens <= self.cap, (tokens, self.cap)
+        assert self.cap_bytes is None or size <= self.cap_bytes, (size, self.cap_bytes)
 
     def reset(self) -> None:
         """Forget everything, as for a new video."""

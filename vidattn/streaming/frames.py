@@ -45,7 +45,7 @@ class FrameCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        return 0 if self._bank is None else self._bank.num_bytes
+        return 0 if self._bank is None else self._bank.num_bytes + self._sink.num_bytes
 
     @property
     def held(self) -> tuple[int, ...]:

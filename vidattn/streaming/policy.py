@@ -6,13 +6,14 @@ A policy is one file in vidattn/cache with a frozen dataclass; nothing else has 
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vidattn.streaming.bank import bytes_per_token
+from vidattn.streaming.bank import token_bytes
 from vidattn.streaming.cache import Cache, Part, Site
 from vidattn.streaming.codec import CODECS, Quantise
 from vidattn.streaming.sink import Sink, SinkAt
@@ -94,25 +95,46 @@ class CachePolicy(Policy, ABC):
             raise ValueError(f"quantise must be {' or '.join(CODECS)}, got {self.quantise!r}")
 
     @abstractmethod
+    def make(self, site: Site) -> Cache:
+        """An empty cache for one layer, which ``build`` gives its limit in bytes.
+
+        Raises:
+            ValueError: the options leave no room for what has to be kept.
+        """
+
     def build(self, site: Site) -> Cache:
         """An empty cache for one layer.
 
         Raises:
             ValueError: the options leave no room for what has to be kept.
         """
+        cache = self.make(site)
+        if self.cap_mib is not None:
+            cache.cap_bytes = int(self.cap_mib * 2**20 / site.num_caches)
+        return cache
+
+    def token_bytes(self, site: Site) -> int:
+        """Memory of one token in one cache."""
+        return token_bytes(site, self.quantise)
+
+    def fixed_bytes(self, site: Site) -> int:
+        """Memory of one cache beside that of its tokens."""
+        return 0
 
     def limit(self, site: Site) -> int | None:
         """Tokens that a head may have in all, None without a limit."""
         limits = [self.cap] if self.cap is not None else []
         if self.cap_mib is not None:
-            limits.append(int(self.cap_mib * 2**20 // bytes_per_token(site, self.quantise)))
+            left = self.cap_mib * 2**20 / site.num_caches - self.fixed_bytes(site)
+            limits.append(max(0, int(left // self.token_bytes(site))))
         return min(limits, default=None)
 
     def check_limit(self, site: Site, limit: int | None, frames: int, what: str) -> None:
         """Raise ValueError unless a limit has room for so many frames."""
         tokens = frames * site.frame_tokens
         if limit is not None and limit < tokens:
-            mib = tokens * bytes_per_token(site, self.quantise) / 2**20
+            each = tokens * self.token_bytes(site) + self.fixed_bytes(site)
+            mib = math.ceil(10 * each * site.num_caches / 2**20) / 10
             raise ValueError(
                 f"the cache may hold {limit} tokens (cap={self.cap}, cap_mib={self.cap_mib}), and "
                 f"needs {tokens}: {what} of {site.frame_tokens} tokens each. Give cap={tokens} or "
@@ -160,6 +182,10 @@ class WindowPolicy(CachePolicy, ABC):
         tokens = self.window * site.frame_tokens
         return (tokens if limit is None else min(tokens, limit)) - site.chunk_tokens
 
-    def make_sink(self, site: Site, alpha: float | None = None) -> Sink:
+    def fixed_bytes(self, site: Site) -> int:
+        """Memory of one cache beside that of its tokens: the sink as it was."""
+        return self.make_sink(site).num_bytes
+
+    def make_sink(self, site: Site) -> Sink:
         """The sink of one layer."""
-        return Sink(site, self.sink, self.sink_at, alpha)
+        return Sink(site, self.sink, self.sink_at)

@@ -39,6 +39,14 @@ class Sink:
         """Whether what is read of the sink ever changes."""
         return self.frames > 0 and (self.at != "absolute" or self.alpha is not None)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the sink as it was, once it is whole."""
+        site = self.site
+        each = torch.promote_types(site.dtype, torch.float32).itemsize * site.head_dim
+        tokens = self.frames * site.frame_tokens * site.heads * site.batch
+        return 2 * each * tokens if self.moves else 0
+
     def of_heads(self, heads: list[int], site: Site) -> Sink:
         """The part of the sink that belongs to some heads.
 

@@ -77,6 +77,16 @@ def test_other_keys_in_half_precision(dtype, backend):
     assert_right(inputs_of(plan, dtype=dtype), plan, backend, key_weight=weights)
 
 
+def test_small_weights_do_not_make_large_scores_precise():
+    """The torch engine rounds scores near 0 to bfloat16, not those that a weight brings there."""
+    plan = Plan.dense(CHUNK, CACHE)
+    q, *others = inputs_of(plan, dtype=torch.bfloat16)
+    # the largest score of each row is about 22, base 2
+    q = F.normalize(q, dim=-1) * 6 * q.shape[-1] ** 0.5
+    weights = torch.full((1, 1, CACHE.num_tokens), 2.0**-22)
+    assert_right([q, *others], plan, "torch", key_weight=weights)
+
+
 def test_the_reference_is_masked_attention():
     plan = blocks()
     q, k, v, *_ = inputs_of(plan, dtype=torch.float64)
@@ -95,8 +105,10 @@ def test_a_dense_plan_weighs_keys_in_pytorchs_attention(dtype):
     plan = Plan.dense(CHUNK, CACHE)
     assert plan.is_dense
     q, k, v, *_ = inputs_of(plan, dtype=dtype)
+    # half precision does not hold their logarithms
+    weights = weights_of(plan) * 1e4 * torch.rand(2, 2, CACHE.num_tokens)
     options = {
-        "key_weight": weights_of(plan) * 1e3,
+        "key_weight": weights,
         "key_mask": torch.rand(2, CACHE.num_tokens) > 0.3,
     }
     assert engines_of(q, k, v, plan, **options) == ("pytorch",)

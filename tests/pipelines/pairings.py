@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import accelerate
 import diffusers
 import torch
+from diffusers import guiders
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     MagCacheConfig,
@@ -21,6 +22,7 @@ from diffusers.hooks import (
     SeaCacheConfig,
     TaylorSeerCacheConfig,
 )
+from torch import nn
 
 CPU = torch.device("cpu")
 
@@ -37,6 +39,7 @@ class Pairing:
         rounding: relative error that is left when it has come off.
         package: what it needs that is no dependency.
         options: of the run.
+        guider: makes what guides a modular pipeline of the same parts, which runs instead.
     """
 
     put: Callable[[diffusers.WanPipeline], Callable[[], object] | None]
@@ -46,6 +49,7 @@ class Pairing:
     rounding: float = 0.0
     package: str | None = None
     options: tuple[tuple[str, object], ...] = ()
+    guider: Callable[[], object] | None = None
 
     @property
     def missing(self) -> str | None:
@@ -143,6 +147,64 @@ def quanto_int8(pipe):
     freeze(pipe.transformer)
 
 
+def _replace_linears(pipe, make: Callable[[nn.Linear], nn.Linear]) -> None:
+    """Give every projection of the blocks other weights."""
+    for block in pipe.transformer.blocks:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(module, name, make(child))
+
+
+def _like(linear: nn.Linear, kind: type, weight: torch.Tensor, **options: object) -> nn.Linear:
+    new = kind(linear.in_features, linear.out_features, linear.bias is not None, **options)
+    new.weight, new.bias = weight, linear.bias
+    return new
+
+
+@pairing("weights in 8 bits", comes_off=False, package="bitsandbytes")
+def bitsandbytes_int8(pipe):
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    def quantise(linear):
+        weight = Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        return _like(linear, Linear8bitLt, weight, has_fp16_weights=False).to(CPU)
+
+    _replace_linears(pipe, quantise)
+
+
+@pairing("weights in 4 bits", comes_off=False, package="bitsandbytes")
+def bitsandbytes_nf4(pipe):
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    def quantise(linear):
+        weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        return _like(linear, Linear4bit, weight, compute_dtype=torch.float32).to(CPU)
+
+    _replace_linears(pipe, quantise)
+
+
+def _gguf(kind: str):
+    def put(pipe):
+        import gguf
+        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+        quant_type = gguf.GGMLQuantizationType[kind]
+
+        def quantise(linear):
+            data = torch.from_numpy(gguf.quantize(linear.weight.detach().numpy(), quant_type))
+            weight = GGUFParameter(data, quant_type=quant_type)
+            return _like(linear, GGUFLinear, weight, compute_dtype=torch.float32)
+
+        _replace_linears(pipe, quantise)
+
+    return put
+
+
+PAIRINGS["GGUF Q8_0"] = Pairing(_gguf("Q8_0"), "weights in 8 bits", comes_off=False, package="gguf")
+PAIRINGS["GGUF Q4_0"] = Pairing(_gguf("Q4_0"), "weights in 4 bits", comes_off=False, package="gguf")
+
+
 @pairing("weights in 8 bits", comes_off=False)
 def layerwise_casting(pipe):
     pipe.transformer.enable_layerwise_casting(torch.bfloat16, torch.float32)
@@ -186,6 +248,18 @@ def several_LoRAs(pipe):
     _adapter(pipe, "second", 2)
     pipe.transformer.set_adapters(["first", "second"], [0.5, 0.7])
     return functools.partial(pipe.transformer.delete_adapters, ["first", "second"])
+
+
+@pairing("low-rank updates of the weights")
+def hot_swapped_LoRA(pipe):
+    from peft import get_peft_model_state_dict
+
+    _adapter(pipe, "first", 1)
+    state = get_peft_model_state_dict(pipe.transformer, adapter_name="first")
+    state = {name: weight.flip(0) for name, weight in state.items()}
+    options = {"adapter_name": "first", "hotswap": True, "prefix": None}
+    pipe.transformer.load_lora_adapter(state, **options)
+    return functools.partial(pipe.transformer.delete_adapters, "first")
 
 
 @pairing("low-rank updates of the weights", rounding=1e-5)
@@ -247,3 +321,25 @@ PAIRINGS["that ends the run after some steps"] = Pairing(
     comes_off=False,
     options=(("callback_on_step_end", _interrupt),),
 )
+
+# of those that leave layers out, some of diffusers' own flags for them are broken on Wan
+GUIDERS = {
+    "ClassifierFreeGuidance": {},
+    "ClassifierFreeZeroStarGuidance": {},
+    "AdaptiveProjectedGuidance": {},
+    "TangentialClassifierFreeGuidance": {},
+    "AutoGuidance": {"auto_guidance_config": {"indices": [1]}},
+    "SkipLayerGuidance": {
+        "skip_layer_config": {"indices": [1]},
+        "skip_layer_guidance_stop": 1.0,
+    },
+    "SmoothedEnergyGuidance": {"seg_guidance_layers": [1]},
+}
+for _kind, _options in GUIDERS.items():
+    PAIRINGS[_kind] = Pairing(
+        lambda pipe: None,
+        "guider of a modular pipeline",
+        skips=_kind == "AutoGuidance",
+        comes_off=False,
+        guider=functools.partial(getattr(guiders, _kind), **_options),
+    )

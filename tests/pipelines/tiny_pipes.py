@@ -19,7 +19,8 @@ from transformers import T5Config, T5EncoderModel
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import WAN
 
-WAN_16 = {**WAN, "in_channels": 16, "out_channels": 16}
+# wide enough for blocks of 32 weights
+WAN_16 = {**WAN, "in_channels": 16, "out_channels": 16, "attention_head_dim": 16, "ffn_dim": 32}
 # 17 frames of 80 x 112 pixels: a grid of 5 x 5 x 7
 WAN_CALL = {"height": 80, "width": 112, "num_frames": 17, "num_inference_steps": 4}
 

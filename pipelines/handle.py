@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from vidattn.pipelines.generation import Generation
 from vidattn.pipelines.hooks.calls import Calls
 from vidattn.pipelines.hooks.root import RootHook
 from vidattn.pipelines.hooks.swap import marks
+from vidattn.pipelines.learned import keys_of, read_state
 from vidattn.pipelines.models import parts_of, video_transformers
 from vidattn.pipelines.report import LayerReport, Report
 from vidattn.pipelines.settings import Settings
@@ -103,6 +106,50 @@ class Handle:
             plan_ms=last.plan_time.read_ms(),
             **times,
         )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What learned methods such as "vsa" have in all layers, to be trained beside the model.
+
+        They stand in the attention layers until the patch is removed, and stay in the handle.
+        """
+        modules = (module for site in self.sites for module in site.learned.modules.values())
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def save_parameters(self, path: str | Path) -> None:
+        """Write them as a safetensors file, which ``load_parameters`` reads.
+
+        Raises:
+            ValueError: no method of the patch has any.
+        """
+        state = {
+            f"{site.name}.{key}": value.detach().cpu().contiguous()
+            for site in self._learned_sites()
+            for key, value in site.learned.state().items()
+        }
+        save_file(state, path)
+
+    def load_parameters(self, source: str | Path | Mapping[str, Tensor]) -> None:
+        """Give learned methods the parameters of a file, a folder of files, or a state.
+
+        It may hold a whole model, such as the folder "transformer" of a FastWan model with its
+        ``to_gate_compress``; what else is in there is left alone.
+
+        Raises:
+            ValueError: no method of the patch has parameters, or those of some layer are missing,
+                of another shape, or of a layer that stays dense.
+
+        >>> handle = vidattn.patch(pipe, "vsa", density=0.2, dense_layers=0, dense_steps=0)
+        >>> handle.load_parameters("FastWan2.1-T2V-1.3B-Diffusers/transformer")
+        """
+        sites, state = self._learned_sites(), read_state(source)
+        for site in sites:
+            site.learned.load(state, keys_of(state, site.name, [site.name for site in sites]))
+
+    def _learned_sites(self) -> list[Site]:
+        """Those whose layers have parameters of a method."""
+        if found := [site for site in self.sites if site.learned.modules]:
+            return found
+        raise ValueError(f"{self.schedule.name} has no method with parameters, such as vsa or sla")
 
     def remove(self) -> None:
         """Unpatch; a second time does nothing."""

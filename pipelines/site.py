@@ -25,12 +25,14 @@ from vidattn.pipelines.hooks.operators import numbered
 from vidattn.pipelines.hooks.ring import Ring, owners, turns
 from vidattn.pipelines.hooks.root import ContextOf, install
 from vidattn.pipelines.hooks.swap import swap_out
+from vidattn.pipelines.learned import Learned
 from vidattn.pipelines.passes import Pass, Passes, is_backward
 from vidattn.pipelines.plans import Plans
 from vidattn.pipelines.sequence import Call, find_video
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.stopwatch import Stopwatch
 from vidattn.plan import AnyPlan
+from vidattn.planning.learned import LearnedMethod
 from vidattn.schedule import Model, Part
 
 LAYER_GUARD, STEP_GUARD, DENSE_METHOD = "layer guard", "step guard", "dense method"
@@ -61,6 +63,9 @@ class Site:
         # of a pass that attends to everything beside that of the patch: factor of its scale
         self.full_sharpness: float | None = None
         self._shared: dict[int, object] = {}
+        self.learned = Learned(name, model, settings.schedule)
+        for index, _ in self.learned.modules:
+            self.layers[index].is_learned = True
         self.put_in()
         self._undo = install(self, model)
 
@@ -73,6 +78,7 @@ class Site:
         """Take our layers out again."""
         for undo in self._undo:
             undo()
+        self.learned.remove()
         untie(self.model, self.passes)
         for layer, (_, module) in zip(self.layers, self.modules):
             processor = module.processor
@@ -154,7 +160,8 @@ class Site:
                 self.cannot(layer, why, record=False)
         if call is not None:
             plan, parts = self._plan(layer, current, call, q, k)
-            if (limit := break_even(q, k, v)) < plan.visited_density:
+            limit = torch.inf if layer.is_learned else break_even(q, k, v)
+            if limit < plan.visited_density:
                 why, plan = f"dense is faster above density {limit:.2f} here", None
         if self.full_sharpness is not None:
             scale = (q.shape[-1] ** -0.5 if scale is None else scale) * self.full_sharpness
@@ -163,7 +170,7 @@ class Site:
             if plan is None:
                 out, *engines = _dense(layer, q, k, v, mask, scale, ring)
             else:
-                out, engines = self._sparse(q, k, v, plan, call, ring)
+                out, engines = self._sparse(layer, q, k, v, plan, parts, call, ring)
         # what is run again for the backward pass is no call of the model
         if not is_backward():
             density = None if plan is None else plan.density
@@ -244,7 +251,7 @@ class Site:
         return self.plans.plan(parts, layer.index, current, call, q, k), parts
 
     def _sparse(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, call: Call, ring: Ring | None
+        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, parts, call: Call, ring
     ) -> tuple[Tensor, tuple[str, ...]]:
         """Attention by a plan, and the engines that it ran on."""
         if torch.is_autocast_enabled(q.device.type):
@@ -255,6 +262,8 @@ class Site:
         q, k, v = map(call.to_grid, (q, k, v))
         out = attend(q, k, v, plan, scale=call.scale, key_mask=call.keys)
         engines = engines_of(q, k, v, plan, scale=call.scale, key_mask=call.keys)
+        if isinstance(method := parts[0].method, LearnedMethod):
+            out = self.learned.add(out, method, layer.index, layer.hidden, q, k, v, plan, call)
         return call.from_grid(out), engines
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
@@ -67,8 +68,23 @@ class Layer(TorchFunctionMode):
         self.usual_backend = None
         # diffusers' context parallelism of the running call, with the text tokens in it
         self.parallel: tuple[object, int] | None = None
+        # whether a method has parameters here, and what it is given beside queries and keys
+        self.is_learned = False
+        self._given = threading.local()
         self.hits = 0
         self.number = numbered(self)
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, S, C), what the running call makes queries, keys and values of.
+
+        Raises:
+            RuntimeError: it is compiled, and does not say.
+        """
+        hidden = getattr(self._given, "hidden", None)
+        if hidden is None:
+            raise RuntimeError(f"{self.name} has learned parameters: run it without torch.compile")
+        return hidden
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
@@ -110,6 +126,8 @@ class Layer(TorchFunctionMode):
 
     def _attend_in_parallel(self, query, key, value, mask, scale) -> Tensor:
         config, num_text = self.parallel
+        if self.is_learned:
+            raise ValueError(f"{self.name}: learned parameters are not spread over processes")
         length, device = query.shape[2], query.device
         shards = parallel.find_shards(config, length, num_text, self.text_first, device)
 
@@ -202,8 +220,10 @@ def _namespace(base: type) -> dict[str, object]:
             return out if config is None else _checked(out, layer, _num_text(names, args, kwargs))
         before, config = layer.hits, context_parallel(self, layer.model)
         layer.parallel = None if config is None else (config, _num_text(names, args, kwargs))
+        layer._given.hidden = {**dict(zip(names, args)), **kwargs}.get("hidden_states")
         with layer.native() if _route(base) == "global" else nullcontext(), layer:
             out = call(self, *args, **kwargs)
+        layer._given.hidden = None
         if layer.hits == before:
             layer.owner.skipped(layer, allowed=False)
         return out

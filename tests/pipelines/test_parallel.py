@@ -157,6 +157,13 @@ def _check_refusals() -> None:
             _check_raises(why, partial(TINY[WAN].call, model, **inputs))
         _check_raises(why, partial(vidattn.patch, model, method))
         vidattn.patch(model, method, strict=False).remove()
+    why = "to_gate_compress is not spread over processes"
+    _check_raises(why, partial(vidattn.patch, model, "vsa"))
+    model = build(WAN)
+    with torch.no_grad(), vidattn.patch(model, "vsa", dense_layers=0):
+        model.enable_parallelism(config=spread)
+        why = "learned parameters are not spread over processes"
+        _check_raises(why, partial(TINY[WAN].call, model, **inputs))
 
 
 @pytest.mark.parametrize(

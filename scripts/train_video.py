@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from runs.checkpoints import find_checkpoint
 from runs.log import Log
 from runs.settings_file import read_settings
+from safetensors.torch import save_file
 from tqdm import tqdm
 from video_training.adapter import adapter_state, check_layouts, write_adapter
-from video_training.attention import schedule_text
+from video_training.attention import Sparse, schedule_text
 from video_training.batches import Loader, Order
 from video_training.checkpoint import FOLDER, load_newest, save_checkpoint, whole
 from video_training.pipeline import load_transformer, model_folder
@@ -30,8 +32,10 @@ from video_training.settings import Settings
 from video_training.step import take_step
 from video_training.trainee import ADAPTER, Trainee, check_sizes, make_trainee
 
-from vidattn.runs.output import writable_folder
+from vidattn.runs.output import writable_folder, write_atomically
 
+# what learned methods have in all layers, for Handle.load_parameters
+LEARNED = "learned.safetensors"
 COLUMNS = ("step", "loss", "align", "norm", "lr", "waited", "peak_gib", "seconds")
 
 
@@ -133,12 +137,16 @@ def write_weights(trainee: Trainee) -> list[Path]:
         "schedule": schedule_text(trainee.sparse.schedule),
         "step": trainee.step,
     }
-    written = []
+    if trainee.sparse.is_learned:
+        facts["learned"] = LEARNED
+    written, learned = [], {}
     for component, expert in trainee.experts.items():
         trained = expert.trained
         if expert.average:
             trained = dict(zip(trained, expert.average.shadow_params))
         trained = {name: whole(value) for name, value in trained.items()}
+        own = {name: trained.pop(name) for name in expert.learned.state()}
+        learned |= {f"{component}.{name}": value.float().cpu() for name, value in own.items()}
         if not trainee.accelerator.is_main_process:
             continue
         if settings.tune.method == "full":
@@ -148,6 +156,10 @@ def write_weights(trainee: Trainee) -> list[Path]:
         state = adapter_state(expert.plain, trained)
         also = settings.output.also
         written += write_adapter(folder, component, expert.plain, state, also, facts)
+    if learned and trainee.accelerator.is_main_process:
+        with write_atomically(folder / LEARNED) as partial:
+            save_file(learned, partial)
+        written.append(folder / LEARNED)
     return written
 
 
@@ -191,9 +203,12 @@ def train(settings: Settings, signals: Signals) -> None:
         OSError: a checkpoint cannot be written.
     """
     run = settings.run
+    # a step at a noise level with dense attention does without what sparse methods learn
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
         mixed_precision="bf16" if run.precision == "bf16" else "no",
         gradient_accumulation_steps=run.accumulate,
+        kwargs_handlers=[unused] if Sparse(settings.attention).is_learned else [],
     )
     prepared = Preparation(settings, accelerator, accelerator.print).run()
     trainee = make_trainee(settings, accelerator)

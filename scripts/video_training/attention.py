@@ -12,7 +12,9 @@ import vidattn
 from vidattn.grid import Grid, Size
 from vidattn.methods import create_method, label
 from vidattn.methods.dense import Dense
+from vidattn.pipelines.learned import Learned
 from vidattn.pipelines.patch import Handle
+from vidattn.planning.learned import LearnedMethod
 from vidattn.planning.method import Method
 from vidattn.schedule import DenseGuard, Rule, Schedule
 from vidattn.schedule_file import load_schedule, save_schedule
@@ -84,6 +86,19 @@ class Sparse:
                         f"attention.ramp needs methods with a density, {label(rule.method)} has "
                         "none: set its density, or leave the ramp out"
                     )
+
+    def attach(self, name: str, model: nn.Module) -> Learned:
+        """Put what learned methods have in every layer into a transformer, for good.
+
+        Args:
+            name: of the transformer in its pipeline.
+        """
+        return Learned(name, model, self.schedule)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether a method has parameters of its own."""
+        return any(isinstance(rule.method, LearnedMethod) for rule in self.schedule.rules)
 
     def spans(self, experts: Mapping[str, tuple[float, float]], step: int) -> list[Span]:
         """What holds at each noise level.

@@ -26,6 +26,7 @@ from video_training.settings import Optimizer, Settings, Tune
 
 from vidattn.grid import Size
 from vidattn.pipelines.family import family_of
+from vidattn.pipelines.learned import Learned
 from vidattn.runs.model import pipeline_config
 
 # the one adapter, as peft names it
@@ -39,12 +40,14 @@ class Expert:
     Args:
         model: as the accelerator has prepared it.
         plain: without the wrappers of several processes.
+        learned: what methods have in its layers.
     """
 
     model: nn.Module
     plain: nn.Module
     optimizer: torch.optim.Optimizer
     average: EMAModel | None
+    learned: Learned
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -93,11 +96,12 @@ def make_trainee(settings: Settings, accelerator: Accelerator) -> Trainee:
     dtype = torch.float32 if needs_all else model.torch_dtype
     for name in model.experts:
         plain = load_transformer(folder, name, dtype)
-        prepare_tuning(plain, settings.tune)
+        learned = sparse.attach(name, plain)
+        prepare_tuning(plain, settings.tune, learned)
         if settings.run.checkpointing:
             plain.enable_gradient_checkpointing()
         plain.train()
-        experts[name] = _make_expert(plain, settings, accelerator)
+        experts[name] = _make_expert(plain, learned, settings, accelerator)
     return Trainee(settings, accelerator, experts, process, sparse, ranges, dtype)
 
 
@@ -123,8 +127,11 @@ def expert_ranges(
     return {name: served[name] for name in experts}
 
 
-def prepare_tuning(model: nn.Module, tune: Tune) -> None:
+def prepare_tuning(model: nn.Module, tune: Tune, learned: Learned | None = None) -> None:
     """Let only those weights of a transformer move that are tuned.
+
+    Args:
+        learned: what methods have in its layers, which moves too.
 
     Raises:
         ValueError: target_modules that the model does not have.
@@ -146,15 +153,19 @@ def prepare_tuning(model: nn.Module, tune: Tune) -> None:
         model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:
         raise ValueError(f"tune.target_modules {targets!r}: {first_line(error)}") from error
+    for module in learned.modules.values() if learned else ():
+        module.requires_grad_(True)
     cast_training_params(model, torch.float32)
 
 
-def _make_expert(plain: nn.Module, settings: Settings, accelerator: Accelerator) -> Expert:
+def _make_expert(
+    plain: nn.Module, learned: Learned, settings: Settings, accelerator: Accelerator
+) -> Expert:
     run = settings.run
     params = [p for p in plain.parameters() if p.requires_grad]
     optimizer = make_optimizer(params, settings.optimizer)
     model, optimizer = accelerator.prepare(plain, optimizer)
-    expert = Expert(model, accelerator.unwrap_model(model), optimizer, None)
+    expert = Expert(model, accelerator.unwrap_model(model), optimizer, None, learned)
     if run.ema:
         expert.average = EMAModel(expert.trained.values(), decay=run.ema)
     return expert

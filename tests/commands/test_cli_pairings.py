@@ -14,6 +14,7 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+import vidattn
 from tests.commands.cli_cases import SMALL, frames_of, run, tiny_wan
 from vidattn.runs import pairings
 
@@ -48,8 +49,8 @@ def started(monkeypatch):
     return start
 
 
-def generate(capfd, world, output, *words):
-    flags = ("--model", world / "model", "--output", output, *SMALL, *METHOD)
+def generate(capfd, world, output, *words, method=METHOD):
+    flags = ("--model", world / "model", "--output", output, *SMALL, *method)
     code, out, err = run(capfd, "generate", "a red boot", *flags, *words)
     assert code == 0, err
     clip = torch.stack(frames_of(output)[0]).float()
@@ -183,6 +184,30 @@ def test_weights_in_8_bits(world, tmp_path, capfd, monkeypatch):
         assert "blocks.0.attn1.to_q.base_layer" not in plain
         assert {"blocks.0.attn1.to_q.lora_A.lora_0", "blocks.0.attn1.to_q.lora_B.lora_0"} <= plain
         assert "condition_embedder.time_embedder.linear_1" in plain
+
+
+def test_parameters_of_a_learned_method(world, tmp_path, capfd, monkeypatch):
+    method = ("--method", "vsa:density=0.5", "--dense-layers", "0", "--dense-steps", "0")
+    gates = world / "gates.safetensors"
+    with vidattn.patch(tiny_wan(), "vsa", dense_layers=0) as handle, torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.fill_(0.5)
+        handle.save_parameters(gates)
+    zero, report = generate(capfd, world, tmp_path / "a.gif", method=method)
+    assert report["parameters"] is None
+    words = ("--parameters", gates)
+    clip, report = generate(capfd, world, tmp_path / "b.gif", *words, method=method)
+    assert report["parameters"] == str(gates) and (clip - zero).abs().mean() > 0
+
+    def load(*_):
+        raise Loaded
+
+    monkeypatch.setattr("vidattn.runs.serve.load_pipeline", load)
+    flags = ("--model", world / "model", "--output", tmp_path / "c.mp4", *SMALL)
+    for name, words in (("radial", "radial has no method with parameters"), ("sla", "proj_l")):
+        given = (*flags, "--method", name, "--dense-layers", "0", "--parameters", gates)
+        code, _, err = run(capfd, "generate", "a red boot", *given)
+        assert code == 2 and words in " ".join(err.split()), err
 
 
 def test_processes_share_a_list_of_prompts(world, tmp_path, capfd, started):

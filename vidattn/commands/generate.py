@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(choice, LoraChoice):
         print(f"attention as {choice.lora.path} was trained with; --method or --schedule overrules")
     if large is None:
-        outlook.check(choice, guards, args.degrees is not None and args.degrees.ulysses > 1)
+        are_spread = args.degrees is not None and args.degrees.ulysses > 1
+        outlook.check(choice, guards, are_spread=are_spread, parameters=args.parameters)
     if outlook.pipe is not None:
         _check(outlook, args, large)
     pipe, requests = outlook.load(args)
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
             if large is not None:
                 clip = large.make_clip(pipe, request)
             else:
-                clip = make_clip(pipe, request, choice, guards)
+                clip = make_clip(pipe, request, choice, guards, parameters=args.parameters)
             # all that share a video have all of it
             if args.degrees is None or find_processes().rank == 0:
                 _write(pipe, args, request, choice, clip, path)
@@ -71,6 +72,7 @@ def _write(
         | {
             "method": choice.label,
             "loras": {str(lora.path): lora.weight for lora in args.loras},
+            "parameters": args.parameters and str(args.parameters),
             "parallel": args.degrees and vars(args.degrees),
             "dense_layers": clip.report.dense_layers,
             "dense_steps": clip.report.dense_steps,

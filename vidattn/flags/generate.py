@@ -14,7 +14,7 @@ from vidattn.flags.video import (
     read_pairings,
 )
 from vidattn.runs.choices import DEFAULT_METHOD, SCHEDULE_HELP, ScheduleChoice, choices_of
-from vidattn.runs.lora import parse_lora, trained_attention
+from vidattn.runs.lora import LoraChoice, parse_lora, trained_attention
 from vidattn.runs.output import fresh_file, writable_file
 from vidattn.runs.processes import find_processes, parse_parallel
 from vidattn.runs.request import request_of
@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "attention is as they were trained with, where the file says so",
     )  # fmt: skip
     parser.add_argument(
+        "--parameters", type=Path, metavar="FILE|FOLDER",
+        help="of a learned method such as vsa: a file that training wrote, or a model that has "
+        "them among its weights (default: those that come with --lora)",
+    )  # fmt: skip
+    parser.add_argument(
         "--output", type=Path, metavar="FILE",
         help=f"an mp4 or gif, replaced if it is there (default: {OUTPUT}, or the first of "
         f"{OUTPUT.stem}-2, {OUTPUT.stem}-3, ... that is free); of several videos the second is "
@@ -77,14 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read(args: argparse.Namespace) -> None:
     """Check the flags, and set what the command is given.
 
-    These are ``choice`` (None for the default), ``loras``, ``pairings``, ``degrees`` (None for one
-    process), and of each video that this process makes one of ``requests`` and ``paths``.
+    These are ``choice`` (None for the default), ``loras``, ``parameters``, ``pairings``,
+    ``degrees`` (None for one process), and of each video that this process makes one of
+    ``requests`` and ``paths``.
 
     Raises:
         ValueError: what is wrong with them.
     """
     args.loras = [parse_lora(text) for text in args.lora]
     args.choice = _choice(args) or trained_attention(args.loras)
+    if args.parameters is None and isinstance(args.choice, LoraChoice):
+        args.parameters = args.choice.parameters
     args.pairings = read_pairings(args)
     args.degrees = None if args.parallel is None else parse_parallel(args.parallel)
     if args.target is not None:
@@ -109,6 +117,7 @@ def _check_target(args: argparse.Namespace) -> None:
     """Refuse what does not go with FreeSwim, which is a method by itself."""
     others = {
         "--method": args.choice,
+        "--parameters": args.parameters,
         "--parallel": args.degrees,
         "--cache": args.cache,
         "--compile": args.compile,

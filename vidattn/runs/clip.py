@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,8 +62,18 @@ class Clip:
         }
 
 
-def make_clip(pipe: object, request: Request, choice: Served, guards: Guards) -> Clip:
+def make_clip(
+    pipe: object,
+    request: Request,
+    choice: Served,
+    guards: Guards,
+    *,
+    parameters: Path | None = None,
+) -> Clip:
     """Run a pipeline with a method, on latents that depend on the seed only.
+
+    Args:
+        parameters: of learned methods (see ``Handle.load_parameters``).
 
     Raises:
         FloatingPointError: the latents turned NaN; the step is named.
@@ -73,6 +84,8 @@ def make_clip(pipe: object, request: Request, choice: Served, guards: Guards) ->
 
     def make() -> tuple[Tensor, Report]:
         with patch(pipe, **choice.arguments, **vars(guards)) as handle:
+            if parameters is not None:
+                handle.load_parameters(parameters)
             return pipe(**arguments).frames[0], handle.report()
 
     return timed_clip(pipe, choice.label, make)

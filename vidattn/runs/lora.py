@@ -20,12 +20,14 @@ class Lora:
         component: of the pipeline that they are for.
         schedule: of the attention they were trained with, as its file reads; None where the file
             does not say.
+        learned: the file with the parameters of learned methods that were trained with them.
     """
 
     path: Path
     weight: float = 1.0
     component: str = "transformer"
     schedule: str | None = None
+    learned: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class LoraChoice:
     def label(self) -> str:
         """What progress bars and reports say."""
         return f"schedule of {self.lora.path.name}"
+
+    @property
+    def parameters(self) -> Path | None:
+        """Of its learned methods."""
+        return self.lora.learned
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -69,7 +76,14 @@ def parse_lora(text: str) -> Lora:
             f"--lora takes FILE or FILE:WEIGHT, the weight a number such as 0.8, got '{text}'"
         ) from None
     facts = _facts(path)
-    return Lora(path, weight, facts.get("component", "transformer"), facts.get("schedule"))
+    learned = path.with_name(facts["learned"]) if "learned" in facts else None
+    if learned is not None and not learned.is_file():
+        raise ValueError(
+            f"--lora '{path}' was trained with '{learned.name}', which is not beside it: copy it "
+            "from the folder of the run"
+        )
+    component, schedule = facts.get("component", "transformer"), facts.get("schedule")
+    return Lora(path, weight, component, schedule, learned)
 
 
 def _facts(path: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vidattn.catalog import describe, list_sparse_methods
 from vidattn.choice import Choice, parse_choice
@@ -46,11 +47,19 @@ class Outlook:
         print(f"no method given: taking the preset of this model, {preset.label}")
         return preset
 
-    def check(self, choice: Served, guards: Guards, are_spread: bool = False) -> None:
+    def check(
+        self,
+        choice: Served,
+        guards: Guards,
+        *,
+        are_spread: bool = False,
+        parameters: Path | None = None,
+    ) -> None:
         """Refuse what the model or the size of the video rules out.
 
         Args:
             are_spread: whether processes share the heads of a layer.
+            parameters: of learned methods.
 
         Raises:
             ValueError: a bad value, a method that cannot serve the grid, or one for another model.
@@ -67,6 +76,8 @@ class Outlook:
                     check_apart(rule.method)
                 if self.grid is not None:
                     rule.method.check(self.grid)
+            if parameters is not None:
+                handle.load_parameters(parameters)
 
     def everything(self, wanted: AllMethods, guards: Guards) -> tuple[list[Choice], dict[str, str]]:
         """Every method that reads less, at a density, and why others are left out, by label.

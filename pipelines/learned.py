@@ -113,7 +113,7 @@ class Learned:
         """The (B, H, S, D) output of a call in the order of the grid, with what is learned.
 
         Raises:
-            ValueError: hidden states that are not those of the video.
+            ValueError: hidden states that are not those of the video, or tokens that are hidden.
         """
         grid, device = call.grid, q.device
         start, stop = grid.video_start, grid.video_start + grid.num_video_tokens
@@ -124,6 +124,8 @@ class Learned:
                 f"its {hidden.shape[1]} hidden states are not those of the "
                 f"{grid.num_video_tokens} tokens of the video, which {method.parameters} needs"
             )
+        if call.keys is not None and not bool(call.keys[:, start:stop].all()):
+            raise ValueError(f"it hides tokens of the video, which {method.parameters} would see")
         module = self.modules[layer, method.parameters]
         weight = next(module.parameters())
         if weight.device != device:

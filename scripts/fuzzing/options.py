@@ -161,6 +161,11 @@ def _any(rng: Random, grid: Grid) -> Options:
     return {"density": rng.choice(DENSITIES)}
 
 
+def _sla(rng: Random, grid: Grid) -> Options:
+    features = {"features": lambda: rng.choice(("softmax", "elu", "relu"))}
+    return _any(rng, grid) | _some(rng, **features, negligible=lambda: rng.choice(DENSITIES))
+
+
 _BY_METHOD = {
     "adaspa": _adaspa,
     "anchor": _anchor,
@@ -171,10 +176,12 @@ _BY_METHOD = {
     "power": _power,
     "radial": _radial,
     "rectified": _rectified,
+    "sla": _sla,
     "sliding_tile": _sliding_tile,
     "strided": _strided,
     "svg": _svg,
     "topk": _topk,
     "vertical_slash": _vertical_slash,
     "vmoba": _vmoba,
+    "vsa": _any,
 }

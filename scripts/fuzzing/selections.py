@@ -4,6 +4,7 @@ Letters: N video tokens, nv video blocks, C chunks.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -265,12 +266,26 @@ def _check_budget(
         raise Wrong("more chunks are read than the budget needs")
 
 
+def _by_count(case: Case, method: Method, blocks: Blocks, seen: Tensor) -> None:
+    """So many blocks of a row by their means, and its own."""
+    kept, own = whole_blocks(blocks, seen), _own(blocks)
+    scores = blocks.scale * blocks.queries @ blocks.keys.mT
+    check_ranks(scores.masked_fill(blocks.counts == 0, -torch.inf), kept, own, _doubt(blocks))
+    share = method.density * len(kept)
+    count = math.ceil(share - 1e-6) if case.method == "vsa" else math.floor(share + 1e-6)
+    chosen = kept.sum(-1) - max(1, count)
+    if ((chosen < 0) | (chosen > 1)).any():
+        raise Wrong("a row reads another number of blocks than asked")
+
+
 _CHECKS: dict[str, Callable[[Case, Method, Blocks, Tensor], None]] = {
     "adaspa": _adaspa,
     "anchor": _anchor,
     "paro": _paro,
     "rectified": _rectified,
+    "sla": _by_count,
     "svg": _svg,
     "topk": _topk,
     "vmoba": _vmoba,
+    "vsa": _by_count,
 }

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vidattn.plan import Plan
 from vidattn.planning.content import Content
-from vidattn.planning.learned import LearnedMethod, Seen, zero_linear
+from vidattn.planning.learned import LearnedMethod, Seen, mean_scores, zero_linear
 from vidattn.planning.method import check_share
 from vidattn.planning.selection import select_count
 from vidattn.support.registry import unknown
@@ -67,7 +67,7 @@ class SLA(LearnedMethod):
 
     def search(self, content: Content) -> tuple[Plan, None]:
         """As many blocks for every block."""
-        scores = content.scale * content.queries @ content.keys.mT
+        scores = mean_scores(content)
         count = max(1, math.floor(self.density * content.num_blocks + 1e-9))
         return content.plan(select_count(scores, count)), None
 

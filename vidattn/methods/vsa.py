@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vidattn.plan import Plan
 from vidattn.planning.content import Content
-from vidattn.planning.learned import LearnedMethod, Seen, zero_linear
+from vidattn.planning.learned import LearnedMethod, Seen, mean_scores, zero_linear
 from vidattn.planning.method import check_share
 from vidattn.planning.selection import select_count
 
@@ -46,7 +46,7 @@ class VSA(LearnedMethod):
 
     def search(self, content: Content) -> tuple[Plan, None]:
         """As many tiles for every tile."""
-        scores = content.scale * content.queries @ content.keys.mT
+        scores = mean_scores(content)
         # 0.2 * 35 must not be rounded up to one more
         count = max(1, math.ceil(self.density * content.num_blocks - 1e-9))
         return content.plan(select_count(scores, count)), None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vidattn.grid import Layout
 from vidattn.plan import Plan
+from vidattn.planning.content import Content
 from vidattn.planning.content_method import ContentMethod
 
 
@@ -75,6 +76,12 @@ class LearnedMethod(ContentMethod):
         Args:
             learned: the parameters of the layer, as ``make`` gave them.
         """
+
+
+def mean_scores(content: Content) -> Tensor:
+    """(B, H, nv, nv) scores of the means of blocks; -inf for blocks that nobody may read."""
+    scores = content.scale * content.queries @ content.keys.mT
+    return scores.masked_fill(content.counts[..., None, :] == 0, -torch.inf)
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

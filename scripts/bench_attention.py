@@ -1,7 +1,7 @@
 """Time sparse attention on this machine: python scripts/bench_attention.py [--quick].
 
 In turns: dense attention of PyTorch, and the "cpp" and "torch" engines and compiled FlexAttention
-on the same block lists. Writes attention_cpu.json and attention_cpu.md.
+on the same block lists. Writes attention_cpu_<instruction set>.json and .md.
 """
 
 import argparse
@@ -9,19 +9,20 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from benchmarks.attention_bound import measured_rates, shares_of_bound
+from benchmarks.instruction_sets import add_set_argument, limit_to
 from benchmarks.resident_memory import extra_mib
 from torch import Tensor
 from tqdm import tqdm
 
 from vidattn.attention import attend
 from vidattn.grid import Grid
-from vidattn.kernels.engines.block_sparse_cpu import instruction_set
 from vidattn.methods import plan as plan_of
 from vidattn.plan import Plan
 from vidattn.planning.visible import visible_keys
@@ -97,8 +98,10 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="times each function is called")
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks"))
+    add_set_argument(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
+    sets = limit_to(args.set)
     grids = QUICK if args.quick else FULL
     cases = [
         (grid, head_dim, dtype) for grid in grids for head_dim in (64, 128) for dtype in DTYPES
@@ -114,15 +117,15 @@ def main() -> None:
         kinds += ["train cpp", "train torch"] * (grid.num_tokens <= args.backward_up_to)
         rows += measure(grid, head_dim, dtype, methods, args.rounds, kinds)
     rows.sort(key=lambda row: (row["method"] != "radial", row["method"]))
-    machine = hardware() | {"torch": torch.__version__}
-    machine["instruction_sets"] = {name: instruction_set(x) for name, x in DTYPES.items()}
+    machine = hardware() | {"torch": torch.__version__, "date": str(date.today())}
+    machine["instruction_sets"] = sets
     rates = {name: measured_rates(dtype) for name, dtype in DTYPES.items()}
     for row in rows:
         row |= shares_of_bound(row, HEADS, *rates[row["dtype"]])
     text = to_markdown(rows, machine, args.rounds, rates)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    name = "attention_quick" if args.quick else "attention_cpu"
+    name = f"attention_{'quick' if args.quick else 'cpu'}_{args.set}"
     report = {"hardware": machine, "heads": HEADS, "rounds": args.rounds}
     report |= {"flops_and_exps_per_s": rates, "rows": rows}
     (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -246,8 +249,8 @@ def to_markdown(rows: list[dict], machine: dict, rounds: int, rates: dict) -> st
     sets = machine["instruction_sets"]
     head = (
         f"# Attention on {machine['num_threads']} threads of {machine['cpu']}\n\n"
-        f"{machine['num_cores']} cores, {machine['system']}, torch {machine['torch']}; the cpp "
-        f"engine on {', '.join(f'{name} for {dtype}' for dtype, name in sets.items())}. "
+        f"{machine['date']}; {machine['num_cores']} cores, {machine['system']}, torch "
+        f"{machine['torch']}; the cpp engine on {', '.join(f'{name} for {dtype}' for dtype, name in sets.items())}. "
         "`python scripts/bench_attention.py`\n"
     )
     lines = [" | ".join(title for _, title in COLUMNS), " | ".join("---" for _ in COLUMNS)]

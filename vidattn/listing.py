@@ -17,6 +17,7 @@ from torch import Tensor
 from vidattn.grid import Grid, Layout, Size, dilation_order
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.box import Box
+from vidattn.kernels.windows.place_windows import PlaceWindows
 
 # of each place of an axis, the first and the last place that it reads
 Window = tuple[Tensor, Tensor]
@@ -86,7 +87,10 @@ def list_windows(
         key = (key[:, None] * num_tiles + axis_key).flatten()
         whole = (whole[:, None] & axis_whole).flatten()
     lists = _compress(layout, layout, query, key, whole)
-    return replace(lists, box=_pack(grid, layout, windows, dilation))
+    lists = replace(lists, box=_pack(grid, layout, windows, dilation))
+    # for engines that walk over windows instead of blocks
+    lists.cache["windows"] = PlaceWindows(_places(grid, dilation), *zip(*windows))
+    return lists
 
 
 def list_rule(
@@ -180,3 +184,12 @@ def _pack(grid: Grid, layout: Layout, windows: tuple[Window, ...], dilation: Siz
         here = place[coords[:, axis]]
         axes.append((extent, here, first[here], last[here]))
     return Box.pack(axes)
+
+
+def _places(grid: Grid, dilation: Size) -> Tensor:
+    """(S,) int32 tokens of the video in dilation order, those of the text behind them."""
+    tokens = torch.arange(grid.num_video_tokens).view(grid.size) + grid.video_start
+    for axis, (extent, step) in enumerate(zip(grid.size, dilation)):
+        tokens = tokens.index_select(axis, dilation_order(extent, step))
+    text = torch.arange(grid.text) + grid.text_start
+    return torch.cat([tokens.flatten(), text]).int()

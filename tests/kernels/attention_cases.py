@@ -44,6 +44,11 @@ def with_order(plan: Plan, order: torch.Tensor) -> Plan:
     return replace(plan, layout=layout, lists=lists)
 
 
+def by_blocks(plan: Plan) -> Plan:
+    """The plan without what engines know of it beside its lists."""
+    return replace(plan, lists=replace(plan.lists))
+
+
 def striped(query, key):
     """A rule that is no box."""
     return (query - key).abs().sum(-1) % 3 == 0

@@ -15,6 +15,7 @@ from tests.grids import AWKWARD
 from tests.kernels.attention_cases import (
     TOLERANCE,
     assert_right,
+    by_blocks,
     random_blocks,
     random_inputs,
     relative_rms,
@@ -32,18 +33,6 @@ pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs 
 RAGGED = Grid(3, 13, 9, text=17)
 DTYPES = block_sparse_cpu.DTYPES
 SETS = tuple(block_sparse_cpu.SETS)
-
-
-@pytest.fixture
-def use(monkeypatch):
-    """Run on one instruction set."""
-
-    def choose(name):
-        if name not in block_sparse_cpu.instruction_sets():
-            pytest.skip(f"this processor lacks {name}")
-        monkeypatch.setattr(block_sparse_cpu, "instruction_set", lambda dtype: name)
-
-    return choose
 
 
 def run(inputs, plan, scale=None, key_mask=None, key_bias=None):
@@ -100,7 +89,8 @@ def test_every_instruction_set_on_windows_and_tables(name, use):
     use(name)
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     inputs = random_inputs(RAGGED, heads=2, key_heads=2, head_dim=33, dtype=dtype)
-    check(inputs, vidattn.plan("neighborhood", RAGGED, window=(2, 5, 5), tile=(4, 4, 4)))
+    plan = vidattn.plan("neighborhood", RAGGED, window=(2, 5, 5), tile=(4, 4, 4))
+    check(inputs, by_blocks(plan))
     check(inputs, Plan.from_rule(RAGGED, tile_layout(RAGGED, (2, 3, 3)), striped))
 
 
@@ -135,7 +125,7 @@ def test_any_block_size(tile):
     grid = Grid(5, 11, 14)
     window = {"window": (2, 3, 5), "dilation": (1, 2, 2), "causal": (True, False, False)}
     inputs = random_inputs(grid, batch=1, heads=2, key_heads=1)
-    check(inputs, vidattn.plan("neighborhood", grid, tile=tile, **window))
+    check(inputs, by_blocks(vidattn.plan("neighborhood", grid, tile=tile, **window)))
     check(inputs, Plan.from_rule(grid, tile_layout(grid, tile), striped))
 
 

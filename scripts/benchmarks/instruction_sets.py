@@ -1,0 +1,25 @@
+"""Which instruction set the C++ engine runs on while it is measured."""
+
+import argparse
+
+import torch
+
+from vidattn.kernels.engines import block_sparse_cpu
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """A flag for ``limit_to``."""
+    parser.add_argument(
+        "--set", choices=block_sparse_cpu.instruction_sets(),
+        default=block_sparse_cpu.instruction_sets()[0],
+        help="best instruction set of the cpp engine; by default that of this processor",
+    )  # fmt: skip
+
+
+def limit_to(name: str) -> dict[str, str]:
+    """Let the engine use no better set than one; the set of each dtype."""
+    all_sets = block_sparse_cpu.instruction_sets()
+    fewer = all_sets[all_sets.index(name) :]
+    block_sparse_cpu.instruction_sets = lambda: fewer
+    dtypes = (torch.float32, torch.bfloat16)
+    return {str(x).removeprefix("torch."): block_sparse_cpu.instruction_set(x) for x in dtypes}

@@ -246,11 +246,11 @@ def error(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> float:
 
 def to_markdown(rows: list[dict], machine: dict, rounds: int, rates: dict) -> str:
     """The table, with the machine above and notes below."""
-    sets = machine["instruction_sets"]
+    sets = ", ".join(f"{name} for {x}" for x, name in machine["instruction_sets"].items())
     head = (
         f"# Attention on {machine['num_threads']} threads of {machine['cpu']}\n\n"
         f"{machine['date']}; {machine['num_cores']} cores, {machine['system']}, torch "
-        f"{machine['torch']}; the cpp engine on {', '.join(f'{name} for {dtype}' for dtype, name in sets.items())}. "
+        f"{machine['torch']}; the cpp engine on {sets}. "
         "`python scripts/bench_attention.py`\n"
     )
     lines = [" | ".join(title for _, title in COLUMNS), " | ".join("---" for _ in COLUMNS)]

@@ -36,7 +36,7 @@ def always(monkeypatch):
 
 
 def dtype_of(name):
-    return torch.bfloat16 if name == "avx512_bf16" else torch.float32
+    return torch.bfloat16 if "bf16" in name else torch.float32
 
 
 @pytest.mark.parametrize("name", SETS)

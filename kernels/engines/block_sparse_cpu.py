@@ -254,8 +254,15 @@ def _run(
 ) -> None:
     """Call the library; ``rows`` and ``arrays`` are fields of ``Call`` by name."""
     q, bias = rows["q"], arrays["key_bias"]
-    if bias is None and neighborhood_cpu.is_faster(lists):
-        _run_windows(direction, rows, arrays, lists, scale)
+    name = instruction_set(q.dtype)
+    # matrix registers take the blocks of the forward pass in less time
+    has_matrices = name == "amx_bf16" and direction == "forward"
+    if bias is None and not has_matrices and neighborhood_cpu.is_faster(lists):
+        # where they are, vectors of bfloat16 are multiplied at half the speed of those of float32
+        flags = SETS["avx512" if name == "amx_bf16" else name]
+        neighborhood_cpu.run(
+            direction, rows, arrays, lists, scale=scale, kind=DTYPES.index(q.dtype), flags=flags
+        )
         return
     S_k = rows["k"].shape[2]
     arrays = arrays | {name: getattr(lists, name) for name in LISTED}
@@ -295,24 +302,6 @@ def _run(
         )
     if status == NO_MEMORY:
         raise MemoryError("no memory for the packed blocks of attention")
-
-
-def _run_windows(direction, rows, arrays, lists, scale) -> None:
-    dtype = rows["q"].dtype
-    name = instruction_set(dtype)
-    # where there is AMX, vectors of bfloat16 are multiplied at half the speed of those of float32
-    name = "avx512" if name == "amx_bf16" else name
-    held = {x: arrays.get(x) for x in neighborhood_cpu.ARRAYS}
-    held = {x: None if y is None else y.contiguous() for x, y in held.items()}
-    neighborhood_cpu.run(
-        direction,
-        rows,
-        held,
-        lists,
-        scale=scale,
-        kind=DTYPES.index(dtype),
-        flags=SETS[name],
-    )
 
 
 def _forward(q, k, v, lists, scale, key_mask, key_bias):

@@ -85,7 +85,8 @@ def run(
     Args:
         direction: "forward" or "backward".
         rows: the fields of ``Call`` of these names, (B, H, S, D) with last stride 1.
-        arrays: likewise, contiguous: log-sum-exp and delta (B, H, S) float32, key_mask (B, S) bool.
+        arrays: likewise: log-sum-exp and delta (B, H, S) float32, key_mask (B, S) bool; others are
+            not looked at.
         scale: factor of the scores.
         kind: of the numbers, as the library knows it.
         flags: what the compiler is told of the instruction set.
@@ -97,9 +98,12 @@ def run(
     width = next(int(x.partition("=")[2]) for x in flags if x.startswith("-DVIDATTN_WIDTH"))
     tables, numbers = _tables(lists, width)
     (B, H, S, D), K = rows["q"].shape, rows["k"].shape[1]
+    # kept until the call returns
+    held = {name: arrays[name] for name in ARRAYS if arrays.get(name) is not None}
+    held = {name: x.contiguous() for name, x in held.items()}
     call = Call(
         **{name: Rows(x.data_ptr(), *x.stride()[:3]) for name, x in rows.items()},
-        **{name: x.data_ptr() for name, x in arrays.items() if x is not None},
+        **{name: x.data_ptr() for name, x in held.items()},
         **{name: x.data_ptr() for name, x in tables.items()},
         **numbers,
         **dict(zip("BHKSD", (B, H, K, S, D))),

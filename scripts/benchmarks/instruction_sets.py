@@ -21,5 +21,6 @@ def limit_to(name: str) -> dict[str, str]:
     all_sets = block_sparse_cpu.instruction_sets()
     fewer = all_sets[all_sets.index(name) :]
     block_sparse_cpu.instruction_sets = lambda: fewer
+    block_sparse_cpu.instruction_set.cache_clear()
     dtypes = (torch.float32, torch.bfloat16)
     return {str(x).removeprefix("torch."): block_sparse_cpu.instruction_set(x) for x in dtypes}

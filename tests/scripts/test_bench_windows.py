@@ -13,6 +13,14 @@ from vidattn.kernels.engines import block_sparse_cpu
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 
 
+@pytest.fixture(autouse=True)
+def sets(monkeypatch):
+    """The sets of this processor again behind the test."""
+    monkeypatch.setattr(block_sparse_cpu, "instruction_sets", block_sparse_cpu.instruction_sets)
+    yield
+    block_sparse_cpu.instruction_set.cache_clear()
+
+
 def test_it_writes_a_table_of_one_set(monkeypatch, tmp_path):
     ways = []
 
@@ -25,7 +33,6 @@ def test_it_writes_a_table_of_one_set(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "attend", watched)
     monkeypatch.setattr(bench, "measured_rates", lambda dtype: (1e9, 1e9))
     monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(block_sparse_cpu, "instruction_sets", block_sparse_cpu.instruction_sets)
     flags = ["--rounds", "1", "--set", "portable", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench", *flags])
     bench.main()

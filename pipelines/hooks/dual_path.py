@@ -9,7 +9,9 @@ Letters: B batch, S tokens, C channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +79,10 @@ class DualPath:
         self._is_full = self._is_replaced = False
         self._run: Run | None = None
         self._undo: list[Callable[[], None]] = []
-        blocks = site.model.blocks
+        blocks: Any = site.model.blocks
         self._swap(site.model, self._forward)
         for layer, block in enumerate(blocks):
-            self._swap(block.attn2, lambda inner, layer=layer: self._cross(layer, inner))
+            self._swap(block.attn2, functools.partial(self._cross, layer))
         # its output ends the full path, where nobody reads on
         self._swap(blocks[-1].ffn, self._last)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from vidattn.grid import Grid
 from vidattn.pipelines.family import attentions, family_of, num_heads
 from vidattn.pipelines.heads import context_parallel
 from vidattn.pipelines.sequence import Call
-from vidattn.plan import AnyPlan
+from vidattn.plan import AnyPlan, Plan
 from vidattn.planning.learned import LearnedMethod, Seen
 from vidattn.schedule import Schedule
 
@@ -134,10 +135,11 @@ class Learned:
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         with torch.autocast(device.type, enabled=False):
-            video = (x[:, :, start:stop].to(dtype) for x in (q, k, v))
+            q, k, v = (x[:, :, start:stop].to(dtype) for x in (q, k, v))
             scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
             layout = method.layout(Grid(*grid.size), device)
-            seen = Seen(hidden.to(dtype), *video, scale, layout, plan)
+            assert isinstance(plan, Plan), "all heads of all samples share the layout"
+            seen = Seen(hidden.to(dtype), q, k, v, scale, layout, plan)
             more = method.beside(_In(module, weight.dtype, dtype), seen).to(out.dtype)
         return torch.cat([out[:, :, :start], out[:, :, start:stop] + more, out[:, :, stop:]], 2)
 
@@ -177,7 +179,7 @@ def _methods(schedule: Schedule, name: str, layer: int) -> Iterable[LearnedMetho
 
 
 def _make(method: LearnedMethod, path: str, module: nn.Module, model: nn.Module) -> nn.Module:
-    linear = getattr(module, "to_q", None)
+    linear: Any = getattr(module, "to_q", None)
     heads = num_heads(module)
     if not hasattr(linear, "in_features") or heads is None:
         raise ValueError(
@@ -198,7 +200,7 @@ def _names(path: str, keys: set[str]) -> dict[str, str]:
     """The keys of one layer, by the part of its parameters that they are."""
     whole, _, name = path.rpartition(".")
     block = whole.rpartition(".")[0]
-    found = {}
+    found: dict[str, str] = {}
     for place in (re.escape(whole), rf"{re.escape(block)}(?:\.\w+)*?"):
         form = re.compile(rf"(?:.*\.)?{place}\.{name}\.(\w+)")
         for key in sorted(keys):

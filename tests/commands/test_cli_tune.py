@@ -124,3 +124,10 @@ def test_a_budget_that_no_method_meets_is_named_before_the_runs(original, prompt
     )  # fmt: skip
     assert code != 0 and "density of 0.05 or less, the sparsest have" in err
     assert not (tmp_path / "x.yaml").exists() and "measuring methods" not in err
+
+
+def test_learned_methods_are_for_whole_layers(original, prompts, capfd, tmp_path):
+    argv = ("--model", original, "--prompts", prompts, "--budget", "density=0.5", *SMALL)
+    code, _, err = run(capfd, "tune", *argv, "--method", "vsa", "--output", tmp_path / "x.yaml")
+    assert code != 0 and "tune gives every head a method of its own" in err
+    assert not list(tmp_path.glob("x*"))

@@ -97,7 +97,7 @@ def test_one_value_stands_for_every_axis():
         ({"window": (1, 2)}, r"window must be .* got \(1, 2\)"),
         ({"dilation": -1}, "dilation must be"),
         ({"window": 3, "stride": 4}, "stride must not exceed window"),
-        ({"causal": "yes"}, "causal of neighborhood must be true or false or t,h,w"),
+        ({"causal": "yes"}, "causal of method .neighborhood. must be true or false or t,h,w"),
         ({"tile": (0, 1, 1)}, "tile must be"),
     ],
 )

@@ -15,6 +15,7 @@ DISTRIBUTION = {
     "cv2": "opencv-python-headless",
     "google": "protobuf",
     "huggingface_hub": "huggingface-hub",
+    "imageio_ffmpeg": "imageio-ffmpeg",
     "optimum": "optimum-quanto",
     "typing_extensions": "typing-extensions",
     "yaml": "pyyaml",

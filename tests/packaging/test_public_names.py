@@ -10,11 +10,13 @@ from tests.packaging.conftest import ROOT
 
 PUBLIC = {
     "Grid",
+    "Recipe",
     "attend",
     "list_methods",
     "neighborhood_attention",
     "patch",
     "plan",
+    "stream",
     "unpatch",
 }
 

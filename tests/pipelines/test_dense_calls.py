@@ -68,6 +68,7 @@ def test_guards_and_dense_heads_take_it_beside_sparse_ones():
     assert 0 < relative_rms(out, plain) < 1e-5
 
 
+@pytest.mark.usefixtures("backend_of_diffusers")
 def test_a_backend_of_diffusers_that_was_chosen_stays():
     model = build(WAN)
     model.set_attention_backend("_native_math")

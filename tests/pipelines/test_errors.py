@@ -31,7 +31,10 @@ def wan():
         ({"method": "neighborhood", "windows": 3}, "did you mean 'window'"),
         ({"method": Neighborhood(), "window": 3}, "belong to a method given by name"),
         ({"method": "radial", "density": 2.0}, "density must be"),
-        ({"method": "radial", "density": "0.3"}, "density of radial must be a number or none, got"),
+        (
+            {"method": "radial", "density": "0.3"},
+            "density of method .radial. must be a number or none, got",
+        ),
         ({"method": "radial", "dense_layers": -1}, "dense_layers must be a count"),
         ({"method": "radial", "dense_layers": 1.5}, "dense_layers must be a count"),
         ({"method": "radial", "dense_steps": True}, "dense_steps must be a count"),

@@ -92,23 +92,19 @@ def test_chosen_backends_serve_dense_calls(key):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("backend_of_diffusers")
 def test_a_backend_set_on_the_model_is_kept(wan):
     _, sparse = outputs(WAN, wan)
     processor = wan.blocks[0].attn1.processor
-    try:
-        handle = patch(wan)
-        wan.set_attention_backend("_native_math")
-        torch.testing.assert_close(TINY[WAN].call(wan), sparse)
-        handle.remove()
-        assert processor._attention_backend == "_native_math"
-        expected = TINY[WAN].call(wan)
-        with vidattn.patch(wan, "dense"):
-            assert torch.equal(TINY[WAN].call(wan), expected)
-        assert processor._attention_backend == "_native_math"
-    finally:
-        # diffusers leaves the choice behind for the whole process
-        registry = diffusers.models.attention_dispatch._AttentionBackendRegistry
-        registry.set_active_backend(AttentionBackendName.NATIVE)
+    handle = patch(wan)
+    wan.set_attention_backend("_native_math")
+    torch.testing.assert_close(TINY[WAN].call(wan), sparse)
+    handle.remove()
+    assert processor._attention_backend == "_native_math"
+    expected = TINY[WAN].call(wan)
+    with vidattn.patch(wan, "dense"):
+        assert torch.equal(TINY[WAN].call(wan), expected)
+    assert processor._attention_backend == "_native_math"
 
 
 @torch.no_grad()

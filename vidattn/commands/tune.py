@@ -16,6 +16,7 @@ from vidattn.grid import Grid
 from vidattn.methods import label
 from vidattn.pipelines.patch import patch
 from vidattn.pipelines.tuning import Losses, Probe, candidates_at
+from vidattn.planning.learned import LearnedMethod
 from vidattn.planning.method import Method
 from vidattn.quality.likeness import psnr
 from vidattn.runs.clip import pipeline_arguments
@@ -106,6 +107,11 @@ def _why_none(
 ) -> ValueError | None:
     """Why a method serves a grid at none of the densities; None where it does, or nobody knows."""
     why = None
+    if isinstance(method, LearnedMethod):
+        return ValueError(
+            "what it learns serves all heads of a layer, and tune gives every head a method of its "
+            "own: leave it out"
+        )
     for candidate in candidates_at({method: options}, goal.densities, grid) if grid else []:
         try:
             candidate.check(grid)

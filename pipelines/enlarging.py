@@ -58,6 +58,20 @@ def late_start(scheduler: Any, strength: float) -> Iterator[None]:
 
 
 @contextmanager
+def bar_of(pipe: Any, steps: int) -> Iterator[None]:
+    """Have the progress bar of a pipeline count to the steps that it takes, in a with block."""
+    usual = pipe.progress_bar
+    before = pipe.__dict__.get("progress_bar")
+    pipe.progress_bar = lambda *args, **kwargs: usual(total=steps)
+    try:
+        yield
+    finally:
+        del pipe.progress_bar
+        if before is not None:
+            pipe.progress_bar = before
+
+
+@contextmanager
 def in_tiles(vae: Any) -> Iterator[None]:
     """Have an autoencoder work in tiles in a with block."""
     before = vae.use_tiling

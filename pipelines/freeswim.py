@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vidattn.grid import Size
 from vidattn.methods.freeswim import FreeSwim, sharpness
-from vidattn.pipelines.enlarging import enlarge, in_tiles, late_start, pad
+from vidattn.pipelines.enlarging import bar_of, enlarge, in_tiles, late_start, pad
 from vidattn.pipelines.family import family_of
 from vidattn.pipelines.hooks.dual_path import DualPath, Store
 from vidattn.pipelines.models import video_transformers
@@ -167,7 +167,8 @@ class FreeSwimPipeline:
         with ExitStack() as stack:
             if self.tiling:
                 stack.enter_context(in_tiles(self.pipe.vae))
-            noisy = self._noise(self._encode(clip), generator, arguments)
+            noisy, steps = self._noise(self._encode(clip), generator, arguments)
+            stack.enter_context(bar_of(self.pipe, steps))
             stack.enter_context(late_start(self.pipe.scheduler, self.strength))
             handle = stack.enter_context(self._patched())
             paths = [self._second_path(site) for site in handle.sites]
@@ -243,8 +244,10 @@ class FreeSwimPipeline:
         )
         return (found - mean) / std
 
-    def _noise(self, latents: Tensor, generator: Any, arguments: dict[str, Any]) -> Tensor:
-        """Latents with the noise of the first of the steps that are left."""
+    def _noise(
+        self, latents: Tensor, generator: Any, arguments: dict[str, Any]
+    ) -> tuple[Tensor, int]:
+        """Latents with the noise of the first of the steps that are left, and how many are."""
         count = arguments.get("num_inference_steps", self._default("num_inference_steps"))
         # a copy: the pipeline sets its own anew
         scheduler = copy.copy(self.pipe.scheduler)
@@ -252,9 +255,10 @@ class FreeSwimPipeline:
             scheduler.set_timesteps(count, device=latents.device)
         noise = torch.randn(latents.shape, generator=generator, device=_of(generator, latents))
         first, noise = scheduler.timesteps[:1], noise.to(latents.device)
+        steps = scheduler.num_inference_steps
         if hasattr(scheduler, "scale_noise"):
-            return scheduler.scale_noise(latents, first, noise)
-        return scheduler.add_noise(latents, noise, first)
+            return scheduler.scale_noise(latents, first, noise), steps
+        return scheduler.add_noise(latents, noise, first), steps
 
 
 def trained_size(model: Any) -> tuple[int, int]:

@@ -113,13 +113,22 @@ def _start(pipe, base, strength):
     large = FreeSwimPipeline(pipe, trained=TRAINED, strength=strength)
     with torch.no_grad():
         latents = large._encode(pad(enlarge(base, LARGE), LARGE))
-    return large._noise(latents, generator, CALL)
+    return large._noise(latents, generator, CALL)[0]
 
 
-def test_comes_off_bit_for_bit():
-    pipe = tiny_pipes.wan()
+def test_comes_off_bit_for_bit(monkeypatch):
+    pipe, totals = tiny_pipes.wan(), []
     before = tiny_pipes.run_wan(pipe)
+    progress_bar = type(pipe).progress_bar
+
+    def told(self, iterable=None, total=None):
+        totals.append(total)
+        return progress_bar(self, iterable, total)
+
+    monkeypatch.setattr(type(pipe), "progress_bar", told)
     run(pipe, tiling=True)
+    # four steps, and 0.7 of them
+    assert totals == [4, 2] and "progress_bar" not in vars(pipe)
     assert torch.equal(tiny_pipes.run_wan(pipe), before)
     assert not pipe.vae.use_tiling and "set_timesteps" not in vars(pipe.scheduler)
     modules = [m for m in pipe.transformer.modules() if "forward" in vars(m)]

@@ -35,10 +35,11 @@ LEAST_FLOPS = 2.5e8
 # of a call that is measured, at least
 MEASURED_FLOPS = 5e8
 ROUNDS = 7
-# rounds that differ by more, the best and the worst aside, say nothing: the machine is busy
+# rounds that name different engines, the best and the worst aside, and differ by more than this
+# say nothing: the machine is busy
 AGREEMENT = 1.3
 # a length stands for those up to it, in steps, from the least on; longer ones are one class
-LEAST_TOKENS, STEP, MOST_TOKENS = 128, 64, 2048
+LEAST_TOKENS, STEP, MOST_TOKENS = 128, 64, 4096
 MOST_HEAD_DIM = 256
 # more slots to a block make the packed queries of a thread leave its cache
 MOST_SLOTS = 320
@@ -225,5 +226,12 @@ def _measure(kind: Kind) -> float | None:
     for attention in contestants:
         call(attention)
     times = [[call(attention) for attention in contestants] for _ in range(ROUNDS)]
-    ratios = sorted(theirs / ours for theirs, ours in times)
-    return None if ratios[-2] > AGREEMENT * ratios[1] else ratios[ROUNDS // 2]
+    return agreed([theirs / ours for theirs, ours in times])
+
+
+def agreed(ratios: list[float]) -> float | None:
+    """The median of rounds, or None where they do not say which engine is faster."""
+    ratios = sorted(ratios)
+    least, most = ratios[1], ratios[-2]
+    is_clear = least >= MARGIN or most < MARGIN or most <= AGREEMENT * least
+    return ratios[len(ratios) // 2] if is_clear else None

@@ -1,6 +1,7 @@
 """Attention to everything takes the faster engine, which is measured once, and gives the same."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("has_gradient", [False, True])
 def test_it_is_measured_once_and_kept(folder, has_gradient, monkeypatch):
     monkeypatch.setattr(exact, "MEASURED_FLOPS", 1e6)
-    monkeypatch.setattr(exact, "AGREEMENT", float("inf"))
+    monkeypatch.setattr(exact, "agreed", statistics.median)
     kind = exact.Kind(torch.float32, 16, 128, has_gradient, torch.get_num_threads())
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -128,9 +129,26 @@ def test_it_is_measured_once_and_kept(folder, has_gradient, monkeypatch):
 
 def test_a_busy_machine_decides_nothing(folder, monkeypatch):
     monkeypatch.setattr(exact, "MEASURED_FLOPS", 1e6)
-    monkeypatch.setattr(exact, "AGREEMENT", 0.0)
+    monkeypatch.setattr(exact, "agreed", lambda ratios: None)
     kind = exact.Kind(torch.float32, 16, 128, False, torch.get_num_threads())
     assert exact.speed_of(kind) == 1 and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ratios", "found"),
+    [
+        # one round of seven was disturbed on either side
+        ([0.2, 1.1, 1.12, 1.15, 1.2, 1.3, 9.0], 1.15),
+        # noisy, but ours wins, or PyTorch's, in every one of them
+        ([1.2, 1.4, 1.9, 2.2, 2.6, 3.0, 3.4], 2.2),
+        ([0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0], 0.5),
+        # quiet, and as fast
+        ([1.0, 1.0, 1.02, 1.04, 1.07, 1.1, 1.1], 1.04),
+        ([0.5, 0.6, 0.9, 1.1, 1.4, 2.0, 2.1], None),
+    ],
+)
+def test_rounds_agree_on_which_is_faster(ratios, found):
+    assert exact.agreed(ratios[::-1]) == found
 
 
 def test_a_broken_file_of_figures_is_written_anew(folder):

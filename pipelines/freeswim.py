@@ -33,6 +33,7 @@ from vidattn.pipelines.hooks.dual_path import DualPath, Store
 from vidattn.pipelines.models import video_transformers
 from vidattn.pipelines.patch import patch
 from vidattn.pipelines.report import Report
+from vidattn.streaming.codec import CODECS
 from vidattn.support.registry import unknown
 
 # height and width that published models were trained at, by layers and heads
@@ -41,7 +42,6 @@ TRAINED = {
     (40, 40): (720, 1280),  # Wan 2.1 and 2.2 14B
     (30, 24): (704, 1280),  # Wan 2.2 5B
 }
-PRECISIONS = ("int8", "full")
 OUTPUT_TYPES = ("np", "pt", "pil")
 
 
@@ -73,7 +73,7 @@ class FreeSwimPipeline:
         strength: share of the steps that the enlarged clip goes through again, above 0, at most 1:
             the more, the more is made anew.
         cache_steps: how many steps a full path serves; 1 for one in each.
-        cache_precision: of what is kept of it, "int8" with a factor for every token, or "full".
+        quantise: what is kept of it, to "int8" or "int4", or "none".
         cache_device: where it is kept, such as "cpu"; None for where the model is.
         cache_gib: most memory that it may take; None for any.
         tiling: whether the autoencoder works in tiles, which takes less memory.
@@ -92,7 +92,7 @@ class FreeSwimPipeline:
         trained: tuple[int, int] | None = None,
         strength: float = 0.7,
         cache_steps: int = 2,
-        cache_precision: str = "int8",
+        quantise: str = "int8",
         cache_device: str | torch.device | None = None,
         cache_gib: float | None = None,
         tiling: bool = False,
@@ -103,10 +103,10 @@ class FreeSwimPipeline:
             raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
         if type(cache_steps) is not int or cache_steps < 1:
             raise ValueError(f"cache_steps must be a positive integer, got {cache_steps!r}")
-        if cache_precision not in PRECISIONS:
-            raise unknown("cache_precision", cache_precision, PRECISIONS)
+        if quantise not in CODECS:
+            raise unknown("quantise", quantise, CODECS)
         self.pipe, self.strength, self.cache_steps = pipe, strength, cache_steps
-        self.cache_precision, self.cache_gib, self.tiling = cache_precision, cache_gib, tiling
+        self.quantise, self.cache_gib, self.tiling = quantise, cache_gib, tiling
         self.cache_device = None if cache_device is None else torch.device(cache_device)
         self.models = video_transformers(pipe.components)
         self.trained = (
@@ -186,16 +186,11 @@ class FreeSwimPipeline:
         patch_frames = next(iter(self.models.values())).config.patch_size[0]
         rows, columns = (x // edge for x, edge in zip(self._padded(*size[1:]), self.token))
         tokens = num_videos * latent // patch_frames * rows * columns
-        return sum(
-            Store.nbytes_of(
-                self.cache_precision,
-                model.config.num_layers,
-                tokens,
-                model.config.num_attention_heads * model.config.attention_head_dim,
-                model.dtype.itemsize,
-            )
-            for model in self.models.values()
-        )
+        codec, found = CODECS[self.quantise], 0
+        for model in self.models.values():
+            channels = model.config.num_attention_heads * model.config.attention_head_dim
+            found += model.config.num_layers * tokens * codec.num_bytes(channels, model.dtype)
+        return found
 
     def check(self, size: Size, num_videos: int = 1) -> None:
         """Refuse (F, H, W) pixels that are not above the trained size, or whose cache is too large.
@@ -230,7 +225,7 @@ class FreeSwimPipeline:
         return patch(self.pipe, FreeSwim(window=self.window), dense_layers=0, dense_steps=0)
 
     def _second_path(self, site: Any) -> DualPath:
-        store = Store(self.cache_precision, self.cache_device)
+        store = Store(self.quantise, self.cache_device)
         return DualPath(site, sharpness(math.prod(self.window)), self.cache_steps, store)
 
     def _encode(self, clip: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.constant import constant_result
 from vidattn.kernels.cpp.compiler import CompileError, load
+from vidattn.kernels.cpp.rows import Rows, rows_of
 from vidattn.kernels.library import Operator
 from vidattn.kernels.windows import neighborhood_cpu
 
@@ -225,15 +226,6 @@ NUMBERS = (
 )
 
 
-class Rows(ctypes.Structure):
-    """A (B, H, S, D) tensor whose last stride is 1; strides count numbers."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("sample", "head", "token")),
-    ]
-
-
 class Call(ctypes.Structure):
     """One call; the struct of this name in the C++ source has the same fields."""
 
@@ -275,7 +267,7 @@ def _run(
         if arrays.get(name) is not None
     }
     call = Call(
-        **{name: Rows(x.data_ptr(), *x.stride()[:3]) for name, x in rows.items()},
+        **rows_of(rows),
         **{name: x.data_ptr() for name, x in held.items()},
         guard=0 if lists.box is None else lists.box.guard,
         bias_sample=0 if bias is None or bias.shape[0] == 1 else bias.shape[1] * S_k,

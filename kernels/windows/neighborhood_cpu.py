@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.cpp.compiler import load
+from vidattn.kernels.cpp.rows import Rows, rows_of
 from vidattn.kernels.windows.place_windows import PlaceWindows
 
 SOURCE = Path(__file__).parents[1] / "cpp/neighborhood_cpu.cpp"
@@ -31,15 +32,6 @@ ARRAYS = ("lse", "delta", "key_mask")
 TABLES = ("token", "first", "last", "cuts")
 AXES = ("size", "tiles", "edge", "group")
 NUMBERS = (*"BHKSDX", "is_in_order", "kind", "threads")
-
-
-class Rows(ctypes.Structure):
-    """A (B, H, S, D) tensor whose last stride is 1; strides count numbers."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("sample", "head", "token")),
-    ]
 
 
 class Call(ctypes.Structure):
@@ -102,7 +94,7 @@ def run(
     held = {name: arrays[name] for name in ARRAYS if arrays.get(name) is not None}
     held = {name: x.contiguous() for name, x in held.items()}
     call = Call(
-        **{name: Rows(x.data_ptr(), *x.stride()[:3]) for name, x in rows.items()},
+        **rows_of(rows),
         **{name: x.data_ptr() for name, x in held.items()},
         **{name: x.data_ptr() for name, x in tables.items()},
         **numbers,

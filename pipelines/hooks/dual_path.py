@@ -18,28 +18,23 @@ from torch import Tensor, nn
 
 from vidattn.pipelines.site import Site
 from vidattn.pipelines.steps import Run
+from vidattn.streaming.codec import CODECS, Planes
 
 # of diffusers' cache_context: what is asked without the prompt
 WITHOUT_PROMPT = "uncond"
-INT8_MAX = 127
 
 
 class Store:
     """The (B, S, C) outputs of the cross-attentions of a model, by layer.
 
     Args:
-        precision: "int8", with a factor for every token, or "full", as they are.
+        quantise: "none", "int8" or "int4", as caches of streams keep their keys.
         device: where they are kept; None for where they are made.
     """
 
-    def __init__(self, precision: str, device: torch.device | None):
-        self.precision, self.device = precision, device
-        self._held: dict[int, tuple[Tensor, ...]] = {}
-
-    @staticmethod
-    def nbytes_of(precision: str, layers: int, tokens: int, channels: int, itemsize: int) -> int:
-        """Bytes that a store takes for ``tokens`` = B * S."""
-        return layers * tokens * (channels + 4 if precision == "int8" else channels * itemsize)
+    def __init__(self, quantise: str, device: torch.device | None):
+        self.codec, self.device = CODECS[quantise], device
+        self._held: dict[int, Planes] = {}
 
     @property
     def nbytes(self) -> int:
@@ -52,16 +47,13 @@ class Store:
 
     def put(self, layer: int, out: Tensor) -> None:
         """Keep an output."""
-        held: tuple[Tensor, ...] = (out,)
-        if self.precision == "int8":
-            factor = out.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / INT8_MAX
-            held = (torch.round(out.float() / factor).to(torch.int8), factor)
-        self._held[layer] = tuple(x.to(self.device or out.device) for x in held)
+        planes = self.codec.encode(out)
+        self._held[layer] = tuple(x.to(self.device or out.device) for x in planes)
 
     def get(self, layer: int, like: Tensor) -> Tensor:
         """An output on the device and in the dtype of ``like``."""
-        first, *factor = (x.to(like.device) for x in self._held[layer])
-        return (first.float() * factor[0] if factor else first).to(like.dtype)
+        planes = tuple(x.to(like.device) for x in self._held[layer])
+        return self.codec.decode(planes, like.shape[-1], like.dtype)
 
 
 class DualPath:

@@ -20,7 +20,7 @@ CALL = {"num_frames": 5, "num_inference_steps": 4, "guidance_scale": 3.0}
 
 
 def run(pipe, height=LARGE[0], width=LARGE[1], prompt="a fox", call=CALL, **options):
-    options = {"trained": TRAINED, "cache_precision": "full"} | options
+    options = {"trained": TRAINED, "quantise": "none"} | options
     generator = torch.Generator().manual_seed(0)
     large = FreeSwimPipeline(pipe, **options)
     return large(prompt, height=height, width=width, generator=generator, output_type="pt", **call)
@@ -140,7 +140,7 @@ def test_odd_sizes_two_prompts_and_two_experts():
     found = run(pipe, height=75, width=101, prompt=["a fox", "an owl"], strength=1.0)
     assert found.frames.shape == (2, 5, 3, 75, 101)
     assert torch.isfinite(found.frames).all()
-    large = FreeSwimPipeline(pipe, trained=TRAINED, cache_precision="full")
+    large = FreeSwimPipeline(pipe, trained=TRAINED, quantise="none")
     assert found.cache_bytes == large.cache_bytes((5, 75, 101), num_videos=2)
     names = {layer.name.split(".")[0] for layer in found.report.layers if layer.num_sparse}
     assert names == {"transformer", "transformer_2"}
@@ -148,7 +148,7 @@ def test_odd_sizes_two_prompts_and_two_experts():
 
 def test_eight_bits_are_enough():
     exact = run(attentive())
-    small = run(attentive(), cache_precision="int8", cache_device="cpu")
+    small = run(attentive(), quantise="int8", cache_device="cpu")
     error = (exact.frames - small.frames).square().mean()
     assert 0 < error < 1e-4
     assert small.cache_bytes < 0.4 * exact.cache_bytes
@@ -194,7 +194,7 @@ def test_enlarging_keeps_the_shape_of_things():
         ({}, {"cache_gib": 1e-6}, "cache_gib is 1e-06: allow more"),
         ({}, {"strength": 0.0}, "strength must be above 0"),
         ({}, {"cache_steps": 0}, "cache_steps must be a positive integer"),
-        ({}, {"cache_precision": "int4"}, "unknown cache_precision 'int4'"),
+        ({}, {"quantise": "int2"}, "unknown quantise 'int2'"),
         ({"call": CALL | {"latents": None}}, {}, "takes no latents"),
     ],
 )

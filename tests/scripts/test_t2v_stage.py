@@ -159,7 +159,7 @@ import os, signal, sys, time
 from t2v.team import run_team
 
 def work(team):
-    os.write(1, b"%d\n" % os.getpid())  # whole, where print may write its newline apart
+    os.write(1, b"%d\\n" % os.getpid())  # whole, where print may write its newline apart
     time.sleep(120)
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ class Family:
             own; the video reads its keys, which stand before its own.
         latents, times: names of the arguments with the latents, a tensor or a list of them, and
             with the time step.
+        chunk: for models whose frames wait for each other: how many frames, from the first on, make
+            a chunk of a transformer, where each reads its own and those before; None where none do.
         paired_mask: the mask of (B, 1, S, S) is that of the keys, paired with itself.
         may_skip: an attention may run without computing scores, as perturbed guidance does.
         pixels: what height and width of the frames are multiples of, whatever else they must be.
@@ -67,6 +69,7 @@ class Family:
     prefix: bool = False
     latents: str = "hidden_states"
     times: str = "timestep"
+    chunk: Callable[[nn.Module], int | None] | None = None
     paired_mask: bool = False
     may_skip: bool = False
     pixels: int = 1

@@ -46,7 +46,8 @@ class Plans:
         Raises:
             RuntimeError: the call is run again, and what it followed is gone.
         """
-        fixed, what = self._settings.fixed_plans(call.grid, q.device), (parts, call.heads)
+        fixed = self._settings.fixed_plans(call.grid, q.device)
+        what = parts, call.heads, call.asks_from
         if what in fixed:
             return fixed[what]
         reads_content = any(part.method.reads_content for part in parts)
@@ -57,6 +58,7 @@ class Plans:
         plan = plans[0]
         if len(parts) > 1:
             plan = HeadPlan.join(plans, [call.heads.here(part.heads) for part in parts])
+        plan = call.of_turn(plan)
         if not reads_content:
             fixed[what] = plan
         elif current.has_backward:

@@ -5,16 +5,20 @@ Letters: B batch, H heads, S tokens, D head dim.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vidattn.grid import Grid
+from vidattn.grid import Grid, Size
 from vidattn.pipelines.family import Family
-from vidattn.pipelines.heads import Heads, heads_here
+from vidattn.pipelines.heads import Heads, context_parallel, heads_here
 from vidattn.pipelines.hooks import masks
 from vidattn.pipelines.passes import Pass
+from vidattn.plan import AnyPlan
 
 
 class Call(NamedTuple):
@@ -26,6 +30,8 @@ class Call(NamedTuple):
         keys: (B, S) bool, those that may be read, in the order of the grid.
         scale: factor of the scores, None for the usual one.
         heads: which of the model's it has.
+        chunk: frames that wait for those before them together; None where nothing waits.
+        asks_from: the first token whose query is asked.
     """
 
     grid: Grid
@@ -34,17 +40,57 @@ class Call(NamedTuple):
     keys: Tensor | None
     scale: float | None
     heads: Heads
+    chunk: int | None = None
+    asks_from: int = 0
+
+    def turns(self) -> Iterator[Call]:
+        """What is attended to together: all, or one chunk after the other with what is before it.
+
+        To each chunk the video ends with it, so that nothing hangs on what comes later.
+        """
+        if self.chunk is None:
+            yield self
+            return
+        for first in range(0, self.grid.t, self.chunk):
+            grid = replace(self.grid, t=first + self.chunk)
+            yield self._replace(grid=grid, asks_from=first * grid.h * grid.w)
+
+    def of_turn(self, plan: AnyPlan) -> AnyPlan:
+        """What a plan has for the queries that are asked in this turn."""
+        if not self.asks_from:
+            return plan
+        return plan.of_queries(lambda _: self._asked(plan))
+
+    def density(self, plans: Sequence[AnyPlan]) -> float:
+        """Kept pairs of video tokens in the plans of all turns, over all pairs of the video."""
+        if self.chunk is None:
+            return plans[0].density
+        turns = zip(self.turns(), plans)
+        return sum(self._share(turn) * plan.density_of(turn._asked(plan)) for turn, plan in turns)
+
+    def visited_density(self, plans: Sequence[AnyPlan]) -> float:
+        """The same of pairs in visited blocks."""
+        return sum(self._share(turn) * x.visited_density for turn, x in zip(self.turns(), plans))
+
+    def _share(self, turn: Call) -> float:
+        """Pairs of video tokens of a turn over those of all."""
+        return (turn.grid.t / self.grid.t) ** 2
+
+    def _asked(self, plan: AnyPlan) -> Tensor:
+        """(S,) bool, whose queries are asked in this turn, where a plan is."""
+        return torch.arange(self.grid.num_tokens, device=plan.device) >= self.asks_from
 
     def to_grid(self, x: Tensor) -> Tensor:
         """(B, H, S, ...) of the sequence in the order of the grid, 0 for queries that are none."""
+        x = x[:, :, : self.grid.num_tokens]
         if silent := self.grid.num_tokens - x.shape[2]:
             x = torch.cat([x.new_zeros(*x.shape[:2], silent, *x.shape[3:]), x], dim=2)
         return x.roll(-self.num_moved, 2) if self.num_moved else x
 
     def from_grid(self, x: Tensor) -> Tensor:
-        """(B, H, S, ...) in the order of the grid as the sequence has it."""
+        """(B, H, s, ...) of those that are asked, as the sequence has them, of all of the grid."""
         x = x.roll(self.num_moved, 2) if self.num_moved else x
-        return x[:, :, self.num_silent :] if self.num_silent else x
+        return x[:, :, self.num_silent + self.asks_from :]
 
 
 def find_video(
@@ -60,7 +106,8 @@ def find_video(
     """Find the video among the (B, H, S, D) queries of a layer.
 
     Raises:
-        ValueError: the sequence has no grid, its mask is none of keys, or some heads are unknown.
+        ValueError: the sequence has no grid, its mask is none of keys or of chunks, or some heads
+            are unknown.
     """
     length, (t, h, w) = k.shape[2], current.size
     silent = length - q.shape[2]
@@ -77,10 +124,31 @@ def find_video(
         raise ValueError(
             f"its sequence of {length} is not the video of {t}x{h}x{w} = {t * h * w} tokens"
         )
+    chunk = None if family.chunk is None else family.chunk(model)
+    if chunk is not None:
+        _check_chunks(mask, (q.shape[2], length), current.size, chunk)
+        if context_parallel(module.processor, model) is not None:
+            raise ValueError("frames that wait for each other are not spread over processes")
+        mask = None
     keys = masks.key_mask(mask, (q.shape[0], length), family.paired_mask)
     # a grid has its text on one side; attention does not mind turning the sequence
     num_moved = before if after else 0
     grid = Grid(t, h, w, text=beside, text_first=bool(before) and not num_moved)
     if keys is not None and num_moved:
         keys = keys.roll(-num_moved, 1)
-    return Call(grid, num_moved, silent, keys, scale, heads_here(module, q, model))
+    return Call(grid, num_moved, silent, keys, scale, heads_here(module, q, model), chunk)
+
+
+def _check_chunks(mask: Tensor | None, shape: tuple[int, int], size: Size, chunk: int) -> None:
+    """Look at the mask of a model whose frames wait for each other.
+
+    Raises:
+        ValueError: it is none of chunks of whole frames, or there are other tokens.
+    """
+    is_video = shape == (math.prod(size),) * 2 and size[0] % chunk == 0
+    if mask is None or mask.dtype != torch.bool or mask.shape != (1, 1, *shape) or not is_video:
+        found = None if mask is None else f"{mask.dtype} of {tuple(mask.shape)}"
+        raise ValueError(
+            f"frames of a video of {size} that wait for each other in chunks of {chunk} have a "
+            f"bool mask of {(1, 1, *shape)}, and it has {found}"
+        )

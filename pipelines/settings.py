@@ -31,7 +31,7 @@ class Settings:
         self.only_pytorch = dense_backend == "pytorch" or schedule.is_yardstick
         self.steps, self.generations = Steps(), Generations()
         # a generation has one grid, or one per length of text; training may have more
-        self.fixed_plans = lru_cache(maxsize=16)(_no_plans)
+        self.fixed_plans = lru_cache(maxsize=64)(_no_plans)
 
 
 def _no_plans(grid: Grid, device: torch.device) -> dict[tuple[Part, ...], AnyPlan]:

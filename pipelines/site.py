@@ -22,7 +22,7 @@ from vidattn.pipelines.heads import are_spread, check_apart
 from vidattn.pipelines.hooks.checkpoint import tie, untie
 from vidattn.pipelines.hooks.intercept import Layer, give_back, keep_choice, owner, take
 from vidattn.pipelines.hooks.operators import numbered
-from vidattn.pipelines.hooks.ring import Ring, owners, turns
+from vidattn.pipelines.hooks.ring import Ring
 from vidattn.pipelines.hooks.root import ContextOf, install
 from vidattn.pipelines.hooks.swap import swap_out
 from vidattn.pipelines.learned import Learned
@@ -151,7 +151,8 @@ class Site:
         """
         current = self.passes.current()
         current.ran.add(layer.index)
-        why, call, plan, parts = self._why_dense(layer, current), None, None, ()
+        why, call, parts = self._why_dense(layer, current), None, ()
+        plans: list[AnyPlan] = []
         if why is None:
             try:
                 call = self.find_video(layer, current, q, k, mask, scale)
@@ -159,21 +160,21 @@ class Site:
                 why = str(error)
                 self.cannot(layer, why, record=False)
         if call is not None:
-            plan, parts = self._plan(layer, current, call, q, k)
+            plans, parts = self._plan(layer, current, call, q, k)
             limit = torch.inf if layer.is_learned else break_even(q, k, v)
-            if limit < plan.visited_density:
-                why, plan = f"dense is faster above density {limit:.2f} here", None
+            if limit < call.visited_density(plans):
+                why, plans = f"dense is faster above density {limit:.2f} here", []
         if self.full_sharpness is not None:
             scale = (q.shape[-1] ** -0.5 if scale is None else scale) * self.full_sharpness
         start = Stopwatch.now(q.device)
         with only_pytorch() if self.settings.only_pytorch else nullcontext():
-            if plan is None:
-                out, *engines = _dense(layer, q, k, v, mask, scale, ring)
+            if plans:
+                out, engines = self._sparse(layer, q, k, v, plans, parts, call, ring)
             else:
-                out, engines = self._sparse(layer, q, k, v, plan, parts, call, ring)
+                out, *engines = _dense(layer, q, k, v, mask, scale, ring)
         # what is run again for the backward pass is no call of the model
         if not is_backward():
-            density = None if plan is None else plan.density
+            density = call.density(plans) if call and plans else None
             tally = current.diary.tallies[layer.index]
             tally.add(start, q.device, density, why, parts, engines)
         return out
@@ -243,36 +244,34 @@ class Site:
 
     def _plan(
         self, layer: Layer, current: Pass, call: Call, q: Tensor, k: Tensor
-    ) -> tuple[AnyPlan, tuple[Part, ...]]:
-        """The plan of a layer, and the methods it is made of."""
+    ) -> tuple[list[AnyPlan], tuple[Part, ...]]:
+        """The plan of each turn of a layer, and the methods they are made of."""
         current.diary.grids.add(call.grid)
         at = self._place(layer, current)
         parts = call.heads.parts(self.settings.schedule.parts(*at, num_heads=call.heads.total))
-        return self.plans.plan(parts, layer.index, current, call, q, k), parts
+        turns = call.turns()
+        return [self.plans.plan(parts, layer.index, current, x, q, k) for x in turns], parts
 
     def _sparse(
-        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan, parts, call: Call, ring
+        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, plans, parts, call: Call, ring
     ) -> tuple[Tensor, tuple[str, ...]]:
-        """Attention by a plan, and the engines that it ran on."""
+        """Attention by a plan for each turn of a call, and the engines that it ran on."""
         if torch.is_autocast_enabled(q.device.type):
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
         if ring is not None:
-            plan = _share(plan, call, ring)
-        q, k, v = map(call.to_grid, (q, k, v))
-        out = attend(q, k, v, plan, scale=call.scale, key_mask=call.keys)
-        engines = engines_of(q, k, v, plan, scale=call.scale, key_mask=call.keys)
-        if isinstance(method := parts[0].method, LearnedMethod):
-            out = self.learned.add(out, method, layer.index, layer.hidden, q, k, v, plan, call)
-        return call.from_grid(out), engines
-
-
-def _share(plan: AnyPlan, call: Call, ring: Ring) -> AnyPlan:
-    """What this process attends to of a plan."""
-    if ring.deal(call.from_grid(owners(plan, ring.num))):
-        return plan.of_queries(lambda layout: turns(layout, ring.num) == ring.rank)
-    mine = call.to_grid((ring.home == ring.rank)[None, None])[0, 0]
-    return plan.of_queries(lambda layout: mine)
+            plans = [ring.share(plan, call) for plan in plans]
+        outs, engines = [], set()
+        for turn, plan in zip(call.turns(), plans):
+            own = tuple(turn.to_grid(x) for x in (q, k, v))
+            out = attend(*own, plan, scale=turn.scale, key_mask=turn.keys)
+            engines.update(engines_of(*own, plan, scale=turn.scale, key_mask=turn.keys))
+            if isinstance(method := parts[0].method, LearnedMethod):
+                hidden = layer.hidden[:, : own[0].shape[2]]
+                out = self.learned.add(out, method, layer.index, hidden, *own, plan, turn)
+            outs.append(turn.from_grid(out))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        return out, tuple(sorted(engines))
 
 
 def _dense(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask, scale, ring) -> tuple[Tensor, str]:

@@ -134,3 +134,7 @@ def test_density_counts_the_pairs_of_queries_that_are_left():
         some = plan.of_queries(lambda layout: wanted)
         kept = some.mask()[:, :, video, video].double().mean().item()
         assert 0 < some.density == pytest.approx(kept)
+        # blocks have others beside those that are wanted
+        alone = plan.mask()[:, :, video, video].double() * wanted[video][:, None]
+        assert plan.density_of(wanted) == some.density_of(wanted)
+        assert plan.density_of(wanted) == pytest.approx(alone.mean().item())

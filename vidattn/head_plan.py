@@ -117,6 +117,9 @@ class HeadPlan(AnyPlan):
     def density(self) -> float:
         return self._mean([plan.density for plan in self.plans])
 
+    def density_of(self, queries: Tensor) -> float:
+        return self._mean([plan.density_of(queries) for plan in self.plans])
+
     @property
     def visited_density(self) -> float:
         return self._mean([plan.visited_density for plan in self.plans])

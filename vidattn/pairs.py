@@ -1,6 +1,6 @@
 """Which pairs of tokens block lists hold, and how many.
 
-Letters: B batch, H heads, S queries, Sk keys, n slots to a block, nv video blocks, nb all blocks,
+Letters: B batch, H heads, S queries, Sk keys, N slots, n to a block, nv video blocks, nb all,
 nvk video blocks of keys.
 """
 
@@ -73,12 +73,17 @@ class Pairs:
         """Kept pairs over all pairs of video tokens, mean over the heads, counted exactly."""
         if self.lists.box is None and self.lists.masks is None:
             return self.visited_density
-        return self._share(_num_visible(self))
+        return self._share(_num_visible(self, self.layout.live))
+
+    def density_of(self, queries: Tensor) -> float:
+        """``density`` of the pairs of (S,) bool queries, over the pairs of all."""
+        live = self.layout.live & queries[self.layout.order.clamp_min(0).long()]
+        return self._share(_num_visible(self, live))
 
     @cached_property
     def visited_density(self) -> float:
         """Pairs in visited blocks over all pairs of video tokens: what an engine has to compute."""
-        return self._share(_num_listed(self))
+        return self._share(_num_listed(self, self.layout.live))
 
     def _share(self, pairs: int) -> float:
         every = self.grid.num_video_tokens * self.key_grid.num_video_tokens
@@ -94,23 +99,24 @@ class Pairs:
         return _visible_share(self)
 
 
-def _num_visible(pairs: Pairs) -> int:
-    """Pairs that are read."""
+def _num_visible(pairs: Pairs, asked: Tensor) -> int:
+    """Pairs that the queries in (N,) bool slots read."""
     lists, layout = pairs.lists, pairs.layout
     if lists.box is not None:
         # one box for all samples and heads; rows without blocks were left out
         slots = torch.arange(layout.num_video_blocks * layout.block, device=layout.order.device)
-        boxes = lists.box.num_visible(slots) * layout.live[: slots.numel()]
+        boxes = lists.box.num_visible(slots) * asked[: slots.numel()]
         rows = lists.counts.view(-1, layout.num_blocks)[:, : layout.num_video_blocks] > 0
         return int((boxes.view(-1, layout.block).sum(-1) * rows).sum())
-    listed = _num_listed(pairs)
-    return listed if lists.masks is None else listed - _num_masked(pairs)
+    listed = _num_listed(pairs, asked)
+    return listed if lists.masks is None else listed - _num_masked(pairs, asked)
 
 
-def _num_listed(pairs: Pairs) -> int:
-    """Pairs in the listed blocks, counted some rows at a time."""
-    lists, tokens, total = pairs.lists, _video_tokens(pairs.key_layout), 0
-    queries = _video_tokens(pairs.layout).repeat(lists.batch * lists.heads)
+def _num_listed(pairs: Pairs, asked: Tensor) -> int:
+    """Pairs of the queries in some slots in the listed blocks, counted some rows at a time."""
+    lists, total = pairs.lists, 0
+    queries, tokens = _video_tokens(pairs.layout, asked), _video_tokens(pairs.key_layout)
+    queries = queries.repeat(lists.batch * lists.heads)
     step = rows_at_once(tokens.device, lists.num_key_blocks)
     for row in range(0, lists.num_rows, step):
         starts = lists.row_start[row : row + step + 1]
@@ -121,14 +127,15 @@ def _num_listed(pairs: Pairs) -> int:
     return total
 
 
-def _num_masked(pairs: Pairs) -> int:
-    """Pairs in the listed blocks that a mask hides."""
+def _num_masked(pairs: Pairs, asked: Tensor) -> int:
+    """Pairs of the queries in some slots in the listed blocks that a mask hides."""
     lists = pairs.lists
     partial = lists.is_partial.nonzero().flatten()
     query, key = lists.row_of_entry[partial] % lists.num_blocks, lists.key_block[partial].long()
-    listed = _video_tokens(pairs.layout)[query] * _video_tokens(pairs.key_layout)[key]
-    seen = lists.masks.sum((1, 2))[lists.mask_id[partial].long()]
-    return int((listed - seen)[listed > 0].sum())
+    queries, keys = _video_tokens(pairs.layout, asked), _video_tokens(pairs.key_layout)
+    listed = queries[query] * keys[key]
+    seen = lists.masks.sum(2)[lists.mask_id[partial].long()] * asked.view(-1, lists.block)[query]
+    return int((listed - seen.sum(1))[listed > 0].sum())
 
 
 def _visible_share(pairs: Pairs) -> Tensor:
@@ -151,8 +158,8 @@ def _visible_share(pairs: Pairs) -> Tensor:
     return share[..., : layout.num_video_blocks, : columns.num_video_blocks]
 
 
-def _video_tokens(layout: Layout) -> Tensor:
-    """(nb,) int64, video tokens in each block."""
-    tokens = layout.tokens_per_block.clone()
+def _video_tokens(layout: Layout, asked: Tensor | None = None) -> Tensor:
+    """(nb,) int64, video tokens in each block, of those in (N,) bool slots."""
+    tokens = (layout.live if asked is None else asked).view(-1, layout.block).sum(-1)
     tokens[layout.num_video_blocks :] = 0
     return tokens

@@ -64,6 +64,10 @@ class AnyPlan(ABC):
     def density(self) -> float:
         """Kept pairs over all pairs of video tokens, mean over the heads, counted exactly."""
 
+    @abstractmethod
+    def density_of(self, queries: Tensor) -> float:
+        """``density`` of the pairs of (S,) bool queries, over the pairs of all."""
+
     @property
     @abstractmethod
     def visited_density(self) -> float:
@@ -248,14 +252,12 @@ class Plan(Pairs, AnyPlan):
         Args:
             keys: where keys sit, or how many there are, that are other tokens than the queries.
             block: tokens to a block.
-
         """
-        layout = columns = raster_layout(grid, block)
-        other = None
+        layout, other = raster_layout(grid, block), None
         if keys is not None:
             keys = keys if isinstance(keys, Grid) else Grid(1, 1, keys)
-            columns = raster_layout(keys, block)
-            other = keys, columns
+            other = keys, raster_layout(keys, block)
+        columns = layout if other is None else other[1]
         shape = (1, 1, layout.num_video_blocks, columns.num_video_blocks)
         return cls.from_blocks(grid, layout, torch.ones(shape, dtype=torch.bool), keys=other)
 

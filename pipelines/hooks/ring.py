@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from vidattn.grid import Layout
 from vidattn.pipelines.hooks.exchange import exchange
+from vidattn.pipelines.sequence import Call
 from vidattn.plan import AnyPlan
 
 
@@ -55,6 +56,13 @@ class Ring:
             return False
         self._owner = owner
         return True
+
+    def share(self, plan: AnyPlan, call: Call) -> AnyPlan:
+        """What this process attends to of the plan of a call."""
+        if self.deal(call.from_grid(owners(plan, self.num))):
+            return plan.of_queries(lambda layout: turns(layout, self.num) == self.rank)
+        mine = call.to_grid((self.home == self.rank)[None, None])[0, 0]
+        return plan.of_queries(lambda layout: mine)
 
     def give_back(self, out: Tensor) -> Tensor:
         """(B, H, s, D) outputs of this process's tokens, for (B, H, S, D) with those it made."""

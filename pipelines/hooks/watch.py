@@ -78,6 +78,11 @@ class _Tap:
         site, current = self._site, self._site.passes.current()
         step = current.step
         call = site.find_video(layer, current, q, k, mask, scale)
+        if call.chunk is not None:
+            raise ValueError(
+                f"chunks of {call.chunk} frames of {site.name} wait for each other, and what is "
+                "shown of a call has no word for that: give a method or a schedule yourself"
+            )
         qkv = (call.to_grid(x.detach()) for x in (q, k, v))
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         self._look(Sight(site.name, layer.index, step, call.grid, *qkv, factor, call.keys))

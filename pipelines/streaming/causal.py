@@ -5,7 +5,7 @@ Letters: B batch, C channels, F latent frames, h, w their size, S tokens, L word
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ from vidattn.pipelines.streaming.policies import Policies
 from vidattn.pipelines.streaming.reading import Reader, Words, site_of
 from vidattn.pipelines.streaming.recipe import Recipe
 from vidattn.pipelines.streaming.rope import starting_at
+from vidattn.pipelines.streaming.timing import timing_of
 from vidattn.streaming.cache import Cache
 
-# of the text encoder of Wan
+# of the text encoder of Wan, which SkyReels-V2 has too
 PROMPT_TOKENS = 512
 
 
@@ -92,17 +93,15 @@ class CausalModel:
         """Forget the video."""
         self._reader.reset()
 
-    def _times(self, timestep: float, frames: range, num_given: int) -> Tensor:
-        """(1,) or, where they differ, (1, S) times."""
-        if num_given == 0:
-            return torch.full((1,), timestep, device=self.device)
-        times = [self._recipe.clean_time] * num_given
-        times += [timestep] * (len(frames) - num_given)
-        times = torch.tensor([times], device=self.device)
-        return times.repeat_interleave(self._frame_tokens, dim=1)
+    def _times(self, timestep: float, frames: range, num_given: int) -> list[float]:
+        """The time of each frame."""
+        return [self._recipe.clean_time] * num_given + [timestep] * (len(frames) - num_given)
 
-    def _guided(self, latents: Tensor, times: Tensor, frames: range, *, keep: bool) -> Tensor:
+    def _guided(
+        self, latents: Tensor, times: Sequence[float], frames: range, *, keep: bool
+    ) -> Tensor:
         outs = []
+        timing = timing_of(self._model, times, self._frame_tokens, self._recipe.fps, self.device)
         for name, words in self._words.items():
             with (
                 starting_at(self._model, frames.start),
@@ -111,9 +110,9 @@ class CausalModel:
             ):
                 out = self._pipe.transformer(
                     hidden_states=latents.to(self._model.dtype),
-                    timestep=times,
                     encoder_hidden_states=words.embeddings,
                     return_dict=False,
+                    **timing,
                 )[0]
             outs.append(out.float())
         if len(outs) == 1:

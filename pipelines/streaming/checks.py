@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vidattn.pipelines.handle import find_handle, handle_of
 from vidattn.pipelines.models import unwrap
 from vidattn.pipelines.streaming.recipe import Recipe
+from vidattn.pipelines.streaming.timing import SKYREELS, WAN
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -23,15 +24,22 @@ def transformer_of(pipe: Any) -> nn.Module:
     missing = [name for name in PARTS if getattr(pipe, name, None) is None]
     if missing or not hasattr(pipe, "encode_prompt"):
         raise ValueError(
-            f"a stream needs a WanPipeline with {', '.join(PARTS)}, and this {kind} has no "
+            f"a stream needs a pipeline of Wan or of SkyReels-V2 with {', '.join(PARTS)}, and this "
+            f"{kind} has no "
             f"{missing[0] if missing else 'encode_prompt'}"
         )
     model: Any = unwrap(pipe.transformer)
     name = type(model).__name__
-    if name != "WanTransformer3DModel":
+    if name not in (WAN, SKYREELS):
         raise ValueError(
-            f"a stream needs a causal WanTransformer3DModel, and the transformer of this {kind} is "
-            f"a {name}, which has no release that was trained to be causal in this layout"
+            f"a stream needs a causal {WAN} or {SKYREELS}, and the transformer of this {kind} is a "
+            f"{name}, which has no release that was trained to be causal in this layout"
+        )
+    if name == SKYREELS and model.config.num_frame_per_block > 1:
+        raise ValueError(
+            f"num_frame_per_block={model.config.num_frame_per_block} lets the frames of one pass "
+            "wait for each other by a mask, and in a stream they do so by its cache: call "
+            "pipe.transformer._set_ar_attention(1) first, and say the chunk in the recipe"
         )
     if getattr(pipe, "transformer_2", None) is not None:
         raise ValueError(

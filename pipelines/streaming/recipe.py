@@ -110,6 +110,16 @@ RECIPES = {
     "krea": Recipe(
         times=(1000.0, 937.0, 833.0, 625.0), shift=1.0, policy="rolling:window=6,sink=0"
     ),
+    # diffusion forcing with ar_step as large as the number of steps
+    "skyreels-v2-df": Recipe(
+        chunk=5,
+        times=tuple(1000 - 1000 * step / 30 for step in range(30)),
+        sampler="scheduler",
+        guidance=6.0,
+        fps=24,
+        size=(544, 960),
+        policy="rolling:window=25,sink=0",
+    ),
 }
 
 

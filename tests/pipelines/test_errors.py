@@ -9,7 +9,6 @@ from torch import nn
 import vidattn
 from tests.pipelines import tiny_pipes
 from tests.pipelines.tiny import TINY, build
-from tests.pipelines.tiny_inputs import WAN
 from tests.pipelines.tiny_pipes import run_wan
 from vidattn.methods.neighborhood import Neighborhood
 from vidattn.pipelines import family
@@ -163,7 +162,6 @@ REFUSED = {
         {**TINY["Kandinsky5Transformer3DModel"].config, "attention_type": "nabla"},
         "sparse attention of its own",
     ),
-    "SkyReelsV2Transformer3DModel": ({**WAN, "num_frame_per_block": 3}, "causal over blocks"),
     "LatteTransformer3DModel": (
         {
             "sample_size": 8,

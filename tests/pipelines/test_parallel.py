@@ -22,8 +22,8 @@ from tests.pipelines.test_families import relative_rms
 from tests.pipelines.tiny import TINY, build
 from tests.pipelines.tiny_inputs import latents, padding, text
 from vidattn.methods import create_method
-from vidattn.pipelines import site
 from vidattn.pipelines.heads import Heads, are_spread, heads_here
+from vidattn.pipelines.hooks import ring
 from vidattn.pipelines.hooks.parallel import Shards, attend
 from vidattn.pipelines.hooks.ring import owners
 from vidattn.schedule import DenseGuard, Part, Rule, Schedule
@@ -98,7 +98,7 @@ def _process(rank: int, num: int, store: str) -> None:
         _check(WAN, "content", ulysses_degree=2)
         _check(WAN, "half dense", ring_degree=2)
         _check(WAN, "own layouts", ring_degree=2)
-        with mock.patch.object(site, "owners", lambda plan, num: owners(plan, num) + rank):
+        with mock.patch.object(ring, "owners", lambda plan, num: owners(plan, num) + rank):
             _check(WAN, "by head", ring_degree=2)
         _check(WAN, "by head", uneven, ulysses_degree=2, ulysses_anything=True)
         _check(WAN, "by head", uneven, ring_degree=2, ring_anything=True)

@@ -97,6 +97,12 @@ TINY: dict[str, Tiny] = {
     ),
     "ChronoEditTransformer3DModel": Tiny(WAN, plain),
     "SkyReelsV2Transformer3DModel": Tiny(WAN, plain),
+    "SkyReelsV2Transformer3DModel/blocks of frames": Tiny(
+        {**WAN, "num_frame_per_block": 2},
+        lambda: plain() | {"hidden_states": latents(frames=6)},
+        size=(6, 5, 7),
+        chunk=2,
+    ),
     "AnyFlowTransformer3DModel": Tiny(
         WAN,
         lambda: {

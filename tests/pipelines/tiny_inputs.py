@@ -25,6 +25,8 @@ class Tiny:
     before: Callable[[int], int] = lambda length: 0
     # of them, tokens that have keys and no queries
     silent: int = 0
+    # frames that wait for those before them together
+    chunk: int | None = None
     tolerance: float = 1e-5
 
     def call(self, model: nn.Module, **changes: object) -> Tensor:

@@ -4,11 +4,11 @@ from vidattn.pipelines.family import Family
 
 FAMILY = (
     Family(
-        models=(
-            "AnyFlowFARTransformer3DModel",
-            "SanaWMLTX2RefinerTransformer3DModel",
-            "WanAnimate2Transformer3DModel",
-        ),
+        models=("AnyFlowFARTransformer3DModel",),
+        refuse="it makes a video chunk by chunk with caches, which vidattn.stream does",
+    ),
+    Family(
+        models=("SanaWMLTX2RefinerTransformer3DModel", "WanAnimate2Transformer3DModel"),
         refuse="its attention reads a cache of earlier keys through a block mask of its own",
     ),
     Family(

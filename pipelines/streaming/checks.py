@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vidattn.grid import Size
 from vidattn.pipelines.handle import find_handle, handle_of
 from vidattn.pipelines.models import unwrap
 from vidattn.pipelines.streaming.recipe import Recipe
-from vidattn.pipelines.streaming.timing import SKYREELS, WAN
+from vidattn.pipelines.streaming.timing import FAR, SKYREELS, WAN
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -24,16 +25,16 @@ def transformer_of(pipe: Any) -> nn.Module:
     missing = [name for name in PARTS if getattr(pipe, name, None) is None]
     if missing or not hasattr(pipe, "encode_prompt"):
         raise ValueError(
-            f"a stream needs a pipeline of Wan or of SkyReels-V2 with {', '.join(PARTS)}, and this "
-            f"{kind} has no "
+            f"a stream needs a pipeline of Wan, SkyReels-V2 or AnyFlow-FAR with "
+            f"{', '.join(PARTS)}, and this {kind} has no "
             f"{missing[0] if missing else 'encode_prompt'}"
         )
     model: Any = unwrap(pipe.transformer)
     name = type(model).__name__
-    if name not in (WAN, SKYREELS):
+    if name not in (WAN, SKYREELS, FAR):
         raise ValueError(
-            f"a stream needs a causal {WAN} or {SKYREELS}, and the transformer of this {kind} is a "
-            f"{name}, which has no release that was trained to be causal in this layout"
+            f"a stream needs a causal {WAN}, {SKYREELS} or {FAR}, and the transformer of this "
+            f"{kind} is a {name}, which has no release that was trained to be causal in this layout"
         )
     if name == SKYREELS and model.config.num_frame_per_block > 1:
         raise ValueError(
@@ -46,15 +47,15 @@ def transformer_of(pipe: Any) -> nn.Module:
             f"this {kind} has two transformers, one for each half of the noise levels: a stream "
             "needs one that makes whole chunks, as converted causal models are"
         )
-    if model.config.added_kv_proj_dim is not None or model.config.image_dim is not None:
+    if any(model.config.get(name) is not None for name in ("added_kv_proj_dim", "image_dim")):
         raise ValueError(
             "this transformer reads the embedding of a picture beside the prompt: a stream takes "
             "a text-to-video transformer, and a picture as its first frame with start="
         )
-    if model.config.patch_size[0] != 1:
+    if _patch(model)[0] != 1:
         raise ValueError(
-            f"a stream needs a transformer that cuts no patches in time, patch_size[0] is "
-            f"{model.config.patch_size[0]}"
+            f"a stream needs a transformer that cuts no patches in time, and those of this one "
+            f"are of {_patch(model)[0]} frames"
         )
     _check_state(pipe, model)
     return model
@@ -86,7 +87,7 @@ def check_size(pipe: Any, model: Any, size: tuple[int, int]) -> tuple[int, int]:
         ValueError: it does not divide into tokens; the nearest that does is named.
     """
     factor = pipe.vae_scale_factor_spatial
-    edges = [factor * edge for edge in model.config.patch_size[1:]]
+    edges = [factor * edge for edge in _patch(model)[1:]]
     is_pair = isinstance(size, tuple | list) and len(size) == 2
     if not is_pair or not all(type(x) is int and x > 0 for x in size):
         raise ValueError(f"size must be a height and a width in pixels, got {size!r}")
@@ -97,6 +98,11 @@ def check_size(pipe: Any, model: Any, size: tuple[int, int]) -> tuple[int, int]:
             f"nearest that does is {near}"
         )
     return size[0] // edges[0], size[1] // edges[1]
+
+
+def _patch(model: Any) -> Size:
+    """(t, h, w) latents of a token, of those that are coarse where there are such."""
+    return model.config.get("compressed_patch_size") or model.config.patch_size
 
 
 def check_start(start: Any, size: tuple[int, int], factor: int) -> None:

@@ -52,7 +52,9 @@ class ChunkMaker:
         levels = self._recipe.levels
         for level, following in zip(levels, (*levels[1:], 0.0)):
             noisy = _begun_with(given, noisy)
-            velocity = self._model.velocity(noisy, 1000 * level, frames, given.shape[2])
+            velocity = self._model.velocity(
+                noisy, 1000 * level, frames, given.shape[2], 1000 * following
+            )
             if following and self._recipe.sampler == "renoise":
                 clean = noisy - level * velocity
                 noisy = (1 - following) * clean + following * self._noise(frames)
@@ -64,9 +66,12 @@ class ChunkMaker:
         """By the scheduler of the pipeline."""
         scheduler = self._scheduler
         scheduler.set_timesteps(len(self._recipe.times), device=self._model.device)
-        for step in scheduler.timesteps:
+        times = [*scheduler.timesteps, 0.0]
+        for step, following in zip(times, times[1:]):
             noisy = _begun_with(given, noisy)
-            velocity = self._model.velocity(noisy, float(step), frames, given.shape[2])
+            velocity = self._model.velocity(
+                noisy, float(step), frames, given.shape[2], float(following)
+            )
             noisy = scheduler.step(velocity, step, noisy, return_dict=False)[0]
         return noisy
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,12 @@ from vidattn.pipelines.streaming.rope import rotation_of
 from vidattn.streaming.attention import read
 from vidattn.streaming.cache import Cache, Part, Site
 from vidattn.streaming.policy import TextPolicy
+
+# a chunk that is being made, one that is done, and one that is to be kept in less detail
+Kind = Literal["noisy", "clean", "coarse"]
+NOISY: Kind = "noisy"
+CLEAN: Kind = "clean"
+COARSE: Kind = "coarse"
 
 
 class Words(NamedTuple):
@@ -126,6 +132,16 @@ class Reader(_Owner):
         """All of them."""
         return [cache for caches in self._caches.values() for cache in caches]
 
+    @property
+    def num_tokens(self) -> int:
+        """Keys that a query of the next chunk reads of the past, the most over layers."""
+        return max(cache.num_tokens for cache in self.caches)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all caches."""
+        return sum(cache.num_bytes for cache in self.caches)
+
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Stand between the layers and their attention in a with block."""
@@ -140,18 +156,14 @@ class Reader(_Owner):
                 give_back(processor, layer)
 
     @contextmanager
-    def at(self, name: str, frames: range, words: Words, *, keep: bool) -> Iterator[None]:
-        """One forward pass, of some frames.
-
-        Args:
-            keep: make what it appends part of the past.
-        """
+    def at(self, name: str, frames: range, words: Words, kind: Kind) -> Iterator[None]:
+        """One forward pass, of some frames; what is clean becomes part of the past."""
         self._now, self._words.weight = (name, frames), words.weight
         try:
             yield
         finally:
             self._now, self._words.weight = None, None
-        if keep:
+        if kind == CLEAN:
             for cache in self._caches[name]:
                 cache.commit()
 

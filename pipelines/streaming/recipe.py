@@ -120,6 +120,7 @@ RECIPES = {
         size=(544, 960),
         policy="rolling:window=25,sink=0",
     ),
+    "anyflow-far": Recipe(first=1, sampler="scheduler", policy="rolling:window=21,sink=0"),
 }
 
 
@@ -138,7 +139,10 @@ def find_recipe(transformer: nn.Module, given: Recipe | str | None) -> Recipe:
     if given is not None:
         raise ValueError(f"recipe must be a Recipe or the name of one, got {type(given).__name__}")
     config: Any = transformer.config
-    written = config.get(KEY)
+    written, chunks = config.get(KEY), config.get("chunk_partition")
+    if written is None and chunks:
+        # trained to be causal in diffusers' own layout
+        return dataclasses.replace(RECIPES["anyflow-far"], first=chunks[0], chunk=max(chunks))
     if written is None:
         layers, heads = config.num_layers, config.num_attention_heads
         raise ValueError(

@@ -7,7 +7,7 @@ Letters: F latent frames, h, w rows and columns of tokens, S tokens, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,25 +21,32 @@ THETA = 10000.0
 
 
 @contextmanager
-def starting_at(transformer: nn.Module, frame: int) -> Iterator[None]:
-    """Let the frames that a transformer is given begin at another one in a with block."""
-    rope: Any = transformer.rope
-
-    def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        return _tables(rope, hidden_states, frame)
-
-    # on the instance: other transformers keep theirs
-    rope.forward = forward
+def forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else in a with block, and no other of its class."""
+    own = vars(module)
+    # hooks of accelerate stand there
+    before = own.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del rope.forward
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@contextmanager
+def starting_at(transformer: nn.Module, frame: int) -> Iterator[None]:
+    """Let the frames that a transformer is given begin at another one in a with block."""
+    rope: Any = transformer.rope
+    with forwarding(rope, lambda hidden_states: _tables(rope, hidden_states, frame)):
+        yield
 
 
 def rotation_of(transformer: nn.Module) -> Rotation:
-    """What moves the keys of a transformer in time."""
-    rope: Any = transformer.rope
-    return Rotation(rope.t_dim, THETA)
+    """What moves the keys of a transformer in time: what rows and columns leave of a head."""
+    head_dim = transformer.config.attention_head_dim
+    return Rotation(head_dim - 4 * (head_dim // 6), THETA)
 
 
 def _tables(rope: Any, hidden_states: Tensor, frame: int) -> tuple[Tensor, Tensor]:

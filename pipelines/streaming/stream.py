@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vidattn.kernels.timing import synchronize
 from vidattn.pipelines.streaming.causal import CausalModel
-from vidattn.pipelines.streaming.checks import check_start, latent_frames, transformer_of
+from vidattn.pipelines.streaming.checks import FAR, check_start, latent_frames, transformer_of
 from vidattn.pipelines.streaming.chunks import ChunkMaker
 from vidattn.pipelines.streaming.decode import Decoder, encode
 from vidattn.pipelines.streaming.policies import Given, Policies, find_policies
@@ -31,7 +31,7 @@ class ChunkReport:
         num_frames: decoded frames that it gave.
         seconds: to make, keep and decode it.
         cache_tokens: keys that a query of the next chunk reads of the past, the most over layers.
-        cache_bytes: memory of all caches.
+        cache_bytes: memory of all that is kept of the past.
     """
 
     first_frame: int
@@ -63,7 +63,7 @@ class Stream(Iterator[Tensor]):
         self.policies, self.recipe = policies, recipe
         self.chunks: list[ChunkReport] = []
         self._pipe, self._total, self._frame = pipe, total, 0
-        self._model = CausalModel(pipe, policies, recipe, size)
+        self._model = _model_of(pipe)(pipe, policies, recipe, size)
         given = None
         if start is not None:
             check_start(start, size, pipe.vae_scale_factor_temporal)
@@ -101,14 +101,13 @@ class Stream(Iterator[Tensor]):
         self._frame = frames.stop
         self._remember(frames, latents)
         synchronize()
-        caches = self._model.caches
         self.chunks.append(
             ChunkReport(
                 first_frame=frames.start,
                 num_frames=len(video),
                 seconds=time.perf_counter() - begin,
-                cache_tokens=max(cache.num_tokens for cache in caches),
-                cache_bytes=sum(cache.num_bytes for cache in caches),
+                cache_tokens=self._model.num_tokens,
+                cache_bytes=self._model.num_bytes,
             )
         )
         return video
@@ -174,12 +173,22 @@ class Stream(Iterator[Tensor]):
         window, sink = getattr(policy, "window", None), getattr(policy, "sink", 0)
         if window is None:
             return
-        oldest = frames.stop + self.recipe.longest - (window - sink)
+        oldest = frames.stop + self.recipe.longest - (window - sink) - self._model.lag
         self._past = {
             first: x
             for first, x in self._past.items()
             if first < sink or first + x.shape[2] > oldest
         }
+
+
+def _model_of(pipe: Any) -> type[CausalModel]:
+    """What runs the transformer of a pipeline."""
+    if type(transformer_of(pipe)).__name__ != FAR:
+        return CausalModel
+    # not in every release of diffusers
+    from vidattn.pipelines.streaming.far import FarModel
+
+    return FarModel
 
 
 def stream(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 WAN, SKYREELS = "WanTransformer3DModel", "SkyReelsV2Transformer3DModel"
+FAR = "AnyFlowFARTransformer3DModel"
 
 
 def timing_of(

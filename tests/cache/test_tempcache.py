@@ -42,12 +42,13 @@ STILL = torch.zeros(TOKENS, dtype=torch.bool)
 SOME = torch.tensor([False, True, False, True, False])
 
 
+@pytest.mark.parametrize("bits", [None, 24])
 @pytest.mark.parametrize("moving", [STILL, SOME], ids=["still", "some"])
-def test_equal_keys_that_became_one_are_read_as_all_of_them(moving):
+def test_equal_keys_that_became_one_are_read_as_all_of_them(moving, bits):
     # without a rotation, keys of successive frames are equal, not only nearly
     layer = site(rotation=Rotation(0))
     frames = 24
-    options = {"similarity": 1.0, "sink": 1, "sink_at": "absolute"}
+    options = {"similarity": 1.0, "sink": 1, "sink_at": "absolute", "bits": bits}
     cache = create_policy("tempcache", window=frames, **options).build(layer)
     found, expected, part = run(cache, 9, moving)
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -135,3 +136,28 @@ def test_frames_with_others_missing_between_them_do_not_merge():
     # of 10 and 11 one key for each token, seen last in 11; the others are the sink and two chunks
     assert held[0] == held[1] == TOKENS and held[11] == 2 * TOKENS and 10 not in held
     assert all(held[frame] == TOKENS for frame in (12, 13, 20, 21))
+
+
+def test_a_hash_finds_nearly_all_that_comparing_finds():
+    tokens, similarity = 240, 0.9
+    layer = site(rotation=Rotation(0), frame_tokens=tokens, head_dim=64, batch=1)
+    torch.manual_seed(0)
+    # keys of a head have much in common, and move a little from frame to frame
+    common, own = 2 * torch.randn(1, H, 1, 64), torch.randn(1, H, tokens, 64)
+    frames = [common + own + 0.5 * torch.randn(1, H, tokens, 64) for _ in range(4)]
+    merged = {}
+    for bits in (None, 8, 64):
+        options = {"similarity": similarity, "sink": 0, "bits": bits}
+        cache = create_policy("tempcache", window=20, **options).build(layer)
+        for first in (0, 2):
+            k = torch.cat(frames[first : first + 2], 2)
+            cache.append(k, k, k, range(first, first + 2))
+            cache.commit()
+        k = k[:, :, :0]
+        (part,) = cache.append(k, k, k, range(4, 4))
+        # of the first two frames, which are merged now, those that joined another
+        merged[bits] = 4 * tokens - (part.weight > 0).sum(-1)[0]
+        assert (part.weight.sum(-1) == 4 * tokens).all()
+    assert (merged[None] > 0.9 * tokens).all()
+    share = {bits: merged[bits].sum() / merged[None].sum() for bits in (8, 64)}
+    assert share[8] < share[64] <= 1 and share[64] > 0.9

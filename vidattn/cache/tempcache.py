@@ -12,6 +12,7 @@ last chunk stay as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +31,20 @@ class TempCache(WindowPolicy):
         similarity: cosine from which on two keys become one; 1 merges equal keys only.
         aligned: compare keys as if they stood in one frame, without the turn of the rotary
             embedding from one to the next.
+        bits: look for the nearest key by so many signs of random projections of each, and compare
+            with that one alone: a few are missed, and none is merged that should not be. Without,
+            all are compared.
     """
 
     similarity: float = 0.9
     aligned: bool = True
+    bits: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if not -1 <= self.similarity <= 1:
             raise ValueError(f"similarity must be a cosine from -1 to 1, got {self.similarity!r}")
+        self.at_least("bits", 1)
 
     def token_bytes(self, site: Site) -> int:
         """Memory of one token in one cache, with its weight and the frame it was seen in."""
@@ -133,7 +139,9 @@ class MergingCache(Cache):
         keys, values = (torch.cat([x, y], 2) for x, y in zip(self._bank.take(0, used), (k, v)))
         weight = F.pad(self._weight[..., :used], (0, k.shape[2]), value=1.0)
         seen = torch.cat([self._seen[..., :used], self._frames_of(frames)], 2)
-        pool = _Pool(keys, values, weight, seen)
+        bits = self._policy.bits
+        planes = None if bits is None else _planes(self.site.head_dim, bits, self.site.device)
+        pool = _Pool(keys, values, weight, seen, planes)
         for i, frame in enumerate(frames):
             new = slice(used + i * tokens, used + (i + 1) * tokens)
             self._sink.take(frame, keys[:, :, new], values[:, :, new])
@@ -165,12 +173,14 @@ class _Pool:
         values: (B, H, N, D).
         weight: (B, H, N) tokens that a key stands for, 0 for those that have joined another.
         seen: (B, H, N) frame in which a key was seen last.
+        planes: (D, bits) normals of the planes that keys are hashed by; None compares all.
     """
 
     keys: Tensor
     values: Tensor
     weight: Tensor
     seen: Tensor
+    planes: Tensor | None
 
     def places(self, new: slice) -> Tensor:
         """(B, H, T) places of the T tokens of a frame."""
@@ -194,17 +204,13 @@ class _Pool:
         speaker = torch.full_like(self.seen, where.shape[2], dtype=torch.long)
         speaker = speaker.scatter_reduce(2, where, tokens, "amin").gather(2, where)
         k, v = self.keys[:, :, new], self.values[:, :, new]
-        cosine = F.normalize(k.float(), dim=-1) @ F.normalize(before.float(), dim=-1).mT
-        cosine.masked_fill_((speaker != tokens)[:, :, None], -2)
-        best, nearest = cosine.max(-1)
+        best, nearest = self._nearest(k, before, speaker == tokens)
         joins = best >= similarity - 1e-6
-        # a product with zeros and ones, which adds up in one order on every device
-        chosen = ((nearest[..., None] == tokens[:, :, None]) & joins[..., None]).mT.float()
-        count = chosen.sum(-1)
+        count = torch.zeros_like(best).scatter_add(2, nearest, joins.float())
         newest = torch.full_like(where, -1)
         newest = newest.scatter_reduce(2, nearest, tokens.where(joins, -1), "amax")
         weight = self.weight.gather(2, where)
-        mean = _pick(self.values, where).float() * weight[..., None] + chosen @ v.float()
+        mean = _pick(self.values, where).float() * weight[..., None] + _sums(v, nearest, joins)
         mean = (mean / (weight + count)[..., None]).to(v.dtype)
         merged = newest >= 0
         key = _pick(k, newest.clamp_min(0)).where(merged[..., None], _pick(self.keys, where))
@@ -217,11 +223,46 @@ class _Pool:
         self.weight[..., new] *= ~joins
         return where.gather(2, nearest).where(joins, self.places(new))
 
+    def _nearest(self, k: Tensor, before: Tensor, may: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, T) cosine to the nearest of the keys before, and which that is.
+
+        Args:
+            may: (B, H, T) bool, which of those before it may be.
+        """
+        k, before = (F.normalize(x.float(), dim=-1) for x in (k, before))
+        if self.planes is None:
+            return (k @ before.mT).masked_fill_(~may[:, :, None], -2).max(-1)
+        # what all keys of a head have in common would give them the same signs
+        center = before.mean(2, keepdim=True)
+        signs, others = (((x - center) @ self.planes).sign() for x in (k, before))
+        alike = (signs @ others.mT).masked_fill_(~may[:, :, None], -torch.inf)
+        nearest = alike.argmax(-1)
+        return (k * _pick(before, nearest)).sum(-1), nearest
+
     def newest(self, room: int, sink: int) -> Tensor:
         """(B, H, room) keys that stay: the sink in its order, then those that were seen last."""
         last = torch.iinfo(torch.int32).max
         rank = self.seen.masked_fill(self.seen < sink, last).masked_fill(self.weight == 0, -1)
         return rank.sort(dim=2, descending=True, stable=True).indices[..., :room]
+
+
+@lru_cache(maxsize=8)
+def _planes(head_dim: int, bits: int, device: torch.device) -> Tensor:
+    """(D, bits) normals of random planes, the same for all layers."""
+    generator = torch.Generator().manual_seed(bits)
+    return torch.randn(head_dim, bits, generator=generator, dtype=torch.float32).to(device)
+
+
+def _sums(x: Tensor, index: Tensor, which: Tensor) -> Tensor:
+    """(B, H, T, D) float32 sums of (B, H, T, D) rows by an index, of those of (B, H, T) bool.
+
+    Added up in one order on every device.
+    """
+    x = x.float() * which[..., None]
+    if x.device.type == "cpu":
+        return torch.zeros_like(x).scatter_add(2, index[..., None].expand_as(x), x)
+    rows = torch.arange(x.shape[2], device=x.device)
+    return (index[..., None] == rows).mT.float() @ x
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What differs between the diffusers families: where the tokens of the video are.
 
 A family is one file in families/ with a ``FAMILY``, or several of them in a tuple; nothing else
-has to know about it.
+has to know about it. A picture is a video of one frame.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Family:
     Args:
         models: names of the diffusers classes.
         layers: pattern that the names of the self-attentions over the video match in full.
-        axes: the axes of ``hidden_states``, such as "BCTHW".
+        axes: those of the latents, such as "BCTHW", or "BCHW" for one frame.
         beside: where the tokens stand that share the sequence with the video (text, conditions).
         locate: for models that the axes do not describe: takes the transformer and the arguments
             of its forward by name.
@@ -53,6 +53,8 @@ class Family:
             own; the video reads its keys, which stand before its own.
         latents, times: names of the arguments with the latents, a tensor or a list of them, and
             with the time step.
+        halves: layers see the video at the size of the pass, at half of it, and so on.
+        joins: some blocks join text to the video before their attention, which is not told.
         chunk: for models whose frames wait for each other: how many frames, from the first on, make
             a chunk of a transformer, where each reads its own and those before; None where none do.
         paired_mask: the mask of (B, 1, S, S) is that of the keys, paired with itself.
@@ -69,6 +71,8 @@ class Family:
     prefix: bool = False
     latents: str = "hidden_states"
     times: str = "timestep"
+    halves: bool = False
+    joins: bool = False
     chunk: Callable[[nn.Module], int | None] | None = None
     paired_mask: bool = False
     may_skip: bool = False
@@ -79,16 +83,17 @@ class Family:
         """Where the video stands in the forward pass with these arguments."""
         if self.locate is not None:
             return self.locate(model, arguments)
-        return Place(patched_size(model, arguments["hidden_states"], self.axes))
+        return Place(patched_size(model, arguments[self.latents], self.axes))
 
 
-def patched_size(model: nn.Module, hidden_states: Tensor, axes: str = "BCTHW") -> Size:
+def patched_size(model: nn.Module, latents: Tensor, axes: str = "BCTHW") -> Size:
     """(t, h, w) of the latents in patches, as the patch embedding of the transformer cuts them."""
     patch = model.config.get("patch_size") or 1
     if isinstance(patch, int):
         patch = (model.config.get("patch_size_t") or 1, patch, patch)
-    extent = [hidden_states.shape[axes.index(axis)] for axis in "THW"]
-    t, h, w = (length // edge for length, edge in zip(extent, patch))
+    # latents and patches of one frame may be without the axis of time
+    extent = [latents.shape[axes.index(axis)] if axis in axes else 1 for axis in "THW"]
+    t, h, w = (length // edge for length, edge in zip(extent, (1, *patch)[-3:]))
     return t, h, w
 
 
@@ -151,17 +156,11 @@ def family_of(model: nn.Module) -> Family:
     """The family of a model.
 
     Raises:
-        ValueError: the model is unknown, one for images, or known not to work; what is known is
-            listed.
+        ValueError: the model is unknown, or known not to work; what is known is listed.
     """
     family, name = find_family(model), type(model).__name__
-    if family is None and "2D" in name:
-        raise ValueError(
-            f"{name} is an image model, and only the attention of video models is made sparse. "
-            f"Known: {', '.join(known_models())}"
-        )
     if family is None:
-        raise unknown("video transformer", name, known_models())
+        raise unknown("transformer", name, known_models())
     if reason := refusal(family, model):
         raise ValueError(f"{name} cannot be patched: {reason}")
     return family

@@ -30,7 +30,7 @@ from vidattn.methods.freeswim import FreeSwim, sharpness
 from vidattn.pipelines.enlarging import bar_of, enlarge, in_tiles, late_start, pad
 from vidattn.pipelines.family import family_of
 from vidattn.pipelines.hooks.dual_path import DualPath, Store
-from vidattn.pipelines.models import video_transformers
+from vidattn.pipelines.models import transformers_of
 from vidattn.pipelines.patch import patch
 from vidattn.pipelines.report import Report
 from vidattn.streaming.codec import CODECS
@@ -108,7 +108,7 @@ class FreeSwimPipeline:
         self.pipe, self.strength, self.cache_steps = pipe, strength, cache_steps
         self.quantise, self.cache_gib, self.tiling = quantise, cache_gib, tiling
         self.cache_device = None if cache_device is None else torch.device(cache_device)
-        self.models = video_transformers(pipe.components)
+        self.models = transformers_of(pipe.components)
         self.trained = (
             trained_size(next(iter(self.models.values()))) if trained is None else trained
         )

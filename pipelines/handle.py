@@ -16,7 +16,7 @@ from vidattn.pipelines.hooks.calls import Calls
 from vidattn.pipelines.hooks.root import RootHook
 from vidattn.pipelines.hooks.swap import marks
 from vidattn.pipelines.learned import keys_of, read_state
-from vidattn.pipelines.models import parts_of, video_transformers
+from vidattn.pipelines.models import parts_of, transformers_of
 from vidattn.pipelines.report import LayerReport, Report
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.site import Site
@@ -196,7 +196,7 @@ class Handle:
                 )
             site.put_in()
         known = {id(site.model) for site in self.sites}
-        new = [name for name, x in video_transformers(parts).items() if id(x) not in known]
+        new = [name for name, x in transformers_of(parts).items() if id(x) not in known]
         if new and self._settings.strict:
             raise RuntimeError(
                 f"the {new[0]} of this pipeline was put in after patching and would run dense: "

@@ -1,4 +1,4 @@
-"""Finds the video transformers of what a user hands over, whatever they are wrapped in."""
+"""Finds the transformers of what a user hands over, whatever they are wrapped in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unwrap(model: object) -> object:
 
 
 def find_transformers(pipe_or_transformer: object) -> dict[str, nn.Module]:
-    """The video transformers of a pipeline by their component names, or the one given.
+    """The transformers of a pipeline by their component names, or the one given.
 
     Raises:
         ValueError: there is none that can be patched.
@@ -38,24 +38,23 @@ def find_transformers(pipe_or_transformer: object) -> dict[str, nn.Module]:
     kind, components = type(pipe_or_transformer).__name__, parts_of(pipe_or_transformer)
     if components is None:
         raise ValueError(
-            f"cannot patch a {kind}: give a diffusers pipeline or a video transformer. "
+            f"cannot patch a {kind}: give a diffusers pipeline or a transformer. "
             f"Known: {', '.join(known_models())}"
         )
-    found = video_transformers(components)
+    found = transformers_of(components)
     if not found:
         name = next((name for name in components if name.startswith(("transformer", "unet"))), None)
         if name is not None:
             family_of(components[name])
         raise ValueError(
-            f"{kind} has no video transformer that vidattn knows. "
-            f"Known: {', '.join(known_models())}"
+            f"{kind} has no transformer that vidattn knows. Known: {', '.join(known_models())}"
         )
     for part in found.values():
         family_of(part)
     return found
 
 
-def video_transformers(components: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def transformers_of(components: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Those among the parts of a pipeline, each once."""
     found = {name: part for name, part in components.items() if find_family(part) is not None}
     # one transformer may stand under two names

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vidattn.grid import Grid, Size
+from vidattn.kernels.engines.dense import dense_attention
 from vidattn.pipelines.family import Family
 from vidattn.pipelines.heads import Heads, context_parallel, heads_here
 from vidattn.pipelines.hooks import masks
@@ -28,6 +29,9 @@ class Call(NamedTuple):
         num_moved: how many tokens at the front of the sequence stand at the end of the grid.
         num_silent: how many of those at the front have keys, and no queries.
         keys: (B, S) bool, those that may be read, in the order of the grid.
+        weight: (B, 1, S) how much each of them weighs; None for all the same.
+        beside: (B|1, 1, T, S) mask of the T queries beside the video, where it is not that of the
+            video's; in the order of the grid.
         scale: factor of the scores, None for the usual one.
         heads: which of the model's it has.
         chunk: frames that wait for those before them together; None where nothing waits.
@@ -38,6 +42,8 @@ class Call(NamedTuple):
     num_moved: int
     num_silent: int
     keys: Tensor | None
+    weight: Tensor | None
+    beside: Tensor | None
     scale: float | None
     heads: Heads
     chunk: int | None = None
@@ -92,6 +98,28 @@ class Call(NamedTuple):
         x = x.roll(self.num_moved, 2) if self.num_moved else x
         return x[:, :, self.num_silent + self.asks_from :]
 
+    def with_beside(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The outputs with those of the queries beside the video by their own mask, if any.
+
+        All are (B, H, S, D) in the order of the grid.
+        """
+        if self.beside is None:
+            return out
+        video, text = self.grid.video_start, self.grid.text_start
+        rows = slice(text, text + self.grid.text)
+        texts = dense_attention(q[:, :, rows], k, v, mask=self.beside, scale=self.scale)
+        videos = out[:, :, video : video + self.grid.num_video_tokens]
+        return torch.cat([texts, videos] if self.grid.text_first else [videos, texts], 2)
+
+    def check_shared(self) -> None:
+        """Refuse a mask of its own for queries beside the video where processes share queries.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if self.beside is not None:
+            raise ValueError("its mask differs between queries, which processes share: use Ulysses")
+
 
 def find_video(
     family: Family,
@@ -106,17 +134,20 @@ def find_video(
     """Find the video among the (B, H, S, D) queries of a layer.
 
     Raises:
-        ValueError: the sequence has no grid, its mask is none of keys or of chunks, or some heads
-            are unknown.
+        ValueError: the sequence has no grid, its mask is none of chunks, or not one of keys for the
+            whole video, or some heads are unknown.
     """
     length, (t, h, w) = k.shape[2], current.size
+    while family.halves and length < t * h * w:
+        h, w = -(-h // 2), -(-w // 2)
     silent = length - q.shape[2]
     beside = length - t * h * w
     if beside < 0 or silent < 0 or silent and not family.prefix:
         raise ValueError(
             f"its {q.shape[2]} queries and {length} keys do not fit the video of {t}x{h}x{w}"
         )
-    before = current.num_before
+    # some layers see the video alone, whatever others see beside it
+    before = current.num_before if beside else 0
     if before < 0:
         before = beside if family.beside == "before" else 0
     after = beside - before
@@ -130,13 +161,39 @@ def find_video(
         if context_parallel(module.processor, model) is not None:
             raise ValueError("frames that wait for each other are not spread over processes")
         mask = None
-    keys = masks.key_mask(mask, (q.shape[0], length), family.paired_mask)
     # a grid has its text on one side; attention does not mind turning the sequence
     num_moved = before if after else 0
     grid = Grid(t, h, w, text=beside, text_first=bool(before) and not num_moved)
+    found = _masks(mask, grid, (q.shape[0], length), num_moved, silent, family.paired_mask)
+    return Call(grid, num_moved, silent, *found, scale, heads_here(module, q, model), chunk)
+
+
+def _masks(
+    mask: Tensor | None,
+    grid: Grid,
+    shape: tuple[int, int],
+    num_moved: int,
+    silent: int,
+    paired: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``keys``, ``weight`` and ``beside`` of a call."""
+    weight = beside = None
+    try:
+        keys = masks.key_mask(mask, shape, paired)
+    except ValueError:
+        mask = masks.full(mask)
+        if silent or mask.shape[2] != shape[1]:
+            raise
+        # the video's queries share one, which text does not
+        tokens = (torch.arange(shape[1], device=mask.device) + num_moved) % shape[1]
+        video = tokens[grid.video_start : grid.video_start + grid.num_video_tokens]
+        text = tokens[grid.text_start : grid.text_start + grid.text]
+        keys, weight = masks.shared_mask(mask[:, :, video], shape)
+        beside = mask[:, :, text][..., tokens] if grid.text else None
     if keys is not None and num_moved:
         keys = keys.roll(-num_moved, 1)
-    return Call(grid, num_moved, silent, keys, scale, heads_here(module, q, model), chunk)
+        weight = None if weight is None else weight.roll(-num_moved, 2)
+    return keys, weight, beside
 
 
 def _check_chunks(mask: Tensor | None, shape: tuple[int, int], size: Size, chunk: int) -> None:

@@ -36,8 +36,7 @@ from vidattn.planning.learned import LearnedMethod
 from vidattn.schedule import Model, Part
 
 LAYER_GUARD, STEP_GUARD, DENSE_METHOD = "layer guard", "step guard", "dense method"
-SKIPPED = "scores skipped by guidance"
-FULL_PATH = "full path"
+SKIPPED, FULL_PATH = "scores skipped by guidance", "full path"
 
 
 class Site:
@@ -151,6 +150,9 @@ class Site:
         """
         current = self.passes.current()
         current.ran.add(layer.index)
+        if self.family.prefix and k.shape[2] <= current.num_before:
+            # a call of what stands before the video, alone
+            return layer.dense(q, k, v, mask, scale)[0]
         why, call, parts = self._why_dense(layer, current), None, ()
         plans: list[AnyPlan] = []
         if why is None:
@@ -260,16 +262,18 @@ class Site:
             dtype = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(dtype) for x in (q, k, v))
         if ring is not None:
+            call.check_shared()
             plans = [ring.share(plan, call) for plan in plans]
         outs, engines = [], set()
         for turn, plan in zip(call.turns(), plans):
             own = tuple(turn.to_grid(x) for x in (q, k, v))
-            out = attend(*own, plan, scale=turn.scale, key_mask=turn.keys)
-            engines.update(engines_of(*own, plan, scale=turn.scale, key_mask=turn.keys))
+            given = {"scale": turn.scale, "key_mask": turn.keys, "key_weight": turn.weight}
+            out = attend(*own, plan, **given)
+            engines.update(engines_of(*own, plan, **given))
             if isinstance(method := parts[0].method, LearnedMethod):
                 hidden = layer.hidden[:, : own[0].shape[2]]
                 out = self.learned.add(out, method, layer.index, hidden, *own, plan, turn)
-            outs.append(turn.from_grid(out))
+            outs.append(turn.from_grid(turn.with_beside(out, *own)))
         out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
         return out, tuple(sorted(engines))
 

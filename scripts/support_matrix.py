@@ -58,6 +58,7 @@ def _cells(family: Family) -> tuple[str, str, str]:
     if isinstance(family.refuse, str):
         return "", "", family.refuse
     layers = family.layers.replace(r"\d+", "N").replace(r"\.", ".").replace(")?", ")")
+    layers = layers.replace("|", r"\|")
     why = "" if family.refuse is None else family.refuse.__doc__.strip().rstrip(".")
     return f"`{layers}`", BESIDE[family.beside], why and f"some: {why[0].lower()}{why[1:]}"
 

@@ -49,6 +49,29 @@ def last_video(rows: Tensor, positions: Tensor, times: Tensor) -> Place:
     return Place((num_frames, length // width, width), int(rows[first]))
 
 
+def first_picture(positions: Tensor, num_before: int) -> Place:
+    """The picture that positions begin with, before others such as references.
+
+    Args:
+        positions: (S, 3 or more) their (t, h, w, ...), each picture in raster order.
+        num_before: tokens in front of it.
+
+    Raises:
+        ValueError: it is no raster of evenly spaced rows and columns.
+    """
+    coords = positions[:, :3].T.float().cpu()
+    _, h, w = coords[:, : (*_starts(coords)[1:], len(positions))[0]]
+    width = int((h == h[0]).sum())
+    rows, columns = h[::width], w[:width]
+    is_even = all((axis.diff() == axis[1:2] - axis[:1]).all() for axis in (rows, columns))
+    if not is_even or not torch.equal(torch.cartesian_prod(rows, columns), torch.stack([h, w], 1)):
+        raise ValueError(
+            f"the positions of its {len(h)} first tokens are no raster of evenly spaced rows and "
+            "columns: attention over them is no (t, h, w) grid. Unpatch the transformer"
+        )
+    return Place((1, len(rows), width), num_before)
+
+
 def _starts(coords: Tensor, is_next: Tensor | bool = True) -> Tensor:
     """Where frames begin among (3, S) positions: where the raster does not move on.
 

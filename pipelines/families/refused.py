@@ -25,7 +25,11 @@ FAMILY = (
         "a (t, h, w) grid",
     ),
     Family(
-        models=("SanaVideoTransformer3DModel", "SanaWMTransformer3DModel"),
+        models=(
+            "SanaTransformer2DModel",
+            "SanaVideoTransformer3DModel",
+            "SanaWMTransformer3DModel",
+        ),
         refuse="its self-attention is linear and never forms pairs of tokens, so that leaving "
         "pairs out saves nothing",
     ),
@@ -34,17 +38,26 @@ FAMILY = (
         refuse="it was trained with a sparse pattern of its own (NABLA), which it hands to "
         "FlexAttention as a block mask",
     ),
-    # those with 2D in their names are refused by it
+    Family(
+        models=("BriaFibo2Transformer2DModel", "NucleusMoEImageTransformer2DModel"),
+        refuse="its text stands before the picture or behind it as the prompts of a batch differ, "
+        "or behind it without queries",
+    ),
     Family(
         models=(
+            "DreamLiteTransformer2DModel",
             "DreamLiteUNetModel",
-            "JoyImageEditPlusTransformer3DModel",
-            "JoyImageEditTransformer3DModel",
             "Kandinsky3UNet",
-            "PriorTransformer",
             "StableCascadeUNet",
+            "Transformer2DModel",
+            "UNet2DModel",
         ),
-        refuse="it makes pictures, and only the attention of video models is made sparse",
+        refuse="it is a UNet in which attention over the picture takes little of the time, or a "
+        "part of one",
+    ),
+    Family(
+        models=("PriorTransformer", "UVit2DModel"),
+        refuse="it makes embeddings or entries of a codebook, not latents on a (t, h, w) grid",
     ),
     Family(
         models=(

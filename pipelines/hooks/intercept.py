@@ -61,7 +61,7 @@ class Layer(TorchFunctionMode):
         self.name, self.index, self.owner, self.model = name, index, owner, model
         family = family_of(model)
         self.paired_mask, self.text_first = family.paired_mask, family.beside == "before"
-        self.prefix = family.prefix
+        self.prefix, self.joins = family.prefix, family.joins
         # for dense calls: what the user chose with set_attention_backend, else what the processor
         # would have run on
         self.chosen_backend = None
@@ -128,6 +128,11 @@ class Layer(TorchFunctionMode):
         config, num_text = self.parallel
         if self.is_learned:
             raise ValueError(f"{self.name}: learned parameters are not spread over processes")
+        if self.joins:
+            raise ValueError(
+                f"{self.name}: text that blocks join to the video is not told from it where "
+                "processes share the sequence: run it in one process"
+            )
         length, device = query.shape[2], query.device
         shards = parallel.find_shards(config, length, num_text, self.text_first, device)
 

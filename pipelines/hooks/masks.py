@@ -24,7 +24,7 @@ def key_mask(mask: Tensor | None, shape: tuple[int, int], paired: bool) -> Tenso
     if mask is None:
         return None
     batch, length = shape
-    mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    mask = full(mask)
     if paired and mask.shape[-2] == length:
         mask = mask.diagonal(dim1=-2, dim2=-1)[:, :, None]
     elif mask.stride(-2) == 0 or mask.stride(1) == 0:
@@ -38,6 +38,36 @@ def key_mask(mask: Tensor | None, shape: tuple[int, int], paired: bool) -> Tenso
             raise ValueError("its mask weighs scores instead of leaving keys out")
         mask = mask == 0
     return mask[:, 0, 0].expand(batch, length)
+
+
+def full(mask: Tensor) -> Tensor:
+    """A mask with all four axes."""
+    return mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
+def shared_mask(mask: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """(B, S) bool, the keys that all queries of a mask read, and (B, 1, S) how much each weighs.
+
+    Args:
+        mask: (B|1, H|1, Q, S) of these queries, bool or additive.
+        shape: (B, S).
+
+    Returns:
+        The keys, and their weights or None where all weigh the same.
+
+    Raises:
+        ValueError: it is another for some queries or heads.
+    """
+    first = mask[:, :1, :1]
+    if not bool((mask == first).all()):
+        raise ValueError("its mask differs between queries or heads")
+    first = first[:, 0, 0].expand(shape)
+    if first.dtype == torch.bool:
+        return first, None
+    keys = first > _NEVER
+    bias = first.float().masked_fill(~keys, -torch.inf)
+    weight = (bias - bias.amax(-1, keepdim=True)).exp()
+    return keys, None if bool((weight == keys).all()) else weight[:, None]
 
 
 def unpaired(func: object, args: tuple) -> Tensor | None:

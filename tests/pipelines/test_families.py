@@ -6,15 +6,15 @@ place of the video in the sequence, not from what the family says.
 
 import importlib
 import inspect
+import math
 import pkgutil
 
 import diffusers
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 import vidattn
+from tests.pipelines.masked_softmax import MaskedSoftmax, relative_rms
 from tests.pipelines.tiny import TINY, build
 from vidattn.pipelines.family import families, known_models
 
@@ -37,53 +37,17 @@ def models():
     return get
 
 
-class MaskedSoftmax(TorchFunctionMode):
-    """Puts a masked softmax in float64 in the place of the attention over the video."""
-
-    def __init__(self, case, mask):
-        super().__init__()
-        self.case, self.mask, self.calls = case, mask, 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self.attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def attention(self, query, key, value, attn_mask=None, scale=None, **rest):
-        length, silent = key.shape[2], self.case.silent
-        is_other = query.shape[2] + silent != length or length < self.case.num_video
-        if is_other or rest.get("is_causal"):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, scale=scale, **rest)
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        self.calls += 1
-        start, stop = self.case.before(length), self.case.before(length) + self.case.num_video
-        keep = torch.ones(length, length, dtype=torch.bool)
-        keep[start:stop, start:stop] = self.mask
-        keep = keep[silent:]
-        scores = query.double() @ key.double().mT * (scale or query.shape[-1] ** -0.5)
-        if attn_mask is not None:
-            assert attn_mask.dtype == torch.bool
-            keep = keep & attn_mask
-        weights = scores.masked_fill(~keep, float("-inf")).softmax(-1).nan_to_num(0.0)
-        return (weights @ value.double()).to(value.dtype)
-
-
-def mask_of(method, case):
+def mask_of(method, size, chunk):
     """(S, S) bool, who reads whom; to a chunk of those that wait the video ends with it."""
-    t, h, w = case.size
-    chunk = case.chunk or t
-    mask = torch.zeros(case.num_video, case.num_video, dtype=torch.bool)
+    t, h, w = size
+    chunk = chunk or t
+    mask = torch.zeros(t * h * w, t * h * w, dtype=torch.bool)
     for stop in range(chunk, t + 1, chunk):
         grid = vidattn.Grid(stop, h, w)
         asked = slice((stop - chunk) * h * w, grid.num_tokens)
         plan = vidattn.plan(method, grid, **METHODS[method])
         mask[asked, : grid.num_tokens] = plan.mask()[0, 0, asked]
     return mask
-
-
-def relative_rms(actual, expected):
-    return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
 def test_every_known_model_has_a_tiny_one():
@@ -93,7 +57,8 @@ def test_every_known_model_has_a_tiny_one():
 def test_every_transformer_of_diffusers_is_patched_or_refused_by_name():
     """What a new release brings is noticed."""
     patched, found = set(known_models()), set()
-    for folder in (diffusers.models.transformers, diffusers.models.unets):
+    for name in ("transformers", "unets"):
+        folder = importlib.import_module(f"diffusers.models.{name}")
         for entry in pkgutil.iter_modules(folder.__path__):
             module = importlib.import_module(f"{folder.__name__}.{entry.name}")
             found |= {
@@ -104,8 +69,7 @@ def test_every_transformer_of_diffusers_is_patched_or_refused_by_name():
                 and thing.__module__ == module.__name__
             }
     refused = {name for family in families() if family.refuse for name in family.models}
-    strangers = {name for name in found - patched - refused if "2D" not in name}
-    assert len(found) > 70 and not strangers
+    assert len(found) > 70 and not found - patched - refused
 
 
 def test_no_class_is_claimed_twice():
@@ -134,14 +98,16 @@ def test_sparse_is_the_model_with_a_masked_softmax(models, key, method):
     plan = vidattn.plan(method, vidattn.Grid(*case.size), **METHODS[method])
     if plan.density > 0.9:
         pytest.skip("radial reads one frame whole")
-    mask = mask_of(method, case)
-    with MaskedSoftmax(case, mask) as reference:
+    sizes = (case.size, *case.other_sizes)
+    masks = {math.prod(size): mask_of(method, size, case.chunk) for size in sizes}
+    with MaskedSoftmax(case, masks) as reference:
         expected = case.call(model)
     with vidattn.patch(model, method, dense_layers=0, **METHODS[method]) as handle:
         actual = case.call(model)
     report = handle.report()
     assert report.num_sparse == reference.calls > 0 and report.num_dense == 0
-    assert report.density == pytest.approx(mask.double().mean().item())
+    density = masks[case.num_video].double().mean().item()
+    assert case.other_sizes or report.density == pytest.approx(density)
     assert relative_rms(actual, expected) < case.tolerance
     assert relative_rms(actual, dense) > 20 * relative_rms(actual, expected)
     assert torch.equal(case.call(model), dense)

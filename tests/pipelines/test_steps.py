@@ -278,6 +278,12 @@ def test_every_loop_of_diffusers_is_one_that_is_read():
         ("t", "step_matrix"),
         ("t", "block_state.timesteps"),
         ("t", "self.progress_bar(self.scheduler.timesteps[:-1])"),
+        ("t", "self.scheduler.timesteps"),
+        ("t", "self.progress_bar(timesteps)"),
+        ("t", "self.progress_bar(self.scheduler.timesteps)"),
+        # the scheduler's by another name, and those of a prior, which is another model
+        ("t", "self.progress_bar(timesteps_tensor)"),
+        ("t", "self.progress_bar(prior_timesteps_tensor)"),
         # of the block's state
         ("sigma", "sigmas[:-1]"),
     }

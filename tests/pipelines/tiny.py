@@ -35,6 +35,7 @@ from tests.pipelines.tiny_inputs import (
     plain,
     text,
 )
+from tests.pipelines.tiny_pictures import PICTURES
 
 
 def build(key: str) -> nn.Module:
@@ -324,6 +325,7 @@ TINY: dict[str, Tiny] = {
         tolerance=2e-3,
     ),
 }
+TINY |= PICTURES
 # classes that this release of diffusers does not have yet
 for _key in [key for key in TINY if not hasattr(diffusers, key.partition("/")[0])]:
     del TINY[_key]

@@ -28,6 +28,8 @@ class Tiny:
     # frames that wait for those before them together
     chunk: int | None = None
     tolerance: float = 1e-5
+    # at which some layers see the video beside ``size``
+    other_sizes: tuple[tuple[int, int, int], ...] = ()
 
     def call(self, model: nn.Module, **changes: object) -> Tensor:
         """The video that the transformer predicts."""
@@ -36,7 +38,8 @@ class Tiny:
             inputs = self.inputs()
             output = model(**{**inputs, **changes}, return_dict=False)
         while not isinstance(output, Tensor):
-            output = output[0]
+            is_batch = isinstance(output, list) and len(output) == B
+            output = torch.stack(output) if is_batch else output[0]
         return output
 
     @property

@@ -58,7 +58,9 @@ class Neighborhood(PatternMethod):
 
     def with_density(self, density: float, grid: Grid) -> Neighborhood:
         """A window of the shape of the grid; its stride and dilation stay."""
-        edges = (max(1, round(extent * density ** (1 / 3))) for extent in grid.size)
+        # an axis of one token has nothing to leave out
+        share = density ** (1 / max(1, sum(extent > 1 for extent in grid.size)))
+        edges = (max(1, round(extent * share)) for extent in grid.size)
         stride = as_size("stride", self.stride)
         return replace(self, window=tuple(map(max, edges, stride)))
 

@@ -35,7 +35,7 @@ class Rectified(ContentMethod):
             frame and ``mass`` may ask for more.
         mass: share of the pooled attention to the video that the blocks of a row hold at least.
         near: blocks up to this many tiles away on every axis are read; none for no such rule.
-        first_frame: whether the blocks of the first frame read each other.
+        first_frame: whether the blocks of the first frame read each other, where there are more.
 
     Raises:
         ValueError: a value out of range.
@@ -70,6 +70,6 @@ def _always(counts: Size, near: int | None, first_frame: bool, device: torch.dev
     blocks = torch.zeros(counts[0] * per_frame, counts[0] * per_frame, dtype=torch.bool)
     if near is not None:
         blocks |= within(counts, (near, near, near))
-    if first_frame:
+    if first_frame and counts[0] > 1:
         blocks[:per_frame, :per_frame] = True
     return blocks.to(device)

@@ -33,6 +33,7 @@ from vidattn.planning.content_method import ContentMethod
 from vidattn.planning.method import as_size, check_share
 from vidattn.planning.selection import select_count, select_until
 from vidattn.planning.tile_size import block_tokens, usual_tile
+from vidattn.planning.tiles import chunk_of_tiles
 from vidattn.support.registry import unknown
 
 PARTITIONS = ("time", "space", "cube")
@@ -170,12 +171,7 @@ class VMoBA(ContentMethod):
 @lru_cache(maxsize=16)
 def _chunks(size: Size, tile: Size, chunk: Size, device: torch.device) -> tuple[Tensor, int]:
     """(nv,) int64 chunk of each block, and how many chunks there are; made once."""
-    number, total = torch.zeros(1, dtype=torch.long), 1
-    for extent, edge, length in zip(size, tile, chunk):
-        count = -(-extent // length)
-        along = torch.arange(count).repeat_interleave(-(-length // edge))
-        number = (number[:, None] * count + along).flatten()
-        total *= count
+    number, total = chunk_of_tiles(size, tile, chunk)
     return number.to(device), total
 
 

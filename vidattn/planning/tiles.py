@@ -22,6 +22,17 @@ def tile_counts(size: Size, tile: Size) -> Size:
     return nt, nh, nw
 
 
+def chunk_of_tiles(size: Size, tile: Size, chunk: Size) -> tuple[Tensor, int]:
+    """(nv,) int64 chunk of each tile of ``tile_layout`` with chunks, and how many there are."""
+    number, total = torch.zeros(1, dtype=torch.long), 1
+    for extent, edge, length in zip(size, tile, chunk):
+        count = -(-extent // length)
+        along = torch.arange(count).repeat_interleave(-(-length // edge))
+        number = (number[:, None] * count + along).flatten()
+        total *= count
+    return number, total
+
+
 def distances(counts: Size) -> tuple[Tensor, Tensor, Tensor]:
     """The distance of two tiles along each axis, three tensors that broadcast.
 

@@ -259,6 +259,9 @@ def test_every_figure_has_a_basis_and_a_source():
         ("cogvideox-5b", (13, 30, 45), 17_776),
         ("mochi-1", (15, 30, 53), 24_106),
         ("ltx-video", (21, 16, 22), 7_392),
+        ("flux.1", (1, 64, 64), 4_608),
+        ("sd3.5-large", (1, 64, 64), 4_429),
+        ("qwen-image", (1, 83, 83), 7_017),
     ],
 )
 def test_model_sizes(name, size, tokens):
@@ -280,6 +283,13 @@ def test_work_beside_attention():
 def test_a_size_the_model_cannot_cut_is_named(size):
     with pytest.raises(ValueError, match=r"takes 4n \+ 1 frames and multiples of 16 x 16 pixels"):
         WAN.grid(*size)
+
+
+def test_a_picture_has_one_frame():
+    model = find_video_model("flux.1")
+    assert model.grid(1, 2048, 4096).size == (1, 128, 256)
+    with pytest.raises(ValueError, match="flux.1 makes pictures, of 1 frame, got 5 frames"):
+        model.grid(5, 1024, 1024)
 
 
 def test_an_unknown_model_is_named():

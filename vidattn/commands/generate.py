@@ -10,7 +10,7 @@ from vidattn.runs.choices import Served
 from vidattn.runs.clip import Clip, Guards, make_clip
 from vidattn.runs.large import Large
 from vidattn.runs.lora import LoraChoice, check_loras, load_loras
-from vidattn.runs.output import write_atomically, write_json
+from vidattn.runs.output import fresh_file, write_atomically, write_json
 from vidattn.runs.pairings import check_pairings, put_beside
 from vidattn.runs.processes import check_degrees, find_processes, spread
 from vidattn.runs.record import record
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(outlook: Outlook, args: argparse.Namespace, large: Large | None) -> None:
     """Refuse what the model rules out beside the method."""
+    if outlook.grid is not None and outlook.grid.t > 1 and args.paths[0].suffix == ".png":
+        raise ValueError(f"--output {args.paths[0]} holds one frame: give an mp4 or a gif")
     if large is not None:
         for request in outlook.requests:
             large.check(outlook.pipe, request)
@@ -62,7 +64,9 @@ def _check(outlook: Outlook, args: argparse.Namespace, large: Large | None) -> N
 def _write(
     pipe: object, args: argparse.Namespace, request: Request, choice: Served, clip: Clip, path: Path
 ) -> None:
-    """Write a video, and its report."""
+    """Write a video or a picture, and its report."""
+    if args.output is None and len(clip.frames) == 1:
+        path = fresh_file(path.with_suffix(".png"))
     with write_atomically(path) as partial:
         write_video(partial, clip.frames, fps=args.fps)
     report = path.with_suffix(".json")

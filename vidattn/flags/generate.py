@@ -57,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
-        help=f"an mp4 or gif, replaced if it is there (default: {OUTPUT}, or the first of "
-        f"{OUTPUT.stem}-2, {OUTPUT.stem}-3, ... that is free); of several videos the second is "
-        "FILE-2, and so on",
+        help="an mp4 or gif, or of a picture a png, replaced if it is there (default: "
+        f"{OUTPUT}, or the first of {OUTPUT.stem}-2, {OUTPUT.stem}-3, ... that is free); of "
+        "several videos the second is FILE-2, and so on",
     )  # fmt: skip
     parser.add_argument(
         "--parallel", metavar="KIND=N",
@@ -108,7 +108,7 @@ def read(args: argparse.Namespace) -> None:
     prompts = given or [None]
     args.paths = _share(args, _paths(args.output, len(prompts)))
     for path in args.paths:
-        writable_file(path, (".mp4", ".gif"))
+        writable_file(path, (".mp4", ".gif", ".png"))
         writable_file(path.with_suffix(".json"), (".json",))
     args.requests = [request_of(args, prompt) for prompt in _share(args, prompts)]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,9 +87,14 @@ def make_clip(
         with patch(pipe, **choice.arguments, **vars(guards)) as handle:
             if parameters is not None:
                 handle.load_parameters(parameters)
-            return pipe(**arguments).frames[0], handle.report()
+            return first_frames(pipe(**arguments)), handle.report()
 
     return timed_clip(pipe, choice.label, make)
+
+
+def first_frames(output: Any) -> Tensor:
+    """(F, 3, H, W) of the first video that a pipeline made, or of its first picture."""
+    return output.frames[0] if hasattr(output, "frames") else output.images[:1]
 
 
 def timed_clip(pipe: object, label: str, make: Callable[[], tuple[Tensor, Report]]) -> Clip:

@@ -19,7 +19,7 @@ INK, PAPER = (24, 30, 42), (255, 255, 255)
 
 
 def write_video(path: Path, frames: Tensor, *, fps: float) -> None:
-    """Write an mp4 (H.264), a gif or an animated WebP, by the ending of ``path``.
+    """Write an mp4 (H.264), a gif or an animated WebP, or a png of one frame, as ``path`` ends.
 
     An odd height or width is padded by one repeated line, as H.264 needs; nothing is rescaled.
 
@@ -27,14 +27,21 @@ def write_video(path: Path, frames: Tensor, *, fps: float) -> None:
         frames: (F, 3, H, W) floats in [0, 1].
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, or several frames for a png.
     """
     import imageio.v2 as imageio
 
     ending = path.suffix.lower()
-    if ending not in (".mp4", ".gif", ".webp"):
-        raise ValueError(f"a video is written as .mp4, .gif or .webp, got '{path.name}'")
+    if ending not in (".mp4", ".gif", ".webp", ".png"):
+        raise ValueError(
+            f"a video is written as .mp4, .gif or .webp, a picture as .png, got '{path.name}'"
+        )
     pictures = to_bytes(frames)
+    if ending == ".png":
+        if len(pictures) != 1:
+            raise ValueError(f"a png holds one frame, got {len(pictures)}: write an mp4 or a gif")
+        imageio.imwrite(path, pictures[0], format="PNG")
+        return
     if ending != ".mp4":
         _write_loop(path, pictures, fps)
         return

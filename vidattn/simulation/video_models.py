@@ -1,4 +1,4 @@
-"""Video transformers by name: their token grids, and the work they do beside self-attention."""
+"""Transformers by name: their token grids, and the work they do beside self-attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoModel:
-    """One video transformer; the fields are explained in configs/video_models.yaml."""
+    """One transformer; the fields are explained in configs/video_models.yaml."""
 
     name: str
     source: str
@@ -44,12 +44,15 @@ class VideoModel:
         """The token grid of a video of so many frames and pixels.
 
         Raises:
-            ValueError: a size that the model does not cut into whole tokens.
+            ValueError: a size that the model does not cut into whole tokens, or several frames of
+                one that makes pictures.
         """
         # brings in PyTorch, which those who ask for a name only should not wait for
         from vidattn.grid import Grid
 
         pt, ph, pw = self.patch
+        if self.size[0] == 1 and num_frames != 1:
+            raise ValueError(f"{self.name} makes pictures, of 1 frame, got {num_frames} frames")
         if num_frames < 1 or (num_frames - 1) % pt or height % ph or width % pw:
             raise ValueError(
                 f"{self.name} takes {pt}n + 1 frames and multiples of {ph} x {pw} pixels, "

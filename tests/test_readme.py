@@ -208,7 +208,7 @@ def test_a_page_is_no_longer_than_it_should_be(page):
     lines = page.prose.count("\n")
     long = {"README.md": 150, "CONTRIBUTING.md": 110, "assets/tiny-t2v/README.md": 150}
     # two tables of what is served and what it works with
-    long["pipelines/README.md"] = 140
+    long["pipelines/README.md"] = 155
     assert lines <= long.get(page.name, 75)
     assert all(len(line) <= 125 for line in page.prose.splitlines() if not line.startswith("|"))
 

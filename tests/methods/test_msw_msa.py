@@ -8,6 +8,7 @@ import torch
 from tests.grids import AWKWARD
 from vidattn.grid import Grid
 from vidattn.methods import create_method
+from vidattn.planning.reading import Reading
 
 
 def oracle(grid: Grid, windows: tuple[int, int], share: float) -> torch.Tensor:
@@ -73,3 +74,11 @@ def test_a_density_sets_the_windows(grid, density):
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
         create_method("msw_msa", **options)
+
+
+def test_an_estimate_is_of_what_other_windows_hold():
+    grid = Grid(1, 9, 14, text=3, text_first=True)
+    q, k = torch.randn(2, 1, 2, grid.num_tokens, 8)
+    method = create_method("msw_msa", rectify=True).in_step(2)
+    plan = method.plan(grid, Reading(q, k))
+    assert plan.rest is not None and (plan.mask() == oracle(grid, (2, 2), 0.5)).all()

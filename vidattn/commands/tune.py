@@ -19,7 +19,7 @@ from vidattn.pipelines.tuning import Losses, Probe, candidates_at
 from vidattn.planning.learned import LearnedMethod
 from vidattn.planning.method import Method
 from vidattn.quality.likeness import psnr
-from vidattn.runs.clip import pipeline_arguments
+from vidattn.runs.clip import first_frames, pipeline_arguments
 from vidattn.runs.output import write_atomically
 from vidattn.runs.request import Request
 from vidattn.runs.serve import Outlook, foresee
@@ -206,7 +206,8 @@ def _likeness(
 def _run(pipe: object, request: Request, name: str, output_type: str = "pt") -> Tensor:
     """(F, 3, H, W) frames in [0, 1], or latents."""
     pipe.set_progress_bar_config(desc=name)
-    frames = pipe(**pipeline_arguments(request, output_type)).frames[0].detach().float().cpu()
+    output = pipe(**pipeline_arguments(request, output_type))
+    frames = first_frames(output).detach().float().cpu()
     return frames if output_type == "latent" else frames.clamp(0, 1)
 
 

@@ -60,16 +60,23 @@ def first_picture(positions: Tensor, num_before: int) -> Place:
         ValueError: it is no raster of evenly spaced rows and columns.
     """
     coords = positions[:, :3].T.float().cpu()
-    _, h, w = coords[:, : (*_starts(coords)[1:], len(positions))[0]]
+    starts = _starts(coords).tolist()
+    _, h, w = coords[:, : starts[1] if len(starts) > 1 else None]
     width = int((h == h[0]).sum())
     rows, columns = h[::width], w[:width]
-    is_even = all((axis.diff() == axis[1:2] - axis[:1]).all() for axis in (rows, columns))
-    if not is_even or not torch.equal(torch.cartesian_prod(rows, columns), torch.stack([h, w], 1)):
+    is_raster = torch.equal(torch.cartesian_prod(rows, columns), torch.stack([h, w], 1))
+    if not (is_raster and _is_even(rows) and _is_even(columns)):
         raise ValueError(
             f"the positions of its {len(h)} first tokens are no raster of evenly spaced rows and "
             "columns: attention over them is no (t, h, w) grid. Unpatch the transformer"
         )
     return Place((1, len(rows), width), num_before)
+
+
+def _is_even(places: Tensor) -> bool:
+    """Whether places on an axis are equally far apart, but for rounding."""
+    steps = places.diff()
+    return bool(((steps - steps[:1]).abs() <= steps[:1].abs() / 10).all())
 
 
 def _starts(coords: Tensor, is_next: Tensor | bool = True) -> Tensor:

@@ -167,5 +167,7 @@ def test_positions_of_pictures():
     # one that goes on below, at another distance
     with pytest.raises(ValueError, match="no raster"):
         first_picture(torch.cat([rows, rows + torch.tensor([0, 9.0, 0])]), 0)
+    # rounded to half precision
+    assert first_picture((rows * 0.3).bfloat16(), 0) == ((1, 3, 5), 0)
     assert first_picture(rows[:5], 0) == ((1, 1, 5), 0)
     assert first_picture(rows[:1], 0) == ((1, 1, 1), 0)

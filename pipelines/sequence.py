@@ -121,6 +121,11 @@ class Call(NamedTuple):
             raise ValueError("its mask differs between queries, which processes share: use Ulysses")
 
 
+def is_of_prefix(family: Family, current: Pass, k: Tensor) -> bool:
+    """Whether (B, K, S, D) keys are of what stands before the video, and attends alone."""
+    return family.prefix and k.shape[2] <= current.num_before
+
+
 def find_video(
     family: Family,
     module: nn.Module,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vidattn.attention import attend, engines_of
 from vidattn.grid import Size
+from vidattn.kernels.engines.dense import dense_attention
 from vidattn.kernels.engines.exact import only_pytorch
 from vidattn.pipelines.break_even import break_even
 from vidattn.pipelines.family import attentions, family_of, shape_of
@@ -28,7 +29,7 @@ from vidattn.pipelines.hooks.swap import swap_out
 from vidattn.pipelines.learned import Learned
 from vidattn.pipelines.passes import Pass, Passes, is_backward
 from vidattn.pipelines.plans import Plans
-from vidattn.pipelines.sequence import Call, find_video
+from vidattn.pipelines.sequence import Call, find_video, is_of_prefix
 from vidattn.pipelines.settings import Settings
 from vidattn.pipelines.stopwatch import Stopwatch
 from vidattn.plan import AnyPlan
@@ -150,9 +151,8 @@ class Site:
         """
         current = self.passes.current()
         current.ran.add(layer.index)
-        if self.family.prefix and k.shape[2] <= current.num_before:
-            # a call of what stands before the video, alone
-            return layer.dense(q, k, v, mask, scale)[0]
+        if is_of_prefix(self.family, current, k):
+            return dense_attention(q, k, v, mask=mask, scale=scale)
         why, call, parts = self._why_dense(layer, current), None, ()
         plans: list[AnyPlan] = []
         if why is None:

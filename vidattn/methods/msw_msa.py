@@ -31,8 +31,8 @@ class MswMsa(PatternMethod):
     """Windows side by side, which denoising steps put to other places in turn.
 
     Args:
-        windows: how many there are along the rows and the columns of a frame; those of one token
-            at least.
+        windows: how many there are along the rows and the columns of a frame, at most as many as
+            tokens.
         shifts: places that steps put the windows to before they begin again; 1 for one place.
 
     Raises:

@@ -151,7 +151,7 @@ class CausalModel:
     ) -> Tensor:
         """(B, C, F, h, w) what the transformer makes of a chunk in one pass."""
         timing = timing_of(self._model, times, self._frame_tokens, self._recipe.fps, self.device)
-        with starting_at(self._model, frames.start), self._model.cache_context(name):
+        with starting_at(self._model, frames.start, latents), self._model.cache_context(name):
             return self._pipe.transformer(
                 hidden_states=latents,
                 encoder_hidden_states=words.embeddings,

@@ -66,7 +66,11 @@ class FarModel(CausalModel):
         coarse = latents if kind == COARSE else None
         given = latents if coarse is None else _small(self._model, latents)
         timestep, r_timestep = (torch.tensor([x], device=self.device) for x in (times, following))
-        with _placed(self._model, frames, coarse):
+        edges = self._model.config.patch_size[1:]
+        shape = (given.shape[3] // edges[0], given.shape[4] // edges[1])
+        # made out here: code that torch.compile made for one chunk then serves all
+        freqs = _tables(self._model, shape, frames, self.device, coarse is not None)
+        with _placed(self._model, freqs, coarse):
             out = self._pipe.transformer(
                 hidden_states=given.transpose(1, 2),
                 timestep=timestep,
@@ -82,18 +86,14 @@ class FarModel(CausalModel):
 
 
 @contextmanager
-def _placed(model: Any, frames: range, coarse: Tensor | None) -> Iterator[None]:
-    """Let a transformer see frames where they stand in time, in a with block.
+def _placed(model: Any, freqs: Tensor, coarse: Tensor | None) -> Iterator[None]:
+    """Let a transformer see tokens where they stand in time, in a with block.
 
     Args:
+        freqs: (1, 1, S, D / 2) their turns.
         coarse: (B, C, F, h, w) what is cut into coarse patches in place of what it is given.
     """
-
-    def tables(far_cfg: dict[str, Any], device: torch.device, **_: Any) -> dict[str, Tensor]:
-        freqs = _tables(model, far_cfg["full_frame_shape"], frames, device, coarse is not None)
-        return {"query": freqs, "key": freqs}
-
-    with forwarding(model.rope, tables):
+    with forwarding(model.rope, lambda *_, **__: {"query": freqs, "key": freqs}):
         if coarse is None:
             yield
             return

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_anyflow_far import apply_rotary_e
 from torch import Tensor
 
 from vidattn.pipelines.streaming.policies import Policies
-from vidattn.pipelines.streaming.reading import CLEAN, COARSE, NOISY, Kind, Words
+from vidattn.pipelines.streaming.reading import CLEAN, COARSE, NOISY, Kind, Words, caches_of
 from vidattn.streaming.attention import read
 from vidattn.streaming.cache import Cache, Part, Site
 
@@ -33,8 +33,8 @@ class FarReader:
 
     def __init__(self, model: Any, policies: Policies, passes: tuple[str, ...], site: Site):
         self._model, self._policies = model, policies
-        layers = range(len(model.blocks))
-        self._caches = {name: [policies.cache.build(site) for _ in layers] for name in passes}
+        num_layers = len(model.blocks)
+        self._caches = {name: caches_of(policies, site, num_layers) for name in passes}
         # keys and values of the last chunks
         self._recent: dict[str, list[list[tuple[Tensor, Tensor]]]] = {}
         self._passes = passes
@@ -97,6 +97,7 @@ class FarReader:
         for cache in self.caches:
             cache.reset()
 
+    @torch.compiler.disable
     def read_video(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, S, D): what the queries of a chunk read in a layer."""
         assert self._now is not None
@@ -113,6 +114,7 @@ class FarReader:
             recent.append((k, v))
         return read(q, parts, k.shape[1], policy=self._policies.queries)
 
+    @torch.compiler.disable
     def read_words(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, S, D): what the queries of a chunk read of the prompt."""
         assert self._now is not None

@@ -36,10 +36,12 @@ def forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
 
 
 @contextmanager
-def starting_at(transformer: nn.Module, frame: int) -> Iterator[None]:
-    """Let the frames that a transformer is given begin at another one in a with block."""
+def starting_at(transformer: nn.Module, frame: int, latents: Tensor) -> Iterator[None]:
+    """Let the (B, C, F, h, w) latents of a transformer begin at another frame in a with block."""
     rope: Any = transformer.rope
-    with forwarding(rope, lambda hidden_states: _tables(rope, hidden_states, frame)):
+    # made out here: code that torch.compile made for one frame then serves all
+    tables = _tables(rope, latents, frame)
+    with forwarding(rope, lambda hidden_states: tables):
         yield
 
 

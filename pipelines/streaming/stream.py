@@ -20,6 +20,7 @@ from vidattn.pipelines.streaming.chunks import ChunkMaker
 from vidattn.pipelines.streaming.decode import Decoder, encode
 from vidattn.pipelines.streaming.policies import Given, Policies, find_policies
 from vidattn.pipelines.streaming.recipe import Recipe, find_recipe
+from vidattn.streaming.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class Stream(Iterator[Tensor]):
     def frame(self) -> int:
         """Latent frame that the next chunk begins at."""
         return self._frame
+
+    @property
+    def caches(self) -> list[Cache]:
+        """Those of the layers in their order, for one pass of a step after the other."""
+        return self._model.caches
 
     def __next__(self) -> Tensor:
         """The frames of the next chunk: (T, 3, H, W) float32 in [0, 1].

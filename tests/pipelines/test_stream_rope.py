@@ -16,9 +16,13 @@ def model():
     return WanTransformer3DModel(**WAN)
 
 
-def tables(model, num_frames: int):
+def latents(model, num_frames: int) -> torch.Tensor:
     p_t, p_h, p_w = model.config.patch_size
-    return model.rope(torch.zeros(1, 1, num_frames * p_t, ROWS * p_h, COLUMNS * p_w))
+    return torch.zeros(1, 1, num_frames * p_t, ROWS * p_h, COLUMNS * p_w)
+
+
+def tables(model, num_frames: int):
+    return model.rope(latents(model, num_frames))
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -31,7 +35,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 @pytest.mark.parametrize("frame", [0, 5, 29])
 def test_frames_are_those_of_the_table_of_the_model(model, frame):
     whole = [x[:, frame * ROWS * COLUMNS :] for x in tables(model, frame + 3)]
-    with starting_at(model, frame):
+    with starting_at(model, frame, latents(model, 3)):
         found = tables(model, 3)
     for one, other in zip(found, whole):
         assert_close(one, other, rtol=0, atol=0)
@@ -44,7 +48,7 @@ def test_a_key_moves_to_another_frame(model, frames):
     here, there = frames
     placed = {}
     for frame in frames:
-        with starting_at(model, frame):
+        with starting_at(model, frame, latents(model, 1)):
             placed[frame] = rotated(raw, *tables(model, 1))
     moved = rotation_of(model)(placed[here].float()[None, None], there - here)[0, 0]
     assert_close(moved.double(), placed[there], rtol=1e-4, atol=1e-4)

@@ -24,6 +24,8 @@ class Site:
         chunk: the most latent frames that are appended together.
         rotation: moves keys in time.
         num_caches: caches that share a limit in bytes: one for each layer, twice under guidance.
+        layer: its number in the model.
+        model: what tells the weights of the model from those of others, "" where nobody knows.
     """
 
     batch: int
@@ -35,6 +37,8 @@ class Site:
     device: torch.device
     rotation: Rotation
     num_caches: int = 1
+    layer: int = 0
+    model: str = ""
 
     @property
     def chunk_tokens(self) -> int:

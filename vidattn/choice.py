@@ -70,6 +70,8 @@ def parse_choice(text: str, home: str = "methods") -> Choice:
         option, equals, value = piece.partition("=")
         if equals:
             last = option.strip().replace("-", "_")
+            if last in given:
+                raise ValueError(f"{HOMES[home][0]} {text!r} says {last} twice: leave one out")
             given[last] = value.strip()
         elif last:
             given[last] += f",{piece}"

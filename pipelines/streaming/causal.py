@@ -26,6 +26,13 @@ PROMPT_TOKENS = 512
 Times = Sequence[float]
 
 
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """Record no gradients, and make tensors that may be changed wherever they go."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class CausalModel:
     """The transformer of a pipeline, which goes on with the video in its caches.
 
@@ -71,7 +78,7 @@ class CausalModel:
     @contextmanager
     def running(self) -> Iterator[None]:
         """What runs the model stands in this block; outside of it the pipeline is as it was."""
-        with torch.no_grad(), self._reader.installed():
+        with without_gradients(), self._reader.installed():
             yield
 
     def read_prompt(self, prompt: str) -> None:
@@ -83,7 +90,7 @@ class CausalModel:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt must say what the video shows, got {prompt!r}")
         passes = self._recipe.passes
-        with torch.no_grad():
+        with without_gradients():
             found = self._pipe.encode_prompt(
                 prompt=prompt,
                 negative_prompt=self._recipe.negative_prompt,

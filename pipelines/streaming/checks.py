@@ -105,11 +105,18 @@ def _patch(model: Any) -> Size:
     return model.config.get("compressed_patch_size") or model.config.patch_size
 
 
-def check_start(start: Any, size: tuple[int, int], factor: int) -> None:
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless torch takes it for a seed."""
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, got {seed!r}")
+
+
+def check_start(start: Any, size: tuple[int, int], factor: int, total: int | None) -> None:
     """Refuse what a video cannot begin with.
 
     Args:
         factor: frames to a latent frame.
+        total: latent frames of the video; None is endless.
 
     Raises:
         ValueError: no frames of the size, or as many as are no whole latent frames.
@@ -120,6 +127,18 @@ def check_start(start: Any, size: tuple[int, int], factor: int) -> None:
         raise ValueError(
             f"start must be frames in [0, 1] of shape (frames, 3, {size[0]}, {size[1]}), as the "
             f"video has, got {shape}"
+        )
+    is_light = start.is_floating_point() and bool(((start >= 0) & (start <= 1)).all())
+    if not is_light:
+        raise ValueError(
+            f"start must be of floating point numbers from 0 to 1, got {start.dtype} from "
+            f"{start.min().item():g} to {start.max().item():g}"
+        )
+    num_frames = None if total is None else (total - 1) * factor + 1
+    if num_frames is not None and len(start) > num_frames:
+        raise ValueError(
+            f"start has {len(start)} frames, and the video is to have {num_frames} in all: give a "
+            "larger num_frames, or less of start"
         )
     if (len(start) - 1) % factor:
         low = (len(start) - 1) // factor * factor + 1

@@ -7,13 +7,14 @@ saves and asks nothing about, so that a folder of weights is all there is to a c
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_type_hints
 
 from torch import nn
 
-from vidattn.support.config import build
+from vidattn.support.config import build, convert
 from vidattn.support.registry import unknown
 
 # in the config.json of a causal transformer
@@ -58,19 +59,20 @@ class Recipe:
     policy: str = "rolling"
 
     def __post_init__(self):
+        for name, hint in get_type_hints(Recipe).items():
+            object.__setattr__(self, name, convert(getattr(self, name), hint, name))
         for name in ("chunk", "first", "fps"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        times = tuple(self.times)
+        times = self.times
         falls = all(a > b for a, b in zip(times, times[1:]))
         if not times or not falls or not (0 < times[-1] and times[0] <= 1000):
             raise ValueError(f"times must fall, from at most 1000 to above 0, got {self.times}")
-        if self.sampler not in get_args(Sampler):
-            known = " or ".join(get_args(Sampler))
-            raise ValueError(f"sampler must be {known}, got {self.sampler!r}")
-        if not self.shift > 0:
+        if not 0 < self.shift < math.inf:
             raise ValueError(f"shift must be above 0, got {self.shift!r}")
+        if not 1 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be at least 1, which is none, got {self.guidance!r}")
         if not 0 <= self.clean_time < 1000:
             raise ValueError(f"clean_time must be from 0 to below 1000, got {self.clean_time!r}")
 

@@ -10,12 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vidattn.kernels.timing import synchronize
-from vidattn.pipelines.streaming.causal import CausalModel
-from vidattn.pipelines.streaming.checks import FAR, check_start, latent_frames, transformer_of
+from vidattn.pipelines.streaming.causal import CausalModel, without_gradients
+from vidattn.pipelines.streaming.checks import (
+    FAR,
+    check_seed,
+    check_start,
+    latent_frames,
+    transformer_of,
+)
 from vidattn.pipelines.streaming.chunks import ChunkMaker
 from vidattn.pipelines.streaming.decode import Decoder, encode
 from vidattn.pipelines.streaming.policies import Given, Policies, find_policies
@@ -67,8 +72,8 @@ class Stream(Iterator[Tensor]):
         self._model = _model_of(pipe)(pipe, policies, recipe, size)
         given = None
         if start is not None:
-            check_start(start, size, pipe.vae_scale_factor_temporal)
-            with torch.no_grad():
+            check_start(start, size, pipe.vae_scale_factor_temporal, total)
+            with without_gradients():
                 given = encode(start[None], pipe.vae).to(self._model.device)
         channels, factor = pipe.transformer.config.out_channels, pipe.vae_scale_factor_spatial
         shape = (channels, size[0] // factor, size[1] // factor)
@@ -102,7 +107,7 @@ class Stream(Iterator[Tensor]):
         begin = time.perf_counter()
         frames = self.recipe.chunk_at(self._frame)
         latents = self._make(frames)
-        with torch.no_grad():
+        with without_gradients():
             video = self._decoder(latents)[0]
         self._frame = frames.stop
         self._remember(frames, latents)
@@ -236,4 +241,6 @@ def stream(
     chosen = find_recipe(transformer_of(pipe), recipe)
     policies = find_policies(policy, chosen.policy)
     total = latent_frames(num_frames, chosen, pipe.vae_scale_factor_temporal)
-    return Stream(pipe, policies, chosen, prompt, size or chosen.size, total, seed, start)
+    check_seed(seed)
+    size = chosen.size if size is None else size
+    return Stream(pipe, policies, chosen, prompt, size, total, seed, start)

@@ -281,6 +281,18 @@ def test_a_picture_is_the_first_frame(pipe):
         ({"policy": "rollin"}, "did you mean 'rolling'"),
         ({"recipe": "self-forced"}, "did you mean 'self-forcing'"),
         ({"recipe": 3}, "recipe must be"),
+        ({"size": ()}, "a height and a width"),
+        ({"seed": None}, "seed must be an integer"),
+        ({"seed": True}, "seed must be an integer"),
+        ({"seed": -1}, "seed must be an integer"),
+        (
+            {"start": torch.zeros(1, 3, *SIZE, dtype=torch.uint8)},
+            "got torch.uint8",
+        ),
+        ({"start": torch.full((1, 3, *SIZE), 255.0)}, "got torch.float32 from 255 to 255"),
+        ({"start": torch.full((1, 3, *SIZE), torch.nan)}, "numbers from 0 to 1"),
+        ({"start": torch.rand(9, 3, *SIZE), "num_frames": 5}, "is to have 5 in all"),
+        ({"policy": "rolling:window=8,window=9"}, "says window twice"),
     ],
 )
 def test_what_does_not_fit_is_refused(pipe, options, words):
@@ -312,14 +324,45 @@ def test_a_recipe_is_saved_with_the_weights(pipe, tmp_path):
     assert find_recipe(model, None) == RECIPE
 
 
+def test_a_recipe_of_whole_numbers_is_read_again(pipe, tmp_path, monkeypatch):
+    recipe = Recipe(chunk=2, times=(1000, 500), size=[48, 80])
+    assert recipe == RECIPE
+    pipe.transformer.save_pretrained(tmp_path)
+    model = WanTransformer3DModel.from_pretrained(tmp_path)
+    model.register_to_config(**dataclasses.replace(recipe, times=(900, 100)).to_config())
+    model.save_pretrained(tmp_path)
+    assert find_recipe(WanTransformer3DModel.from_pretrained(tmp_path), None).times == (900, 100)
+
+
+@pytest.mark.parametrize("policy", ["full", "tempcache:window=8", "head_classes:window=8"])
+def test_the_state_of_the_process_may_change_between_chunks(pipe, policy):
+    plain = vidattn.stream(pipe, policy, prompt=PROMPT, seed=5)
+    expected = latents_of(plain, 6)
+    stream, found = vidattn.stream(pipe, policy, prompt=PROMPT, seed=5), []
+    for i in range(6):
+        with torch.inference_mode(i % 2 == 0):
+            found.append(latents_of(stream, 1))
+    assert_close(torch.cat(found, 1), expected, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = latents_of(vidattn.stream(pipe, policy, prompt=PROMPT, seed=5), 6)
+    assert 0 < (rounded - expected).abs().max() < 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"chunk": 0}, "chunk must be"),
         ({"times": (500.0, 750.0)}, "times must fall"),
         ({"times": ()}, "times must fall"),
-        ({"sampler": "heun"}, "sampler must be renoise or euler or scheduler"),
+        ({"sampler": "heun"}, "sampler must be"),
         ({"shift": 0.0}, "shift must be"),
+        ({"shift": float("inf")}, "shift must be"),
+        ({"shift": "5"}, "shift must be a number"),
+        ({"times": 1000.0}, "times must be a list"),
+        ({"guidance": float("nan")}, "guidance must be at least 1"),
+        ({"guidance": 0.5}, "guidance must be at least 1"),
+        ({"negative_prompt": None}, "negative_prompt must be"),
+        ({"policy": None}, "policy must be"),
         ({"clean_time": 1000.0}, "clean_time must be"),
     ],
 )

@@ -97,8 +97,11 @@ class Cache(ABC):
         Returns:
             Parts that cover each head once; they hold until the next call.
         """
+        # under autocast they may be narrower than what is kept
+        k, v = k.to(self.site.dtype), v.to(self.site.dtype)
         self._staged = (k, v, frames)
-        parts = self._read(q, k, v, frames)
+        with self._plainly():
+            parts = self._read(q, k, v, frames)
         self._check()
         return parts
 
@@ -106,8 +109,13 @@ class Cache(ABC):
         """Make the chunk that was appended last part of the past."""
         assert self._staged is not None, "nothing was appended"
         (k, v, frames), self._staged = self._staged, None
-        self._keep(k, v, frames)
+        with self._plainly():
+            self._keep(k, v, frames)
         self._check()
+
+    def _plainly(self) -> torch.autocast:
+        """In the dtypes that are asked for."""
+        return torch.autocast(self.site.device.type, enabled=False)
 
     def _check(self) -> None:
         tokens, size = self.num_tokens, self.num_bytes

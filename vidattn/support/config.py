@@ -108,7 +108,8 @@ def _fits(value: Any, kind: Any) -> bool:
             return False
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         return len(value) == len(kinds) and all(
-            any(_fits(x, one) for one in alternatives(kind)) for x, kind in zip(value, kinds)
+            any(_fits(x, one) or one is float and _fits(x, int) for one in alternatives(kind))
+            for x, kind in zip(value, kinds)
         )
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 

@@ -117,7 +117,7 @@ def _tables(
     table = of_frame(1, *shape, device)
     head_dim = model.config.attention_head_dim
     num = head_dim // 2 - 2 * (head_dim // 6)
-    exponents = torch.arange(0, 2 * num, 2, dtype=torch.float64)[:num] / (2 * num)
+    exponents = torch.arange(num, dtype=torch.float64) / num
     angles = torch.tensor(frames, dtype=torch.float64)[:, None] / THETA**exponents
     times = torch.polar(torch.ones_like(angles), angles).to(device, table.dtype)
     times = times[:, None, None].expand(-1, *shape, -1)

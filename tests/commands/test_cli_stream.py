@@ -85,6 +85,12 @@ def test_a_stream_begins_with_what_it_is_given(make, tmp_path, ending):
     assert len(frames_of(tmp_path / "x.mp4")[0]) == 13
 
 
+def test_the_shortest_stream_is_a_chunk(make, tmp_path):
+    code, _, err = make("--duration", "0.01s")
+    assert code == 0, err
+    assert len(frames_of(tmp_path / "x.mp4")[0]) == report_of(tmp_path)["num_frames"] == 5
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_stream_plays(make, tmp_path, monkeypatch, kind):
     following, chunks = Stream.__next__, []

@@ -33,7 +33,7 @@ class TempCache(WindowPolicy):
             embedding from one to the next.
         bits: look for the nearest key by so many signs of random projections of each, and compare
             with that one alone: a few are missed, and none is merged that should not be. Without,
-            all are compared.
+            all are compared, which takes a CPU no longer.
     """
 
     similarity: float = 0.9

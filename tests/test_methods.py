@@ -59,7 +59,7 @@ def test_method_describes_itself(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "state"), [("paro", "layer"), ("paro", "step"), ("strided", "layer")]
+    ("name", "state"), [("lvsa", "step"), ("paro", "layer"), ("paro", "step"), ("strided", "layer")]
 )
 def test_what_a_run_sets_is_no_option(name, state):
     assert state not in describe(name).options and state not in options_of(name)
@@ -77,6 +77,7 @@ def test_options_are_given_by_keyword(name):
 # each refuses at least one of the grids
 HARD = {
     "freeswim": {"window": (3, 3)},
+    "lvsa": {"density": 0.02},
     "neighborhood": {"window": 3},
     "power": {"density": 0.02},
     "radial": {"density": 0.02, "near": 1},

@@ -108,6 +108,13 @@ def power(size: Size, tile: Size, near: Size, axes: int) -> Tensor:
     return by_tiles(size, tile, window | lines)
 
 
+def anchored_frames(size: Size, near: int, interval: int, step: int) -> Tensor:
+    """(N, N) bool: frames up to a distance, and one of every so many (arXiv:2605.31057)."""
+    frame = torch.arange(size[0]).repeat_interleave(size[1] * size[2])
+    anchor = (frame - step) % interval == 0
+    return ((frame[:, None] - frame).abs() <= near) | anchor
+
+
 def boxes(size: Size, tile: Size, first: int = 0) -> Iterator[Size]:
     """Every window of tiles there is, ``first`` being the smallest edge."""
     counts, _ = tiles_of(size, tile)

@@ -72,6 +72,14 @@ def _freeswim(rng: Random, grid: Grid) -> Options:
     return {"window": window} | _some(rng, sharpen=lambda: rng.random() < 0.5)
 
 
+def _lvsa(rng: Random, grid: Grid) -> Options:
+    options = _some(rng, step=lambda: rng.randint(0, 9))
+    if rng.random() < 0.4:
+        return options | {"density": rng.choice(DENSITIES)}
+    anchors = {"anchors": lambda: rng.randint(1, grid.t + 1)}
+    return options | _some(rng, near=lambda: rng.randint(0, 3), **anchors)
+
+
 def _power(rng: Random, grid: Grid) -> Options:
     options = _some(rng, axes=lambda: rng.randint(1, 3))
     if rng.random() < 0.4:
@@ -171,6 +179,7 @@ _BY_METHOD = {
     "anchor": _anchor,
     "cluster": _cluster,
     "freeswim": _freeswim,
+    "lvsa": _lvsa,
     "neighborhood": _neighborhood,
     "paro": _paro,
     "power": _power,

@@ -4,6 +4,7 @@ Letters: B batch, H query heads, S tokens, N video tokens, nv video blocks.
 """
 
 import dataclasses
+import math
 from random import Random
 
 import torch
@@ -80,6 +81,25 @@ def _sliding_tile(case, method, seen) -> None:
     definitions.nearest_box(seen, method.density, made)
 
 
+def _lvsa(case, method, seen) -> None:
+    num_frames = case.size[0]
+    if method.density is None:
+        choice = method.near, math.ceil(num_frames / method.anchors)
+        _same(seen, definitions.anchored_frames(case.size, *choice, method.step))
+        return
+    kept = [
+        definitions.anchored_frames(case.size, round(n / 8), math.ceil(num_frames / n), method.step)
+        for n in range(1, num_frames + 1)
+    ]
+    nearest = min(kept, key=lambda x: abs(x.double().mean().item() - method.density))
+    found = seen.double().mean().item()
+    wanted = nearest.double().mean().item()
+    if abs(abs(found - method.density) - abs(wanted - method.density)) > 1e-9:
+        raise Wrong(f"density {found} for {method.density}, where {wanted} is nearer")
+    if not any(torch.equal(seen, x) for x in kept):
+        raise Wrong("lvsa keeps what no choice of near frames and anchors does")
+
+
 def _power(case, method, seen) -> None:
     tile = method.tile_of(case.grid)
     if method.density is None:
@@ -106,6 +126,7 @@ def _radial(case, method, seen) -> None:
 _DEFINITIONS = {
     "dense": _dense,
     "freeswim": _freeswim,
+    "lvsa": _lvsa,
     "neighborhood": _neighborhood,
     "power": _power,
     "radial": _radial,

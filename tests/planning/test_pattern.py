@@ -17,6 +17,7 @@ GRIDS = (Grid(3, 5, 7, text=5), Grid(2, 7, 9, text=3, text_first=True), Grid(7, 
 # a quarter of the pairs of 9x16x16 tokens, or what comes near it
 QUARTER = {
     "freeswim": {"window": (8, 8), "sharpen": False},
+    "lvsa": {"density": 0.3},
     "neighborhood": {"window": (5, 10, 10)},
     "power": {"density": 0.25},
     "radial": {"density": 0.25, "near": 0, "sink": False},
@@ -24,6 +25,7 @@ QUARTER = {
 }
 SMALL = {
     "freeswim": {"window": (2, 3), "tile": (2, 2, 2)},
+    "lvsa": {"near": 0, "anchors": 1, "tile": (1, 1, 2)},
     "neighborhood": {"window": (2, 3, 3), "tile": (2, 2, 2)},
     "power": {"near": 0, "axes": 1, "tile": (1, 1, 2)},
     "radial": {"near": 0, "sink": False, "decay": 0.3, "tile": (1, 2, 2)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 TWICE = (
     "the gradient of this operator has no gradient of its own (gradient penalties, Hessians): "
@@ -44,6 +45,12 @@ def refuse_transforms() -> None:
     """Raise ValueError inside of one of ``torch.func``'s transforms."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise ValueError(TRANSFORMS)
+
+
+def may_be_pulled(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a derivative of what is computed from these may be asked for, of either kind."""
+    is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return is_recorded or forward_ad._current_level >= 0
 
 
 class _Once(torch.autograd.Function):

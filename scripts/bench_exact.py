@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidattn.backbones import accelerate
-from vidattn.kernels.engines.block_sparse_cpu import attention, instruction_set
+from vidattn.kernels.cpp.processor import instruction_set
+from vidattn.kernels.engines.block_sparse_cpu import attention
 from vidattn.kernels.engines.exact import exact_engine, whole_lists
 from vidattn.kernels.timing import interleaved_ms
 from vidattn.runs.hardware import hardware

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from vidattn.choice import parse_choice
-from vidattn.kernels.engines.block_sparse_cpu import instruction_set
+from vidattn.kernels.cpp.processor import instruction_set
 from vidattn.quality.likeness import psnr
 from vidattn.runs.clip import Clip, Guards, make_clip, warm_up
 from vidattn.runs.hardware import hardware

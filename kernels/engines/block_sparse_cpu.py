@@ -22,25 +22,13 @@ from torch import Tensor
 from vidattn.kernels.block_lists import BlockLists
 from vidattn.kernels.constant import constant_result
 from vidattn.kernels.cpp.compiler import CompileError, load
+from vidattn.kernels.cpp.processor import SETS, SOURCE, instruction_set
 from vidattn.kernels.cpp.rows import Rows, rows_of
 from vidattn.kernels.library import Operator
 from vidattn.kernels.windows import neighborhood_cpu
 
-SOURCE = Path(__file__).parents[1] / "cpp/block_sparse_cpu.cpp"
 # in the order of the numbers that the library knows them by
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# instruction sets, best first, with what the compiler is told; bfloat16 products take no float32
-_AVX512 = ("-DVIDATTN_WIDTH=16", *(f"-mavx512{part}" for part in ("f", "vl", "bw", "dq")), "-mfma")
-SETS = {
-    "amx_bf16": (
-        *(*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-        *("-DVIDATTN_PAIRS=1", "-DVIDATTN_AMX=1"),
-    ),
-    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-DVIDATTN_PAIRS=1"),
-    "avx512": (*_AVX512, "-DVIDATTN_PAIRS=0"),
-    "avx2": ("-DVIDATTN_WIDTH=8", "-mavx2", "-mfma", "-DVIDATTN_PAIRS=0"),
-    "portable": ("-DVIDATTN_WIDTH=4", "-DVIDATTN_PAIRS=0"),
-}
 BAD_LISTS, NO_MEMORY = 1, 2
 TAKES = ("scale", "key_mask", "key_bias")
 LISTED = ("order", "key_order", "row_start", "num_full", "key_block", "mask_id", "masks")
@@ -107,36 +95,6 @@ def missing(dtype: torch.dtype) -> str | None:
     return None
 
 
-@lru_cache
-def instruction_sets() -> tuple[str, ...]:
-    """Those of ``SETS`` that this processor has, best first."""
-    level = torch.backends.cpu.get_cpu_capability()
-    has = {"avx512": level == "AVX512", "avx2": level in ("AVX512", "AVX2"), "portable": True}
-    has["avx512_bf16"] = has["avx512"] and torch.cpu._is_avx512_bf16_supported()
-    # Linux hands the matrix registers to those that ask
-    has["amx_bf16"] = has["avx512_bf16"] and torch.cpu._init_amx()
-    return tuple(name for name in SETS if has[name])
-
-
-@lru_cache
-def instruction_set(dtype: torch.dtype) -> str:
-    """The instruction set that runs a dtype on this processor."""
-    names = [x for x in instruction_sets() if dtype == torch.bfloat16 or "bf16" not in x]
-    if names[0] == "amx_bf16" and not _compiles("amx_bf16"):
-        names = names[1:]
-    return names[0]
-
-
-def _compiles(name: str) -> bool:
-    """Whether the compiler knows an instruction set, which older ones do not know AMX as."""
-    try:
-        load(SOURCE, SETS[name])
-    except CompileError as error:
-        log.info("the compiler does not know %s: %s", name, error)
-        return False
-    return True
-
-
 def version(dtype: torch.dtype) -> str:
     """The name of the library that runs a dtype: another one for every source and compiler."""
     return Path(_library(dtype)._name).stem
@@ -172,15 +130,31 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
 
 def _check_sizes(q: Tensor, k: Tensor, lists: BlockLists, key_bias: Tensor | None) -> None:
     B, H, Sk = *q.shape[:2], k.shape[2]
+    if "sizes are checked" not in lists.cache:
+        _check_lists(lists)
+        lists.cache["sizes are checked"] = True
+    for name, given, needed in (("batch", lists.batch, B), ("heads", lists.heads, H)):
+        if given not in (1, needed):
+            raise ValueError(f"the plan's {name} does not fit: got {given}, needed {needed} or 1")
+    if key_bias is not None and (
+        key_bias.dim() != 3
+        or key_bias.shape[0] not in (1, B)
+        or key_bias.shape[1] not in (1, H)
+        or key_bias.shape[2] != Sk
+    ):
+        raise ValueError(
+            f"key_bias must be of shape (1 or {B}, 1 or {H}, {Sk}), got {tuple(key_bias.shape)}"
+        )
+
+
+def _check_lists(lists: BlockLists) -> None:
     order, block = lists.order, lists.block
     rows, entries = lists.batch * lists.heads * lists.num_blocks, lists.key_block.numel()
-    sizes = {
+    sizes: dict[str, tuple[object, object]] = {
         "order": (order.numel() % block, 0),
         "key order": (lists.key_order.numel() % block, 0),
         "row_start": (lists.row_start.numel(), rows + 1),
         "num_full": (lists.num_full.numel(), rows),
-        "batch": (lists.batch in (1, B), True),
-        "heads": (lists.heads in (1, H), True),
     }
     if lists.box is not None:
         slots = (lists.key_order, order, order)
@@ -193,33 +167,19 @@ def _check_sizes(q: Tensor, k: Tensor, lists: BlockLists, key_bias: Tensor | Non
     for name, (given, needed) in sizes.items():
         if given != needed:
             raise ValueError(f"the plan's {name} does not fit: got {given}, needed {needed}")
-    if key_bias is not None and (
-        key_bias.dim() != 3
-        or key_bias.shape[0] not in (1, B)
-        or key_bias.shape[1] not in (1, H)
-        or key_bias.shape[2] != Sk
-    ):
-        raise ValueError(
-            f"key_bias must be of shape (1 or {B}, 1 or {H}, {Sk}), got {tuple(key_bias.shape)}"
-        )
 
 
 ROWS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
-ARRAYS = (
-    ("lse", torch.float32),
-    ("delta", torch.float32),
-    ("d_bias", torch.float32),
-    ("key_bias", torch.float32),
-    ("key_mask", torch.bool),
-    ("order", torch.int32),
-    ("key_order", torch.int32),
-    ("row_start", torch.int64),
-    ("num_full", torch.int32),
-    ("key_block", torch.int32),
-    *((f"box_{name}", torch.int32) for name in BOX),
-    ("mask_id", torch.int32),
-    ("masks", torch.bool),
-)
+ARRAYS = {
+    **dict.fromkeys(("lse", "delta", "d_bias", "key_bias"), torch.float32),
+    "key_mask": torch.bool,
+    **dict.fromkeys(("order", "key_order"), torch.int32),
+    "row_start": torch.int64,
+    **dict.fromkeys(("num_full", "key_block"), torch.int32),
+    **dict.fromkeys((f"box_{name}" for name in BOX), torch.int32),
+    "mask_id": torch.int32,
+    "masks": torch.bool,
+}
 NUMBERS = (
     *("guard", "bias_sample", "bias_head", "B", "H", "K", "S", "S_k", "D", "N", "N_k", "n"),
     *("plan_batch", "plan_heads", "num_entries", "num_masks", "kind", "threads"),
@@ -231,7 +191,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, Rows) for name in ROWS),
-        *((name, ctypes.c_void_p) for name, _ in ARRAYS),
+        *((name, ctypes.c_void_p) for name in ARRAYS),
         *((name, ctypes.c_int64) for name in NUMBERS),
         ("scale", ctypes.c_double),
     ]
@@ -256,32 +216,15 @@ def _run(
             direction, rows, arrays, lists, scale=scale, kind=DTYPES.index(q.dtype), flags=flags
         )
         return
-    S_k = rows["k"].shape[2]
-    arrays = arrays | {name: getattr(lists, name) for name in LISTED}
-    if lists.box is not None:
-        arrays |= {f"box_{name}": getattr(lists.box, name) for name in BOX}
-    # kept until the call returns
-    held = {
-        name: arrays[name].to(dtype).contiguous()
-        for name, dtype in ARRAYS
-        if arrays.get(name) is not None
-    }
+    (B, H, S, D), (K, S_k) = q.shape, rows["k"].shape[1:3]
+    held = _held(arrays)  # until the call returns
     call = Call(
         **rows_of(rows),
         **{name: x.data_ptr() for name, x in held.items()},
-        guard=0 if lists.box is None else lists.box.guard,
+        **_fields_of(lists)[1],
         bias_sample=0 if bias is None or bias.shape[0] == 1 else bias.shape[1] * S_k,
         bias_head=0 if bias is None or bias.shape[1] == 1 else S_k,
-        **dict(zip("BHSD", q.shape)),
-        K=rows["k"].shape[1],
-        S_k=S_k,
-        N=lists.order.numel(),
-        N_k=lists.key_order.numel(),
-        n=lists.block,
-        plan_batch=lists.batch,
-        plan_heads=lists.heads,
-        num_entries=lists.key_block.numel(),
-        num_masks=0 if lists.masks is None else len(lists.masks),
+        **dict(B=B, H=H, K=K, S=S, S_k=S_k, D=D),
         kind=DTYPES.index(q.dtype),
         threads=torch.get_num_threads(),
         scale=scale,
@@ -294,6 +237,32 @@ def _run(
         )
     if status == NO_MEMORY:
         raise MemoryError("no memory for the packed blocks of attention")
+
+
+def _held(arrays: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The arrays that are there, as the library reads them."""
+    return {name: x.to(ARRAYS[name]).contiguous() for name, x in arrays.items() if x is not None}
+
+
+def _fields_of(lists: BlockLists) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What the fields of a call point at in block lists, and those fields, made once."""
+    if "call" not in lists.cache:
+        arrays = {name: getattr(lists, name) for name in LISTED}
+        if lists.box is not None:
+            arrays |= {f"box_{name}": getattr(lists.box, name) for name in BOX}
+        held = _held(arrays)
+        fields = {name: x.data_ptr() for name, x in held.items()} | {
+            "guard": 0 if lists.box is None else lists.box.guard,
+            "N": lists.order.numel(),
+            "N_k": lists.key_order.numel(),
+            "n": lists.block,
+            "plan_batch": lists.batch,
+            "plan_heads": lists.heads,
+            "num_entries": lists.key_block.numel(),
+            "num_masks": 0 if lists.masks is None else len(lists.masks),
+        }
+        lists.cache["call"] = held, fields
+    return lists.cache["call"]
 
 
 def _forward(q, k, v, lists, scale, key_mask, key_bias):

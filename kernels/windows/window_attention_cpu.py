@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vidattn.kernels.cpp.compiler import load
-from vidattn.kernels.engines.block_sparse_cpu import SETS, instruction_set
+from vidattn.kernels.cpp.processor import SETS, instruction_set
 from vidattn.kernels.windows import window_attention_torch
 from vidattn.kernels.windows.windows import Windows
 

@@ -4,23 +4,23 @@ import argparse
 
 import torch
 
-from vidattn.kernels.engines import block_sparse_cpu
+from vidattn.kernels.cpp import processor
 
 
 def add_set_argument(parser: argparse.ArgumentParser) -> None:
     """A flag for ``limit_to``."""
     parser.add_argument(
-        "--set", choices=block_sparse_cpu.instruction_sets(),
-        default=block_sparse_cpu.instruction_sets()[0],
+        "--set", choices=processor.instruction_sets(),
+        default=processor.instruction_sets()[0],
         help="best instruction set of the cpp engine; by default that of this processor",
     )  # fmt: skip
 
 
 def limit_to(name: str) -> dict[str, str]:
     """Let the engine use no better set than one; the set of each dtype."""
-    all_sets = block_sparse_cpu.instruction_sets()
+    all_sets = processor.instruction_sets()
     fewer = all_sets[all_sets.index(name) :]
-    block_sparse_cpu.instruction_sets = lambda: fewer
-    block_sparse_cpu.instruction_set.cache_clear()
+    processor.instruction_sets = lambda: fewer
+    processor.instruction_set.cache_clear()
     dtypes = (torch.float32, torch.bfloat16)
-    return {str(x).removeprefix("torch."): block_sparse_cpu.instruction_set(x) for x in dtypes}
+    return {str(x).removeprefix("torch."): processor.instruction_set(x) for x in dtypes}

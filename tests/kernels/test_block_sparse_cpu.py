@@ -25,14 +25,14 @@ from tests.kernels.attention_cases import (
 )
 from vidattn.attention import attend
 from vidattn.grid import Grid, tile_layout
-from vidattn.kernels.cpp import compiler
+from vidattn.kernels.cpp import compiler, processor
 from vidattn.kernels.engines import block_sparse_cpu
 from vidattn.plan import Plan
 
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 RAGGED = Grid(3, 13, 9, text=17)
 DTYPES = block_sparse_cpu.DTYPES
-SETS = tuple(block_sparse_cpu.SETS)
+SETS = tuple(processor.SETS)
 
 
 def run(inputs, plan, scale=None, key_mask=None, key_bias=None):

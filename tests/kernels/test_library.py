@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidattn
 from tests.kernels import attention_cases as cases
@@ -118,3 +120,64 @@ def test_key_bias_is_added_to_the_scores(per_head):
     (grad,) = torch.autograd.grad((out * pull).sum(), bias)
     (exact,) = torch.autograd.grad((expected * pull).sum(), bias)
     assert cases.relative_rms(grad, exact) < 1e-5
+
+
+class Log(TorchDispatchMode):
+    """The names of our operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names += [x for x in (str(function),) if x.startswith("vidattn.")]
+        return function(*args, **kwargs or {})
+
+
+OPERATORS = ["vidattn.block_sparse_torch.default", "vidattn.block_sparse_torch_backward.default"]
+
+
+def test_who_looks_at_operators_sees_them_and_the_same_numbers():
+    plan, alone = PLANS["box"](), leaves()
+    watched, profiled = ([x.detach().clone().requires_grad_() for x in alone] for _ in range(2))
+
+    def run(tensors):
+        out = attend(*tensors, plan, backend="torch")
+        out.square().sum().backward()
+        return out
+
+    expected = run(alone)
+    with Log() as log:
+        seen = run(watched)
+    with torch.profiler.profile() as profile:
+        run(profiled)
+    assert log.names == OPERATORS
+    names = {event.name for event in profile.events()}
+    assert {"vidattn::block_sparse_torch", "vidattn::block_sparse_torch_backward"} <= names
+    assert torch.equal(seen, expected)
+    for a, b, c in zip(alone, watched, profiled):
+        assert torch.equal(a.grad, b.grad) and torch.equal(a.grad, c.grad)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what is constant in a trace
+def test_a_trace_holds_the_operator():
+    plan, (q, k, v) = PLANS["box"](), (x.detach() for x in leaves())
+    traced = torch.jit.trace(lambda *x: attend(*x, plan, backend="torch"), (q, k, v))
+    assert "vidattn::block_sparse_torch" in str(traced.graph)
+    torch.testing.assert_close(traced(2 * q, k, v), attend(2 * q, k, v, plan, backend="torch"))
+
+
+def test_what_nobody_looks_at_is_called_without_the_dispatcher(monkeypatch):
+    calls = []
+    operator = block_sparse_torch._attention
+    monkeypatch.setattr(operator, "_forward", lambda *x: calls.append(x))
+    attend(*leaves(), PLANS["box"](), backend="torch")
+    assert not calls
+
+
+def test_a_forward_derivative_is_refused_where_gradients_are_off():
+    q, k, v = (x.detach() for x in leaves())
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(RuntimeError, match="forward (derivative|AD)"):
+            attend(dual, k, v, PLANS["blocks"](), backend="torch")

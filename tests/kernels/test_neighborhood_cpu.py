@@ -6,13 +6,13 @@ import torch
 import vidattn
 from tests.kernels.attention_cases import assert_right, by_blocks, random_inputs, results
 from vidattn.grid import Grid
-from vidattn.kernels.cpp import compiler
+from vidattn.kernels.cpp import compiler, processor
 from vidattn.kernels.engines import block_sparse_cpu
 from vidattn.kernels.windows import neighborhood_cpu
 from vidattn.kernels.windows.neighborhood_cpu import windows_of
 
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
-SETS = tuple(block_sparse_cpu.SETS)
+SETS = tuple(processor.SETS)
 CASES = {
     "ragged": (Grid(3, 13, 9, text=17), {"window": (2, 5, 5)}),
     "dilated, causal": (

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.kernels.attention_cases import TOLERANCE, relative_rms
 from vidattn.kernels.cpp import compiler
-from vidattn.kernels.engines import block_sparse_cpu
+from vidattn.kernels.cpp.processor import SETS, instruction_sets
 from vidattn.kernels.windows import window_attention_cpu, window_attention_torch
 from vidattn.kernels.windows.packed_windows import packed_windows
 from vidattn.kernels.windows.windows import halo_windows, shifted_windows
@@ -87,9 +87,9 @@ def test_windows(engine, case):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", block_sparse_cpu.SETS)
+@pytest.mark.parametrize("name", SETS)
 def test_instruction_sets(name, monkeypatch):
-    if name not in block_sparse_cpu.instruction_sets() or "bf16" in name:
+    if name not in instruction_sets() or "bf16" in name:
         pytest.skip(f"{name} is not there, or not for float32")
     monkeypatch.setattr(window_attention_cpu, "instruction_set", lambda dtype: name)
     for case in ("cosines", "halo"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vidattn.kernels.cpp import compiler
-from vidattn.kernels.engines.block_sparse_cpu import instruction_set
+from vidattn.kernels.cpp.processor import instruction_set
 
 
 @pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")

@@ -7,8 +7,7 @@ import bench_windows as bench
 import pytest
 
 from vidattn.grid import Grid
-from vidattn.kernels.cpp import compiler
-from vidattn.kernels.engines import block_sparse_cpu
+from vidattn.kernels.cpp import compiler, processor
 
 pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 
@@ -16,16 +15,16 @@ pytestmark = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs 
 @pytest.fixture(autouse=True)
 def sets(monkeypatch):
     """The sets of this processor again behind the test."""
-    monkeypatch.setattr(block_sparse_cpu, "instruction_sets", block_sparse_cpu.instruction_sets)
+    monkeypatch.setattr(processor, "instruction_sets", processor.instruction_sets)
     yield
-    block_sparse_cpu.instruction_set.cache_clear()
+    processor.instruction_set.cache_clear()
 
 
 def test_it_writes_a_table_of_one_set(monkeypatch, tmp_path):
     ways = []
 
     def watched(q, k, v, plan, backend):
-        ways.append((block_sparse_cpu.instruction_set(q.dtype), "windows" in plan.lists.cache))
+        ways.append((processor.instruction_set(q.dtype), "windows" in plan.lists.cache))
         return q * k * v
 
     monkeypatch.setattr(bench, "WINDOWS", [(Grid(1, 5, 7), (1, 3, 3))])

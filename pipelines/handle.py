@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidattn.pipelines.generation import Generation
+from vidattn.pipelines.hooks import riflex
 from vidattn.pipelines.hooks.calls import Calls
 from vidattn.pipelines.hooks.root import RootHook
 from vidattn.pipelines.hooks.swap import marks
@@ -30,11 +31,14 @@ class Handle:
     def __init__(self, pipe: object | None, transformers: dict[str, nn.Module], settings: Settings):
         self._pipe, self._settings = pipe, settings
         self._calls: Calls | None = None
+        self._undo: list[Callable[[], None]] = []
         self.sites: list[Site] = []
         self._is_on = True
         try:
             for name, model in transformers.items():
                 self.sites.append(Site(name, model, settings, self))
+                if settings.repeats_after is not None:
+                    self._undo.append(riflex.install(model, settings.repeats_after))
             settings.schedule.check({site.name: site.shape for site in self.sites})
             if pipe is not None:
                 self._calls = Calls(pipe, self, settings.generations, self._begin, self._finish)
@@ -158,6 +162,8 @@ class Handle:
         self._is_on = False
         if self._calls is not None:
             self._calls.remove()
+        for undo in self._undo:
+            undo()
         for site in self.sites:
             site.remove()
 

@@ -25,6 +25,7 @@ def patch(
     dense_layers: int | float | None = None,
     dense_steps: int | float | None = None,
     dense_backend: str = "auto",
+    repeats_after: float | None = None,
     strict: bool = True,
     **options: object,
 ) -> Handle:
@@ -52,14 +53,18 @@ def patch(
         dense_backend: what runs dense calls where the user chose no backend of diffusers: "auto",
             on a CPU our engine where it has measured faster than PyTorch's and PyTorch's otherwise,
             or "pytorch", always PyTorch's. The method "dense" alone is always PyTorch's.
+        repeats_after: for longer videos than the model was trained on, the latent frames after
+            which it begins anew: 50 of HunyuanVideo, 51 of Wan 2.1. The rotation that repeats then
+            is slowed (RIFLEx, arXiv:2502.15894), in videos of more frames.
         strict: raise when a layer that should be sparse cannot be; otherwise it runs dense and the
             report says why.
         options: fields of the method.
 
     Raises:
         ValueError: the model is unknown or cannot be patched, it is patched already, a bad method,
-            option, guard or backend, a schedule that is broken or for another model, or neither a
-            method nor a schedule for a model without a preset.
+            option, guard or backend, a schedule that is broken or for another model, neither a
+            method nor a schedule for a model without a preset, or ``repeats_after`` for one whose
+            rotations cannot be slowed.
 
     >>> with vidattn.patch(pipe, "radial", density=0.25) as handle:
     ...     video = pipe(prompt).frames
@@ -71,7 +76,7 @@ def patch(
         schedule = _preset(transformers, is_whole=pipe is not None)
     usual = DenseGuard(1, 0.1 if hasattr(pipe, "scheduler") else 0)
     chosen = _schedule(method, schedule, options, usual).with_guard(dense_layers, dense_steps)
-    return Handle(pipe, transformers, Settings(chosen, strict, dense_backend))
+    return Handle(pipe, transformers, Settings(chosen, strict, dense_backend, repeats_after))
 
 
 def _preset(transformers: dict[str, nn.Module], is_whole: bool) -> str:

@@ -35,7 +35,7 @@ EXACT = Choice("exact")
 
 def run(args: argparse.Namespace) -> None:
     """Run every method, write the videos, print the table."""
-    guards = Guards(args.dense_layers, args.dense_steps, args.dense_backend)
+    guards = Guards(args.dense_layers, args.dense_steps, args.dense_backend, args.repeats_after)
     outlook = foresee(args, args.requests)
     choices, optional = _choices(args.choices, outlook, guards)
     sides = [x for x in (outlook.requests[0].height, outlook.requests[0].width) if x is not None]

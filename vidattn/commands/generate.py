@@ -22,7 +22,7 @@ from vidattn.runs.warn import warn_about
 
 def run(args: argparse.Namespace) -> None:
     """Make the video, or several."""
-    guards = Guards(args.dense_layers, args.dense_steps, args.dense_backend)
+    guards = Guards(args.dense_layers, args.dense_steps, args.dense_backend, args.repeats_after)
     outlook = foresee(args, args.requests)
     large = None if args.target is None else Large(args.target, args.strength)
     choice = args.choice or (large.choice if large else outlook.default())

@@ -44,6 +44,11 @@ def add_pairing_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs dense layers and steps: on a CPU the faster of PyTorch's attention and "
         "ours, or always PyTorch's",
     )  # fmt: skip
+    group.add_argument(
+        "--repeats-after", type=float, metavar="FRAMES",
+        help="slow the rotation in time that lets longer videos begin anew after so many latent "
+        "frames: 50 of HunyuanVideo, 51 of Wan 2.1",
+    )  # fmt: skip
 
 
 def read_pairings(args: argparse.Namespace) -> Pairings:

@@ -25,11 +25,12 @@ from vidattn.runs.request import Request
 
 @dataclass(frozen=True)
 class Guards:
-    """What ``patch`` is told of dense calls; None for what the method or the schedule says."""
+    """What ``patch`` is told beside the method; None for what the method or the schedule says."""
 
     dense_layers: int | float | None = None
     dense_steps: int | float | None = None
     dense_backend: str = "auto"
+    repeats_after: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

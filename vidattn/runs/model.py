@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vidattn.kernels.cpp.onednn import has_bfloat16_products
+from vidattn.pipelines.quick_norms import quicken_norms
 from vidattn.runs.folder import find_model, is_bundled
 from vidattn.runs.processes import find_processes
 
@@ -57,6 +58,8 @@ def load_pipeline(args: argparse.Namespace) -> object:
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
+    if device.type == "cpu":
+        quicken_norms(pipe)
     return pipe
 
 

@@ -1,4 +1,4 @@
-"""The command line: vidattn generate, stream, compare, tune, calibrate, list, draw, simulate."""
+"""The command line: vidattn generate, stream, compare, look, tune, and what else is a command."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "make a video",
     "stream": "make a video of any length with a causal model, while it can be watched",
     "compare": "time methods against dense attention, on one seed",
+    "look": "show where a word of the prompt is looked at",
     "tune": "mix methods by layer and head, and write the schedule",
     "calibrate": "find the orders and masks of paro, and write its file",
     "list": "show the methods, the options of one, or the models",

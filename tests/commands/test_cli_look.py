@@ -23,7 +23,7 @@ def test_look_writes_the_video_beside_its_map(capfd, tmp_path, original):
     [
         (("dog", "a red boot"), "the prompt has no word 'dog': it is 'a red boot'"),
         (("boot", "a boot", "--method", "dense", "--method", "exact"), "look takes one method"),
-        (("boot", "a boot", "--output", "look.txt"), ".mp4, .gif or .webp"),
+        (("boot", "a boot", "--output", "look.txt"), ".mp4 or .gif or .webp"),
     ],
 )
 def test_what_look_cannot_show_is_refused(capfd, tmp_path, original, words, message):

@@ -11,6 +11,7 @@ Letters: B batch, H heads, S queries, L text tokens, D head dim, W words of the 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,7 +169,7 @@ def _install(model: Any, looked: Looked) -> list[Callable[[], None]]:
     for index, (path, processor) in enumerate(taken):
         layer = Layer(path, index, tap, model)
         take(processor, layer)
-        undo.append(lambda processor=processor, layer=layer: give_back(processor, layer))
+        undo.append(functools.partial(give_back, processor, layer))
 
     def before(module: nn.Module, args: tuple, given: dict) -> None:
         latents = given[family.latents] if family.latents in given else args[0]

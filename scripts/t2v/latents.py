@@ -23,6 +23,12 @@ def _files(work: Path, kind: dict, team: Team) -> dict[Path, range]:
     """This worker's files for clips of one size, with the places of their clips among all."""
     name = "x".join(map(str, kind["size"]))
     starts = range(team.rank * SHARD, kind["count"], team.size * SHARD)
+    if not starts:
+        least = (team.size - 1) * SHARD + 1
+        raise ValueError(
+            f"{kind['count']} clips of {name} leave some of {team.size} processes none, in files "
+            f"of {SHARD}: ask for {least} at least"
+        )
     return {
         work / f"latents_{name}_{start}.safetensors": range(
             start, min(start + SHARD, kind["count"])

@@ -121,3 +121,12 @@ def test_full_disk_leaves_nothing_half_written(clips, tmp_path):
     assert list(tmp_path.iterdir()) == [kept]
     encode(clips, tmp_path)
     assert len(pool(clips, tmp_path).scenes) == 5
+
+
+def test_too_few_clips_for_all_processes_are_refused(clips, tmp_path):
+    second = Team(1, 2)
+    with pytest.raises(ValueError, match="2 clips of 5x16x24 leave some of 2 .* ask for 3"):
+        encode(clips, tmp_path, 2, team=second)
+    assert not list(tmp_path.iterdir())
+    encode(clips, tmp_path, 3, team=second)
+    assert len(pool(clips, tmp_path, 3, team=second).latents) == 1

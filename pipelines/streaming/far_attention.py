@@ -97,7 +97,6 @@ class FarReader:
         for cache in self.caches:
             cache.reset()
 
-    @torch.compiler.disable
     def read_video(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, S, D): what the queries of a chunk read in a layer."""
         assert self._now is not None
@@ -114,7 +113,6 @@ class FarReader:
             recent.append((k, v))
         return read(q, parts, k.shape[1], policy=self._policies.queries)
 
-    @torch.compiler.disable
     def read_words(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, S, D): what the queries of a chunk read of the prompt."""
         assert self._now is not None
@@ -130,6 +128,8 @@ class _Processor:
     def __init__(self, reader: FarReader, index: int):
         self._reader, self._index = reader, index
 
+    # what caches do is nothing to compile
+    @torch.compiler.disable
     def __call__(
         self,
         attn: Any,

@@ -143,3 +143,11 @@ def test_nothing_grows_and_frames_go_on_behind_the_table(pipe):
 def test_sizes_have_whole_coarse_tokens(pipe):
     with pytest.raises(ValueError, match=r"tokens of 32x32 pixels: .* is \(64, 96\)"):
         vidattn.stream(pipe, "full", prompt=PROMPT, recipe=recipe_of(pipe), size=(64, 104))
+
+
+def test_compiled_blocks_give_the_same(whole):
+    pipe = far_pipe()
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    assert_close(latents_of(stream_of(pipe), 3), whole[:, :, :5], rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()

@@ -49,10 +49,10 @@ class CausalModel:
             self._model, (rows, columns), recipe.longest, self.device, self._model.dtype,
             len(recipe.passes),
         )  # fmt: skip
-        self._reader = self._make_reader(policies, site)
+        self._reader: Any = self._make_reader(policies, site)
         self._words: dict[str, Words] = {}
 
-    def _make_reader(self, policies: Policies, site: Site) -> Reader:
+    def _make_reader(self, policies: Policies, site: Site) -> object:
         return Reader(self._model, policies, self._recipe.passes, site)
 
     @property

@@ -28,7 +28,7 @@ from vidattn.streaming.cache import Site
 class FarModel(CausalModel):
     """The transformer of AnyFlow-FAR, which goes on with the video in its caches."""
 
-    def _make_reader(self, policies: Policies, site: Site) -> FarReader:
+    def _make_reader(self, policies: Policies, site: Site) -> object:
         # clean chunks that are kept in full, with their frames
         self._recent: list[tuple[range, Tensor]] = []
         return FarReader(self._model, policies, self._recipe.passes, site)

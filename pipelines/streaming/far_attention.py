@@ -176,6 +176,6 @@ def _longer(
         weight = torch.ones(1, 1, part.k.shape[2], device=k.device)
     if weight is not None:
         weight = F.pad(weight, (0, k.shape[2] - part.k.shape[2]), value=1.0)
-    if num_zeros:
+    if weight is not None and num_zeros:
         weight[..., -own[0].shape[2] - 1] = num_zeros
     return replace(part, k=k, v=v, frames=None, weight=weight)

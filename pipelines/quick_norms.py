@@ -30,7 +30,7 @@ class QuickNorm:
         weight = self.module.gamma if self.is_wan else self.module.weight
         is_plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in DTYPES
         fits = is_plain and weight is not None and weight.dtype == x.dtype
-        if not fits or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not fits or torch.is_grad_enabled():
             return type(self.module).forward(self.module, x)
         return self._of_wan(x, weight) if self.is_wan else self._of_pytorch(x, weight)
 
@@ -53,8 +53,8 @@ class QuickNorm:
 def quicken_norms(pipe: object) -> int:
     """Let the norms of all parts of a pipeline run so on a CPU; how many there are.
 
-    What needs gradients, compiled code and other devices and dtypes keep the code they have, and
-    parameters stay where they are. Results differ by the rounding of the dtype.
+    What needs gradients, and other devices and dtypes, keep the code they have, and parameters stay
+    where they are. Results differ by the rounding of the dtype.
     """
     parts = [x for x in vars(pipe).values() if isinstance(x, nn.Module)]
     count = 0

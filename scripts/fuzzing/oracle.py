@@ -210,5 +210,5 @@ def off_by(name: str, actual: Tensor, answer: Answer, tolerance: float) -> str |
     size = max(expected.masked_fill(infinite, 0).norm().item(), answer.terms[name])
     allowed = tolerance + ROUNDINGS * FLOAT32 * answer.largest_score
     if error > allowed * size + 1e-30:
-        return f"relative error {error / size:.2e}, allowed {allowed:.2e}"
+        return f"relative error {error / max(size, 1e-30):.2e}, allowed {allowed:.2e}"
     return None

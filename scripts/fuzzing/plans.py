@@ -20,10 +20,10 @@ OUT_OF_REACH = ("out of reach", "cannot go down to density")
 
 
 def method_of(case: Case) -> Method:
-    """The method with its options, as the layer uses it that is drawn with them."""
+    """The method with its options, as the layer and step use it that are drawn with them."""
     options = dict(case.options)
-    layer = options.pop("layer", 0)
-    return create_method(case.method, **options).at(layer)
+    layer, step = options.pop("layer", 0), options.pop("step", 0)
+    return create_method(case.method, **options).at(layer).in_step(step)
 
 
 def make_plan(case: Case, inputs: Inputs) -> AnyPlan:

@@ -12,8 +12,8 @@ from diffusers.modular_pipelines.wan import WanBlocks
 
 import vidattn
 from tests.pipelines import tiny_pipes
+from tests.pipelines.masked_softmax import MaskedSoftmax, relative_rms
 from tests.pipelines.pairings import PAIRINGS
-from tests.pipelines.test_families import MaskedSoftmax, relative_rms
 from vidattn.pipelines.site import SKIPPED
 
 GRID = vidattn.Grid(5, 5, 7)
@@ -45,7 +45,7 @@ def masked():
     """The attention that the plan stands for."""
     plan = vidattn.plan("radial", GRID, **RADIAL)
     case = SimpleNamespace(num_video=GRID.num_tokens, before=lambda length: 0, silent=0)
-    return MaskedSoftmax(case, plan.mask()[0, 0])
+    return MaskedSoftmax(case, {GRID.num_tokens: plan.mask()[0, 0]})
 
 
 def patch(pipe):

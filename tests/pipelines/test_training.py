@@ -8,6 +8,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 import vidattn
+from tests.pipelines.masked_softmax import MaskedSoftmax
 from tests.pipelines.sparse import COGVIDEOX, WAN, patch
 from tests.pipelines.test_site import Rarely
 from tests.pipelines.tiny import TINY, build
@@ -36,11 +37,9 @@ def gradients(key, model, checkpointing=False, autocast=False):
 
 @pytest.mark.parametrize("key", [WAN, "HunyuanVideoTransformer3DModel", COGVIDEOX])
 def test_training(key):
-    from tests.pipelines.test_families import MaskedSoftmax
-
     model, case = build(key), TINY[key]
     plan = vidattn.plan("neighborhood", vidattn.Grid(*case.size), window=3)
-    with MaskedSoftmax(case, plan.mask()[0, 0]):
+    with MaskedSoftmax(case, {case.num_video: plan.mask()[0, 0]}):
         expected = gradients(key, model)
     dense = gradients(key, model)
     with patch(model) as handle:

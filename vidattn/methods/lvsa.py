@@ -93,8 +93,8 @@ def _fit(num_frames: int, density: float, step: int) -> tuple[int, int]:
     least = min(choices.values())
     if density < least * (1 - 1e-9):
         raise ValueError(
-            f"density {density} is below {least:.3g}, that of frames that read themselves and one "
-            f"anchor, of {num_frames} frames: raise it"
+            f"density {density} is out of reach on {num_frames} frames: those that read themselves "
+            f"and one anchor have {least:.3g}; raise it"
         )
     return min(choices, key=lambda choice: abs(choices[choice] - density))
 

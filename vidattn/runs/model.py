@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from vidattn.kernels.cpp.onednn import has_bfloat16_products
-from vidattn.pipelines.quick_norms import quicken_norms
+from vidattn.pipelines.quick_layers import quicken
 from vidattn.runs.folder import find_model, is_bundled
 from vidattn.runs.processes import find_processes
 
@@ -59,7 +59,7 @@ def load_pipeline(args: argparse.Namespace) -> object:
     else:
         pipe.to(device)
     if device.type == "cpu":
-        quicken_norms(pipe)
+        quicken(pipe)
     return pipe
 
 

@@ -1,4 +1,4 @@
-"""Quick norms beside those they stand for."""
+"""Quick layers beside those they stand for."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import nn
 
-from vidattn.pipelines.quick_norms import quicken_norms
+from tests.commands.cli_cases import tiny_wan
+from vidattn.pipelines.quick_layers import quicken
 
 SHAPES = {
     "pytorch": ((2, 7, 24), lambda: nn.RMSNorm(24, eps=1e-6)),
@@ -39,7 +40,7 @@ def test_numbers_are_those_of_the_norm(name, dtype):
     given = x.clone()
     with torch.no_grad():
         plain, wanted = norm(x), exact(x.double())
-        assert quicken_norms(SimpleNamespace(part=norm)) == 1
+        assert quicken(SimpleNamespace(part=norm)) == 1
         found = norm(x)
     assert found.dtype == dtype and torch.equal(x, given)
     error = (found - wanted).abs().max()
@@ -49,7 +50,7 @@ def test_numbers_are_those_of_the_norm(name, dtype):
 
 def test_gradients_and_other_dtypes_keep_the_code_they_have():
     norm, x = made("clip", torch.float32)
-    quicken_norms(SimpleNamespace(part=norm))
+    quicken(SimpleNamespace(part=norm))
     x = x.requires_grad_()
     norm(x).square().sum().backward()
     found, grads = x.grad.clone(), [p.grad.clone() for p in norm.parameters()]
@@ -60,3 +61,15 @@ def test_gradients_and_other_dtypes_keep_the_code_they_have():
     half = norm.half()
     with torch.no_grad():
         assert torch.equal(half(x.detach().half()), WanRMS_norm.forward(half, x.detach().half()))
+
+
+def test_clips_of_an_autoencoder_stay_what_they_are():
+    vae = tiny_wan().vae.eval()
+    clip, latents = torch.randn(1, 3, 9, 32, 48), torch.randn(1, 4, 3, 4, 6)
+    with torch.no_grad():
+        wanted = vae.decode(latents).sample, vae.encode(clip).latent_dist.mean
+        assert quicken(SimpleNamespace(vae=vae, scheduler=None)) > 10
+        found = vae.decode(latents).sample, vae.encode(clip).latent_dist.mean
+    for x, y in zip(found, wanted):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)

@@ -1,13 +1,15 @@
-"""Norms of a pipeline by the root mean square, in a third of their time on a CPU.
+"""Norms and convolutions of a pipeline, computed faster on a CPU from the same parameters.
 
-PyTorch and diffusers compute them in float32 copies and several passes over strided channels; in a
-run of the bundled model in bfloat16 they are a quarter of the decoder's time. Here the squares are
-summed in float32, with no copy, and the numbers stay in their dtype.
+PyTorch and diffusers compute norms by the root mean square in float32 copies, in several passes
+over strided channels: here the squares are summed in float32 without a copy. The convolutions of
+Wan's autoencoder keep the channels of a pixel side by side, as oneDNN multiplies them. Together
+they halve the time of the bundled model's decoder in bfloat16.
 """
 
 from __future__ import annotations
 
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
 
@@ -50,16 +52,28 @@ class QuickNorm:
         return (x * factor.to(x.dtype)).mul_(weight)
 
 
-def quicken_norms(pipe: object) -> int:
-    """Let the norms of all parts of a pipeline run so on a CPU; how many there are.
+def quicken(pipe: object) -> int:
+    """Let the norms and convolutions of a pipeline run so on a CPU; how many norms there are.
 
-    What needs gradients, and other devices and dtypes, keep the code they have, and parameters stay
-    where they are. Results differ by the rounding of the dtype.
+    What needs gradients, and other devices and dtypes, keep the code they have. Parameters stay
+    where they are; those of convolutions change their order in memory. Results differ by the
+    rounding of the dtype.
     """
     parts = [x for x in vars(pipe).values() if isinstance(x, nn.Module)]
     count = 0
-    for module in (module for part in parts for module in part.modules()):
-        if type(module) in (WanRMS_norm, nn.RMSNorm):
-            module.forward = QuickNorm(module, type(module) is WanRMS_norm)
-            count += 1
+    for part in parts:
+        if isinstance(part, AutoencoderKLWan):
+            _order_channels(part)
+        for module in part.modules():
+            if type(module) in (WanRMS_norm, nn.RMSNorm):
+                module.forward = QuickNorm(module, type(module) is WanRMS_norm)
+                count += 1
     return count
+
+
+def _order_channels(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)

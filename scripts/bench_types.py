@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vidattn.choice import parse_choice
 from vidattn.kernels.cpp.processor import instruction_set
+from vidattn.pipelines.quick_layers import quicken
 from vidattn.quality.likeness import psnr
 from vidattn.runs.clip import Clip, Guards, make_clip, warm_up
 from vidattn.runs.hardware import hardware
@@ -22,15 +23,18 @@ from vidattn.runs.output import writable_folder, write_atomically, write_json
 from vidattn.runs.request import Request
 from vidattn.support.resources import resource
 
-# of the transformer, of the autoencoder, and the method; the first is what others are compared with
+# type of the transformer and of the autoencoder, norms and convolutions, and the method; the first
+# is what others are compared with
 SETTINGS = [
-    ("float32", "float32", "dense"),
-    ("float32", "bfloat16", "dense"),
-    ("float32", "bfloat16", "exact"),
-    ("float32", "bfloat16", "radial:density=0.3"),
-    ("bfloat16", "bfloat16", "dense"),
-    ("bfloat16", "bfloat16", "exact"),
-    ("bfloat16", "bfloat16", "radial:density=0.3"),
+    ("float32", "float32", "usual", "dense"),
+    ("float32", "bfloat16", "usual", "dense"),
+    ("float32", "bfloat16", "quick", "dense"),
+    ("float32", "bfloat16", "quick", "exact"),
+    ("float32", "bfloat16", "quick", "radial:density=0.3"),
+    ("bfloat16", "bfloat16", "usual", "dense"),
+    ("bfloat16", "bfloat16", "quick", "dense"),
+    ("bfloat16", "bfloat16", "quick", "exact"),
+    ("bfloat16", "bfloat16", "quick", "radial:density=0.3"),
 ]
 PROMPT = "a blue bag moving left over a light background"
 PARTS = ("total_ms", "transformer_ms", "attention_ms", "vae_ms")
@@ -40,12 +44,14 @@ INTRODUCTION = """\
 `python scripts/bench_types.py` on {cpu}, {num_cores} cores, {num_threads} in use, torch {torch}.
 Clips of {frames} frames of {size}x{size} in {steps} steps; seconds of the whole run, of the
 transformer, of self-attention in it, and of the autoencoder, medians of {rounds} in turns after a
-step that warms up. The engines are those of sparse and of dense calls. Likeness is that to the
-first row; the sparse rows have one dense layer and a tenth of the steps dense.
+step that warms up. Quick layers are those of the command line: norms and convolutions of the
+autoencoder, computed faster from the same parameters (`pipelines/quick_layers.py`). The engines are
+those of sparse and of dense calls. Likeness is that to the first row; the sparse rows have one
+dense layer and a tenth of the steps dense.
 
-| transformer | autoencoder | method | seconds | transformer | attention | autoencoder | speed-up \
-| engines | PSNR |
-|---|---|---|---:|---:|---:|---:|---:|---|---:|
+| transformer | autoencoder | layers | method | seconds | transformer | attention | autoencoder \
+| speed-up | engines | PSNR |
+|---|---|---|---|---:|---:|---:|---:|---:|---|---:|
 """
 
 
@@ -76,32 +82,34 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     """A row for each of ``SETTINGS``: the times of every run, and likeness to the first."""
     request = Request(PROMPT, num_frames=args.frames, height=args.size, width=args.size)
     request = Request(**vars(request) | {"num_inference_steps": args.steps})
-    pipes = {types: pipeline(*types) for types in dict.fromkeys(x[:2] for x in SETTINGS)}
+    pipes = {kind: pipeline(*kind) for kind in dict.fromkeys(x[:3] for x in SETTINGS)}
     clips: dict[tuple, list[Clip]] = {setting: [] for setting in SETTINGS}
-    for *types, method in SETTINGS:
-        warm_up(pipes[tuple(types)], request, parse_choice(method))
+    for *kind, method in SETTINGS:
+        warm_up(pipes[tuple(kind)], request, parse_choice(method))
     for _ in tqdm(range(args.rounds), desc="rounds"):
         for setting in SETTINGS:
-            pipe, choice = pipes[setting[:2]], parse_choice(setting[2])
+            pipe, choice = pipes[setting[:3]], parse_choice(setting[3])
             clips[setting].append(make_clip(pipe, request, choice, Guards(None, None)))
     first = clips[SETTINGS[0]][0].frames
     return [row_of(setting, made, psnr(made[0].frames, first)) for setting, made in clips.items()]
 
 
-def row_of(setting: tuple[str, str, str], clips: list[Clip], likeness: float) -> dict[str, object]:
+def row_of(setting: tuple[str, ...], clips: list[Clip], likeness: float) -> dict[str, object]:
     """The figures of the clips of a setting."""
     reports = [clip.report for clip in clips]
     times = {part: [getattr(report, part) for report in reports] for part in PARTS}
     engines = {"sparse": reports[0].engines, "dense": reports[0].dense_engines}
-    row = dict(zip(("transformer", "autoencoder", "method"), setting))
+    row = dict(zip(("transformer", "autoencoder", "layers", "method"), setting))
     return row | times | {"engines": engines, "psnr": likeness}
 
 
-def pipeline(transformer: str, autoencoder: str) -> DiffusionPipeline:
-    """The bundled model in two types."""
+def pipeline(transformer: str, autoencoder: str, layers: str) -> DiffusionPipeline:
+    """The bundled model in two types, with "usual" or "quick" layers."""
     dtypes = {"default": getattr(torch, transformer), "vae": getattr(torch, autoencoder)}
     pipe = DiffusionPipeline.from_pretrained(resource("assets/tiny-t2v"), dtype=dtypes)
     pipe.set_progress_bar_config(disable=True)
+    if layers == "quick":
+        quicken(pipe)
     return pipe
 
 
@@ -112,7 +120,7 @@ def to_markdown(rows: list[dict], facts: dict[str, object]) -> str:
         ms = [statistics.median(row[part]) for part in PARTS]
         engines = [f"{kind} on {name}" for kind, found in row["engines"].items() for name in found]
         cells = (
-            *(row[name] for name in ("transformer", "autoencoder")),
+            *(row[name] for name in ("transformer", "autoencoder", "layers")),
             f"`{row['method']}`",
             *(f"{x / 1e3:.1f}" for x in ms),
             f"{usual / ms[0]:.2f}x",

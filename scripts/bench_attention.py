@@ -82,9 +82,10 @@ Dense at over {few:,} tokens is timed on one head and multiplied; what takes ove
 timed once. density counts pairs of tokens, visited those in the blocks computed. of bound is the
 least time for the pairs that are kept over the time of the cpp engine: forward 4 D products and
 sums and an exponential to a pair, backward 10 D and one, at the rates that its instruction set
-reaches on all threads in registers and the first cache: {rates}. error is the relative RMS distance
-to float64 attention on {queries} queries, extra the peak of resident memory during a call, beyond
-what was there before it, both of the cpp engine.
+reaches on all threads in registers and the first cache: {rates}. These rates are of vectors; the
+matrix registers of AMX multiply faster, which can take the share above 1. error is the relative RMS
+distance to float64 attention on {queries} queries, extra the peak of resident memory during a call,
+beyond what was there before it, both of the cpp engine.
 """
 
 

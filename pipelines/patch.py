@@ -54,7 +54,7 @@ def patch(
             on a CPU our engine where it has measured faster than PyTorch's and PyTorch's otherwise,
             or "pytorch", always PyTorch's. The method "dense" alone is always PyTorch's.
         repeats_after: for longer videos than the model was trained on, the latent frames after
-            which it begins anew: 50 of HunyuanVideo, 51 of Wan 2.1. The rotation that repeats then
+            which it begins anew: 50 of HunyuanVideo and Wan 2.1. The rotation that repeats then
             is slowed (RIFLEx, arXiv:2502.15894), in videos of more frames.
         strict: raise when a layer that should be sparse cannot be; otherwise it runs dense and the
             report says why.

@@ -217,11 +217,13 @@ def _run(
         )
         return
     (B, H, S, D), (K, S_k) = q.shape, rows["k"].shape[1:3]
-    held = _held(arrays)  # until the call returns
+    listed, numbers = _fields_of(lists)
+    held = _held(arrays) | listed  # until the call returns
     call = Call(
         **rows_of(rows),
+        # asked anew: sharing and copying move the memory of a tensor
         **{name: x.data_ptr() for name, x in held.items()},
-        **_fields_of(lists)[1],
+        **numbers,
         bias_sample=0 if bias is None or bias.shape[0] == 1 else bias.shape[1] * S_k,
         bias_head=0 if bias is None or bias.shape[1] == 1 else S_k,
         **dict(B=B, H=H, K=K, S=S, S_k=S_k, D=D),
@@ -245,13 +247,12 @@ def _held(arrays: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def _fields_of(lists: BlockLists) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """What the fields of a call point at in block lists, and those fields, made once."""
+    """What the fields of a call point at in block lists, and their numbers, found once."""
     if "call" not in lists.cache:
         arrays = {name: getattr(lists, name) for name in LISTED}
         if lists.box is not None:
             arrays |= {f"box_{name}": getattr(lists.box, name) for name in BOX}
-        held = _held(arrays)
-        fields = {name: x.data_ptr() for name, x in held.items()} | {
+        numbers = {
             "guard": 0 if lists.box is None else lists.box.guard,
             "N": lists.order.numel(),
             "N_k": lists.key_order.numel(),
@@ -261,7 +262,7 @@ def _fields_of(lists: BlockLists) -> tuple[dict[str, Tensor], dict[str, int]]:
             "num_entries": lists.key_block.numel(),
             "num_masks": 0 if lists.masks is None else len(lists.masks),
         }
-        lists.cache["call"] = held, fields
+        lists.cache["call"] = _held(arrays), numbers
     return lists.cache["call"]
 
 

@@ -111,7 +111,8 @@ def power(size: Size, tile: Size, near: Size, axes: int) -> Tensor:
 def anchored_frames(size: Size, near: int, interval: int, step: int) -> Tensor:
     """(N, N) bool: frames up to a distance, and one of every so many (arXiv:2605.31057)."""
     frame = torch.arange(size[0]).repeat_interleave(size[1] * size[2])
-    anchor = (frame - step) % interval == 0
+    first = step if interval <= 8 else step * interval // 8
+    anchor = (frame - first) % interval == 0
     return ((frame[:, None] - frame).abs() <= near) | anchor
 
 

@@ -1,7 +1,9 @@
 """The C++ engine is float64 masked attention on every instruction set, forward and backward."""
 
+import copy
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -334,3 +336,19 @@ def test_importing_compiles_nothing(tmp_path):
     env = os.environ | {"VIDATTN_CACHE": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_plan_that_was_used_serves_as_a_copy_and_where_its_memory_moved():
+    grid = Grid(2, 5, 7)
+    q = torch.randn(1, 2, grid.num_tokens, 16)
+    plan = vidattn.plan("topk", grid, q[:, :1], q[:, :1], density=0.5)
+    expected = attend(q, q, q, plan, backend="cpp")
+    copied, pickled = copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))
+    before = plan.lists.key_block.data_ptr()
+    plan.lists.key_block.share_memory_()
+    assert plan.lists.key_block.data_ptr() != before
+    for other in (plan, copied, pickled):
+        assert torch.equal(attend(q, q, q, other, backend="cpp"), expected)
+    del plan
+    _, numbers = block_sparse_cpu._fields_of(copied.lists)
+    assert all(type(x) is int and x < 10**6 for x in numbers.values())  # no address

@@ -31,6 +31,14 @@ def test_every_frame_is_an_anchor_in_some_step():
     assert (masks[0] | masks[1] | masks[2]).all()
 
 
+def test_anchors_begin_again_after_eight_turns():
+    method = create_method("lvsa", near=0, anchors=1)
+    assert len({method.in_step(step) for step in range(50)}) == 8
+    assert [int(_frames(80, 0, 40, step)[0, 1:].nonzero()[0]) + 1 for step in range(1, 8)] == [
+        *range(5, 40, 5)
+    ]
+
+
 def test_a_video_of_trained_length_is_read_whole():
     assert create_method("lvsa").plan(Grid(20, 3, 3)).is_dense
     assert not create_method("lvsa").plan(Grid(21, 3, 3)).is_dense

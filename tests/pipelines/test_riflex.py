@@ -79,3 +79,16 @@ def test_what_cannot_be_slowed_is_refused():
         vidattn.unpatch(model)
     with pytest.raises(ValueError, match="at least 2 latent frames, got 0"):
         vidattn.patch(build(NAMES[0]), "dense", repeats_after=0)
+
+
+@pytest.mark.parametrize(
+    ("theta", "dim", "pair"), [(10000.0, 44, 5), (256.0, 16, 3)], ids=["Wan 2.1", "HunyuanVideo"]
+)
+def test_fifty_frames_are_the_pair_that_the_authors_slow(theta, dim, pair):
+    """Their numbers 6 and 4, counted from 1."""
+    speeds = theta ** (-torch.arange(dim // 2, dtype=torch.float64) * 2 / dim)
+    angles = torch.arange(120)[:, None] * speeds.repeat_interleave(2)
+    given = angles.cos().float(), angles.sin().float()
+    found = _slowed(given, (120, 1, 1), 50)
+    changed = [i for i in range(dim) if not torch.equal(found[0][:, i], given[0][:, i])]
+    assert changed == [2 * pair, 2 * pair + 1]

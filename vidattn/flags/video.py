@@ -47,7 +47,7 @@ def add_pairing_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repeats-after", type=float, metavar="FRAMES",
         help="slow the rotation in time that lets longer videos begin anew after so many latent "
-        "frames: 50 of HunyuanVideo, 51 of Wan 2.1",
+        "frames: 50 of HunyuanVideo and Wan 2.1",
     )  # fmt: skip
 
 

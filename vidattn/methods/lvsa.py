@@ -3,10 +3,10 @@
 Source: Glorian et al., "LVSA: Training-Free Sparse Attention for Long Video Diffusion",
 arXiv:2605.31057. Beyond the length that a model was trained on, full attention lets a video freeze
 or repeat itself. Here a frame reads those near to it and one of every so many frames of the whole
-video, as many in all as at training; which ones moves on by a frame in every denoising step, for
-anchors that stayed would show as a rhythm in the video. A video of no more frames than there are
-anchors is read whole. The paper says how many anchors there are; how far the window reaches is set
-here so that both together cost what it tells.
+video, which others take turns at from step to step, for anchors that stayed would show as a rhythm
+in the video. A video of no more frames than there are anchors is read whole. What its authors tell
+in public is that there are a local window and rotating global anchors, about as many as frames at
+training; how far the window reaches and how anchors take turns is chosen here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from vidattn.plan import Plan
 from vidattn.planning.method import check_share, run_state
 from vidattn.planning.pattern import PatternMethod
 
+# of anchors, after which they begin again: each has a plan, which is kept
+TURNS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lvsa(PatternMethod):
-    """Frames up to a distance, and every so many frames, others in every step.
+    """Frames up to a distance, and every so many frames, which take turns in the steps.
 
     Args:
         near: frames to each side that a frame reads.
@@ -54,7 +57,7 @@ class Lvsa(PatternMethod):
 
     def in_step(self, step: int) -> Lvsa:
         """The anchors of a denoising step."""
-        return replace(self, step=step)
+        return replace(self, step=step % TURNS)
 
     def check(self, grid: Grid) -> None:
         """Refuse a density below that of the own frame."""
@@ -77,7 +80,12 @@ class Lvsa(PatternMethod):
 def _frames(num_frames: int, near: int, interval: int, step: int) -> Tensor:
     """(T, T) bool, which frame reads which."""
     frame = torch.arange(num_frames)
-    return ((frame[:, None] - frame).abs() <= near) | (frame % interval == step % interval)
+    return ((frame[:, None] - frame).abs() <= near) | (frame % interval == _first(interval, step))
+
+
+def _first(interval: int, step: int) -> int:
+    """The first anchor in a step: the next frame in each, in longer intervals one further on."""
+    return step * max(interval, TURNS) // TURNS % interval
 
 
 def _interval(num_frames: int, anchors: int) -> int:
@@ -104,7 +112,7 @@ def _share(num_frames: int, near: int, interval: int, step: int) -> float:
     frame = torch.arange(num_frames)
     first, end = (frame - near).clamp(min=0), (frame + near + 1).clamp(max=num_frames)
     # anchors in front of each frame, and of the end
-    before = (torch.arange(num_frames + 1) - step % interval + interval - 1) // interval
+    before = (torch.arange(num_frames + 1) - _first(interval, step) + interval - 1) // interval
     before = before.clamp(min=0)
     kept = end - first + before[-1] - (before[end] - before[first])
     return kept.sum().item() / num_frames**2

@@ -155,6 +155,11 @@ class Handle:
             return found
         raise ValueError(f"{self.schedule.name} has no method with parameters, such as vsa or sla")
 
+    def before_remove(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Have something undone when the model is unpatched; what forgets about it."""
+        self._undo.append(step)
+        return lambda: self._undo.remove(step)
+
     def remove(self) -> None:
         """Unpatch; a second time does nothing."""
         if not self._is_on:
@@ -162,7 +167,7 @@ class Handle:
         self._is_on = False
         if self._calls is not None:
             self._calls.remove()
-        for undo in self._undo:
+        for undo in list(self._undo):
             undo()
         for site in self.sites:
             site.remove()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tests.commands.cli_cases import run, tiny_wan
 from tests.readme_cases import PAGES, ROOT, Page
-from vidattn.catalog import describe, list_methods, list_policies
+from vidattn.catalog import describe, list_methods, list_names, list_policies
 from vidattn.engines import ENGINES
 from vidattn.pipelines.streaming.recipe import Recipe
 from vidattn.schedule_file import load_schedule
@@ -228,6 +228,12 @@ def test_the_table_of_policies_has_all_of_them():
     page = Page(ROOT / "vidattn/cache/README.md")
     rows = re.findall(r"^\| `(\w+)` \|", page.text, re.MULTILINE)
     assert sorted(rows) == list_policies(), "give each policy a row in vidattn/cache/README.md"
+
+
+def test_the_table_of_guides_has_all_of_them():
+    page = Page(ROOT / "vidattn/guides/README.md")
+    rows = re.findall(r"^\| `(\w+)` \|", page.text, re.MULTILINE)
+    assert sorted(rows) == list_names("guides"), "give each guide a row in its README"
 
 
 def test_the_table_of_models_is_that_of_the_families(monkeypatch):

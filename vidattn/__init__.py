@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vidattn.grid import Grid
     from vidattn.methods import list_methods, plan
     from vidattn.neighborhood import neighborhood_attention
+    from vidattn.pipelines.guiding import guide
     from vidattn.pipelines.patch import patch, unpatch
     from vidattn.pipelines.streaming.recipe import Recipe
     from vidattn.pipelines.streaming.stream import stream
@@ -26,6 +27,7 @@ __all__ = [
     "Grid",
     "Recipe",
     "attend",
+    "guide",
     "list_methods",
     "neighborhood_attention",
     "patch",
@@ -40,6 +42,7 @@ _HOMES = {
     "Grid": "vidattn.grid",
     "Recipe": "vidattn.pipelines.streaming.recipe",
     "attend": "vidattn.attention",
+    "guide": "vidattn.pipelines.guiding",
     "list_methods": "vidattn.methods",
     "neighborhood_attention": "vidattn.neighborhood",
     "patch": "vidattn.pipelines.patch",

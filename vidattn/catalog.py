@@ -1,4 +1,4 @@
-"""The methods and cache policies with their options, and the presets, found without importing them.
+"""Methods, cache policies and guides with their options, and presets, found without an import.
 
 Importing a method brings in PyTorch, which takes longer than most answers of the command line.
 """
@@ -24,7 +24,11 @@ PACKAGE = Path(__file__).resolve().parent
 # the methods that read everything
 FULL = ("dense", "exact")
 # of a folder of things with options, the word for one of them, and the class they derive from
-HOMES = {"methods": ("method", "Method"), "cache": ("policy", "Policy")}
+HOMES = {
+    "methods": ("method", "Method"),
+    "cache": ("policy", "Policy"),
+    "guides": ("guide", "Guide"),
+}
 
 
 @dataclass(frozen=True)

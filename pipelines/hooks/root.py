@@ -120,21 +120,21 @@ class RootHook:
         if site is None:
             return None
         if not torch.compiler.is_compiling():
-            site.end(_first(output))
+            site.end(first_tensor(output))
             return None
-        return _with_first(output, torch.ops.vidattn.end(_first(output), site.number))
+        return with_first(output, torch.ops.vidattn.end(first_tensor(output), site.number))
 
 
-def _first(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     """The first tensor in the output of a model."""
-    return output if isinstance(output, Tensor) else _first(output[0])
+    return output if isinstance(output, Tensor) else first_tensor(output[0])
 
 
-def _with_first(output: Any, first: Tensor) -> Any:
+def with_first(output: Any, first: Tensor) -> Any:
     """The output of a model with another first tensor."""
     if isinstance(output, Tensor):
         return first
-    inner = _with_first(output[0], first)
+    inner = with_first(output[0], first)
     if isinstance(output, list | tuple):
         return type(output)([inner, *output[1:]])
     return type(output)(inner, *[output[key] for key in list(output.keys())[1:]])

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from vidattn import engines
-from vidattn.catalog import describe, list_methods, list_policies
+from vidattn.catalog import describe, list_methods, list_names
 from vidattn.choice import Choice, parse_choice
 from vidattn.cli import COMMANDS, main
 from vidattn.flags.video import add_model_arguments, add_request_arguments
@@ -55,15 +55,19 @@ def test_list_knows_the_models(capfd):
     assert run(capfd, "list", "radial", "--policies")[0] != 0
 
 
-def test_list_explains_the_policies(capfd):
-    code, out, _ = run(capfd, "list", "--policies")
+@pytest.mark.parametrize(
+    ("flag", "home", "wrong", "meant"),
+    [("--policies", "cache", "rollin", "rolling"), ("--guides", "guides", "softpga", "softpag")],
+)
+def test_list_explains_policies_and_guides(capfd, flag, home, wrong, meant):
+    code, out, _ = run(capfd, "list", flag)
     assert code == 0
-    for name in list_policies():
+    for name in list_names(home):
         assert name in out
-        code, explained, _ = run(capfd, "list", "--policies", name)
-        assert code == 0 and all(option in explained for option in describe(name, "cache").options)
-    code, _, err = run(capfd, "list", "--policies", "rollin")
-    assert code == 2 and "did you mean 'rolling'" in err
+        code, explained, _ = run(capfd, "list", flag, name)
+        assert code == 0 and all(option in explained for option in describe(name, home).options)
+    code, _, err = run(capfd, "list", flag, wrong)
+    assert code == 2 and f"did you mean '{meant}'" in err
 
 
 def test_list_says_what_runs_attention_here(capfd, monkeypatch):

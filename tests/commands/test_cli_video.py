@@ -54,6 +54,22 @@ def test_a_video_above_the_trained_size(original, capfd, tmp_path):
     assert first["num_sparse"] == 4 and first["num_dense"] == {"full path": 1}
 
 
+def test_a_guided_video(original, capfd, tmp_path):
+    paths = [tmp_path / name for name in ("plain.mp4", "pag.mp4", "motion.mp4")]
+    guides = ([], ["--guide", "softpag:heads=1:0,2,scale=2"], ["--guide", "broadway:motion=9"])
+    for path, guide in zip(paths, guides):
+        argv = ("a boot", "--model", original, "--method", "radial", "--output", path, *SMALL)
+        code, _, err = run(capfd, "generate", *argv, *guide)
+        assert code == 0, err
+    assert len({path.read_bytes() for path in paths}) == 3
+    reports = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+    labels = [None, "softpag:heads=1:0,2,scale=2.0", "broadway:motion=9.0"]
+    assert [x["guide"] for x in reports] == labels
+    # a pass more in each step; the first of 3 is dense
+    passes = [x["report"]["layers"][2]["num_sparse"] for x in reports]
+    assert passes == [4, 6, 4] and reports[0]["method"].startswith("radial")
+
+
 def test_a_seed_makes_the_same_video(original, capfd, tmp_path):
     paths = [tmp_path / f"{i}.mp4" for i in range(3)]
     for path, seed in zip(paths, (5, 5, 6)):
@@ -176,6 +192,10 @@ def test_what_compare_cannot_measure_is_said_before_it_runs(
         (("--target", "48x64"), "48 x 64 is not above the trained size of 48 x 64"),
         (("--target", "96"), "must be a height and a width such as 1080x1920, got '96'"),
         (("--target", "96x128", "--method", "radial"), "FreeSwim, which does not take --method"),
+        (("--target", "96x128", "--guide", "softpag"), "FreeSwim, which does not take --guide"),
+        (("--guide", "softpag:heads=9:0"), "heads has '9:0', and the model has layers 0 to 2"),
+        (("--guide", "softpag", "--cache", "taylorseer"), "would serve both: leave one out"),
+        (("--guide", "broadway:motion=x"), "motion must be a number, got 'x'"),
         (("--strength", "0.5"), "--strength says how much --target makes anew"),
         (("--height", "50"), "a multiple of 16; the nearest are 48 and 64"),
         (("--width", "7"), "a multiple of 16; the nearest are 16"),

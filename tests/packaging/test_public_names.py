@@ -12,6 +12,7 @@ PUBLIC = {
     "Grid",
     "Recipe",
     "attend",
+    "guide",
     "list_methods",
     "neighborhood_attention",
     "patch",

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vidattn.guides import create_guide
+from vidattn.pipelines.guiding import check_guide
 from vidattn.runs.choices import Served
 from vidattn.runs.clip import Clip, Guards, make_clip
 from vidattn.runs.large import Large
@@ -24,6 +26,12 @@ def run(args: argparse.Namespace) -> None:
     """Make the video, or several."""
     guards = Guards(args.dense_layers, args.dense_steps, args.dense_backend, args.repeats_after)
     outlook = foresee(args, args.requests)
+    guide = None if args.guide is None else create_guide(args.guide.name, **args.guide.options)
+    if guide is not None and guide.has_second_pass and args.cache is not None:
+        raise ValueError(
+            f"--guide {args.guide.name} runs each step twice, and --cache {args.cache} would serve "
+            "both: leave one out"
+        )
     large = None if args.target is None else Large(args.target, args.strength)
     choice = args.choice or (large.choice if large else outlook.default())
     if isinstance(choice, LoraChoice):
@@ -33,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
         outlook.check(choice, guards, are_spread=are_spread, parameters=args.parameters)
     if outlook.pipe is not None:
         _check(outlook, args, large)
+        if guide is not None:
+            check_guide(outlook.pipe, guide)
     pipe, requests = outlook.load(args)
     load_loras(pipe, args.loras)
     put_beside(pipe, args.pairings)
@@ -42,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
             if large is not None:
                 clip = large.make_clip(pipe, request)
             else:
-                clip = make_clip(pipe, request, choice, guards, parameters=args.parameters)
+                clip = make_clip(
+                    pipe, request, choice, guards, parameters=args.parameters, guide=guide
+                )
             # all that share a video have all of it
             if args.degrees is None or find_processes().rank == 0:
                 _write(pipe, args, request, choice, clip, path)
@@ -77,6 +89,7 @@ def _write(
             "method": choice.label,
             "loras": {str(lora.path): lora.weight for lora in args.loras},
             "parameters": args.parameters and str(args.parameters),
+            "guide": args.guide and args.guide.label,
             "parallel": args.degrees and vars(args.degrees),
             "dense_layers": clip.report.dense_layers,
             "dense_steps": clip.report.dense_steps,

@@ -1,4 +1,4 @@
-"""`vidattn list`: methods, everything about one of them, policies, models, presets, engines."""
+"""`vidattn list`: methods, everything about one of them, and what else is known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 import yaml
 
-from vidattn.catalog import PRESETS, Entry, describe, list_methods, list_policies, list_presets
+from vidattn.catalog import PRESETS, Entry, describe, list_names, list_presets
 from vidattn.choice import Choice
 from vidattn.support.config import describe_type
 from vidattn.support.resources import resource
@@ -31,29 +31,31 @@ def run(args: argparse.Namespace) -> None:
     elif args.policies:
         _show_options(args.policies, "cache")
     elif args.policies is not None:
-        _show_policies()
+        _show_names("cache", "policy", "what it does")
+        print(
+            "\nvidattn list --policies NAME explains the options; vidattn stream --policy takes "
+            "them."
+        )
+    elif args.guides:
+        _show_options(args.guides, "guides")
+    elif args.guides is not None:
+        _show_names("guides", "guide", "where it leads")
+        print(
+            "\nvidattn list --guides NAME explains the options; vidattn generate --guide takes "
+            "them."
+        )
     elif args.method:
         _show_method(args.method)
     else:
-        _show_methods()
+        _show_names("methods", "method", "what it keeps")
+        print("\nvidattn list METHOD explains the options, vidattn draw METHOD makes a picture.")
 
 
-def _show_methods() -> None:
-    head = ["method", "what it keeps", "options"]
-    entries = map(describe, list_methods())
+def _show_names(home: str, word: str, does: str) -> None:
+    head = [word, does, "options"]
+    entries = [describe(name, home) for name in list_names(home)]
     rows = [[entry.name, entry.summary, " ".join(entry.options)] for entry in entries]
     print(table(head, rows, prose=head[1:]))
-    print("\nvidattn list METHOD explains the options, vidattn draw METHOD makes a picture.")
-
-
-def _show_policies() -> None:
-    head = ["policy", "what it does", "options"]
-    entries = [describe(name, "cache") for name in list_policies()]
-    rows = [[entry.name, entry.summary, " ".join(entry.options)] for entry in entries]
-    print(table(head, rows, prose=head[1:]))
-    print(
-        "\nvidattn list --policies NAME explains the options; vidattn stream --policy takes them."
-    )
 
 
 def _show_models() -> None:

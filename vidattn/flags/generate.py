@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vidattn.choice import SYNTAX, Choice
+from vidattn.choice import SYNTAX, Choice, parse_choice
 from vidattn.flags.values import finite, size
 from vidattn.flags.video import (
     add_model_arguments,
@@ -65,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parallel", metavar="KIND=N",
         help="N processes, started by torchrun, share the video: ulysses=N, ring=N, or both",
     )  # fmt: skip
+    parser.add_argument(
+        "--guide", metavar="GUIDE",
+        help="guide the video by attention, as broadway:motion=1.5; vidattn list --guides",
+    )  # fmt: skip
     add_request_arguments(parser)
     group = parser.add_argument_group("above the trained size, by FreeSwim on Wan models")
     group.add_argument(
@@ -83,8 +87,8 @@ def read(args: argparse.Namespace) -> None:
     """Check the flags, and set what the command is given.
 
     These are ``choice`` (None for the default), ``loras``, ``parameters``, ``pairings``,
-    ``degrees`` (None for one process), and of each video that this process makes one of
-    ``requests`` and ``paths``.
+    ``guide`` (None for none), ``degrees`` (None for one process), and of each video that this
+    process makes one of ``requests`` and ``paths``.
 
     Raises:
         ValueError: what is wrong with them.
@@ -94,11 +98,14 @@ def read(args: argparse.Namespace) -> None:
     if args.parameters is None and isinstance(args.choice, LoraChoice):
         args.parameters = args.choice.parameters
     args.pairings = read_pairings(args)
+    args.guide = None if args.guide is None else parse_choice(args.guide, "guides")
     args.degrees = None if args.parallel is None else parse_parallel(args.parallel)
     if args.target is not None:
         _check_target(args)
     elif args.strength is not None:
         raise ValueError("--strength says how much --target makes anew: give that too")
+    if args.guide is not None and args.degrees is not None:
+        raise ValueError("--guide and --parallel exclude each other: guide in one process")
     if args.degrees is not None and args.cache == "first-block":
         raise ValueError(
             "--cache first-block and --parallel exclude each other: each process would skip steps "
@@ -119,6 +126,7 @@ def _check_target(args: argparse.Namespace) -> None:
         "--method": args.choice,
         "--parameters": args.parameters,
         "--parallel": args.degrees,
+        "--guide": args.guide,
         "--cache": args.cache,
         "--compile": args.compile,
         "--image": args.image,

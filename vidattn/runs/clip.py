@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidattn.guidance import Guide
 from vidattn.kernels.timing import synchronize
+from vidattn.pipelines.guiding import Guidance
 from vidattn.pipelines.patch import patch
 from vidattn.pipelines.report import Report
 from vidattn.runs.choices import Served
@@ -71,11 +73,13 @@ def make_clip(
     guards: Guards,
     *,
     parameters: Path | None = None,
+    guide: Guide | None = None,
 ) -> Clip:
     """Run a pipeline with a method, on latents that depend on the seed only.
 
     Args:
         parameters: of learned methods (see ``Handle.load_parameters``).
+        guide: that acts beside the method.
 
     Raises:
         FloatingPointError: the latents turned NaN; the step is named.
@@ -88,7 +92,8 @@ def make_clip(
         with patch(pipe, **choice.arguments, **vars(guards)) as handle:
             if parameters is not None:
                 handle.load_parameters(parameters)
-            return first_frames(pipe(**arguments)), handle.report()
+            with nullcontext() if guide is None else Guidance(pipe, guide):
+                return first_frames(pipe(**arguments)), handle.report()
 
     return timed_clip(pipe, choice.label, make)
 

@@ -1,4 +1,4 @@
-"""A method, a policy, a family and a backbone are added by what the README of their folder says.
+"""What is added to a folder by what its README says: a method, a policy, a guide and others.
 
 Each is tried in a copy of the checkout, with as many edits as the README names, by the tests that
 are there already. For an engine, tests/test_engines.py does so.
@@ -20,11 +20,12 @@ FILES = (
     "tests/test_readme.py",
     "tests/cache/test_policies.py",
     "tests/pipelines/test_families.py",
+    "tests/pipelines/test_guiding.py",
     "tests/backbones/test_facts.py",
     "tests/backbones/test_pyramid.py",
 )
 CHOSEN = (
-    "near_frames or long_keys or echo or table_of or AnyFlowTransformer or every_known"
+    "near_frames or long_keys or echo or calm or table_of or AnyFlowTransformer or every_known"
     " or pooling_tiny"
 )
 NUM_PARAMETERS = 10_739_240
@@ -58,6 +59,14 @@ def add_policy(root: Path) -> None:
     edit(root / page.name, "|---|---|---|\n", "| `echo` | | |\n")
 
 
+def add_guide(root: Path) -> None:
+    """Two edits: the file, and its row."""
+    page = page_of("vidattn/guides")
+    ((name, text),) = page.files.items()
+    (root / name).write_text(text, encoding="utf-8")
+    edit(root / page.name, "|---|---|---|---|\n", "| `calm` | | | |\n")
+
+
 def add_family(root: Path) -> None:
     """Three edits: the file; a small one in the tests and its row have stayed."""
     ((name, text),) = page_of("pipelines").files.items()
@@ -86,7 +95,7 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
     for path in (*ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "CITATION.cff"):
         shutil.copy(path, root)
     (root / "LICENSE").touch()
-    for add in (add_methods, add_policy, add_family, add_backbone):
+    for add in (add_methods, add_policy, add_guide, add_family, add_backbone):
         add(root)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", CHOSEN, *FILES],
@@ -104,6 +113,8 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
         ("table_of_methods", 1),
         ("limit[window-int4-echo", 1),
         ("table_of_policies", 1),
+        ("comes_off[calm", 2),
+        ("table_of_guides", 1),
         ("AnyFlowTransformer3DModel", 3),
         ("every_known_model_has_a_tiny_one", 1),
         ("table_of_models", 1),

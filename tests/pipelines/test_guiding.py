@@ -7,6 +7,7 @@ import vidattn
 from tests.pipelines import tiny_pipes
 from tests.pipelines.masked_softmax import MaskedSoftmax, relative_rms
 from tests.pipelines.tiny import TINY, build
+from vidattn.guides import list_guides
 from vidattn.pipelines.guiding import search_heads
 
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
@@ -217,6 +218,18 @@ def test_two_experts_and_two_prompts():
         two = tiny_pipes.run_wan(pipe, num_videos_per_prompt=2)
     assert (out - plain).abs().max() > 1e-3 and two.shape[0] == 2
     assert torch.equal(tiny_pipes.run_wan(pipe), plain)
+
+
+@pytest.mark.parametrize("key", FAMILIES[:2])
+@pytest.mark.parametrize("name", list_guides())
+@torch.no_grad()
+def test_every_guide_comes_off(name, key):
+    model, call = build(key), TINY[key].call
+    with vidattn.patch(model, "neighborhood", window=3, dense_layers=0):
+        plain = call(model)
+        with vidattn.guide(model, name, steps=(0, 1)):
+            assert torch.isfinite(out := call(model)).all() and (out - plain).abs().max() > 1e-4
+        assert torch.equal(call(model), plain)
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ HARD = {
     "sliding_tile": {"density": 0.02, "tile": (4, 4, 4)},
     "strided": {"density": 0.02, "tile": (4, 4, 4)},
 }
-PACKED = {"freeswim", "neighborhood", "sliding_tile"}
+PACKED = {"freeswim", "neighborhood", "sliding_tile", "tesa"}
 # the last is too large for those to pack a position of it
 GRIDS = [Grid(1, 2, 3), Grid(5, 9, 4, text=11), Grid(9, 8, 8), Grid(512, 1024, 1024)]
 

@@ -32,6 +32,11 @@ def product(t: Tensor, h: Tensor, w: Tensor) -> Tensor:
 
 
 @lru_cache
+def parted(*numbers: Tensor) -> Tensor:
+    """(N, N) bool, pairs that lie in the same part of every axis, by the part of each place."""
+    return product(*(axis[:, None] == axis for axis in numbers))
+
+
 def window_axis(length: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:
     """(L, L) bool: the rule of generalized neighborhood attention, pair by pair.
 

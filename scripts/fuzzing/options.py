@@ -80,6 +80,16 @@ def _lvsa(rng: Random, grid: Grid) -> Options:
     return options | _some(rng, near=lambda: rng.randint(0, 3), **anchors)
 
 
+def _msw_msa(rng: Random, grid: Grid) -> Options:
+    windows = (rng.randint(1, grid.h + 1), rng.randint(1, grid.w + 1))
+    options = {"windows": windows, "shifts": rng.randint(1, 5)}
+    return options | _some(rng, step=lambda: rng.randint(0, options["shifts"] - 1))
+
+
+def _tesa(rng: Random, grid: Grid) -> Options:
+    return _some(rng, window=lambda: _size(rng, 1, 6), layer=lambda: rng.randint(0, 1))
+
+
 def _power(rng: Random, grid: Grid) -> Options:
     options = _some(rng, axes=lambda: rng.randint(1, 3))
     if rng.random() < 0.4:
@@ -180,6 +190,7 @@ _BY_METHOD = {
     "cluster": _cluster,
     "freeswim": _freeswim,
     "lvsa": _lvsa,
+    "msw_msa": _msw_msa,
     "neighborhood": _neighborhood,
     "paro": _paro,
     "power": _power,
@@ -189,6 +200,7 @@ _BY_METHOD = {
     "sliding_tile": _sliding_tile,
     "strided": _strided,
     "svg": _svg,
+    "tesa": _tesa,
     "topk": _topk,
     "vertical_slash": _vertical_slash,
     "vmoba": _vmoba,

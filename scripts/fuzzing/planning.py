@@ -100,6 +100,24 @@ def _lvsa(case, method, seen) -> None:
         raise Wrong("lvsa keeps what no choice of near frames and anchors does")
 
 
+def _msw_msa(case, method, seen) -> None:
+    axes = []
+    for extent, count in zip(case.size[1:], method.windows):
+        edge = -(-extent // count)
+        places = torch.arange(extent) - edge * method.step // method.shifts
+        axes.append(places % extent // edge)
+    _same(seen, definitions.parted(torch.zeros(case.size[0]), *axes))
+
+
+def _tesa(case, method, seen) -> None:
+    window = definitions.triple(method.window)
+    numbers = []
+    for extent, edge in zip(case.size, window):
+        shift = edge // 2 if method.layer and edge < extent else 0
+        numbers.append((torch.arange(extent) + shift) // edge)
+    _same(seen, definitions.parted(*numbers))
+
+
 def _power(case, method, seen) -> None:
     tile = method.tile_of(case.grid)
     if method.density is None:
@@ -127,10 +145,12 @@ _DEFINITIONS = {
     "dense": _dense,
     "freeswim": _freeswim,
     "lvsa": _lvsa,
+    "msw_msa": _msw_msa,
     "neighborhood": _neighborhood,
     "power": _power,
     "radial": _radial,
     "sliding_tile": _sliding_tile,
+    "tesa": _tesa,
 }
 PATTERNS = (*_DEFINITIONS, "strided")
 

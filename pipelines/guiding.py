@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vidattn.pipelines.hooks.ring import Ring
 from vidattn.pipelines.hooks.root import first_tensor, with_first
 from vidattn.pipelines.models import find_transformers, unwrap
 from vidattn.pipelines.patch import patch
+from vidattn.pipelines.sequence import is_of_prefix
 from vidattn.pipelines.site import Site
 from vidattn.pipelines.steps import Run
 
@@ -38,8 +38,9 @@ def guide(pipe_or_transformer: object, guide: str | Guide, **options: object) ->
 
     A pipeline that is patched stays as sparse as it is; patch it first. One that is not attends to
     everything. Afterwards its outputs are bit for bit what they were. Guides that run the
-    transformer a second time act on passes with the prompt, which make a step of classifier-free
-    guidance take 1.5 times as long; where a pipeline does not tell its passes apart, on all.
+    transformer a second time act on passes with the prompt, so that a step of classifier-free
+    guidance has three passes for two, or runs its batch twice where both passes share one; where a
+    pipeline does not tell its passes apart, they act on all.
 
     Args:
         pipe_or_transformer: as for ``patch``.
@@ -95,12 +96,7 @@ class Guidance:
     def __enter__(self) -> Guidance:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -111,19 +107,8 @@ def check_guide(pipe_or_transformer: object, guide: Guide) -> None:
         ValueError: an unknown model, or one without the layers and heads that are named.
     """
     for model in find_transformers(pipe_or_transformer).values():
-        guide.check(*_layers_and_heads(model))
-
-
-def _layers_and_heads(model: nn.Module) -> tuple[int, int]:
-    """How many layers a transformer has, and how many heads each.
-
-    Raises:
-        ValueError: they differ.
-    """
-    shape = shape_of(model)
-    if shape.layers is None or shape.heads is None:
-        raise ValueError(f"{type(model).__name__} has layers of several numbers of heads")
-    return shape.layers, shape.heads
+        shape = shape_of(model)
+        guide.check(shape.layers or 0, shape.heads)
 
 
 def _handle_of(pipe_or_transformer: object) -> Handle | None:
@@ -170,7 +155,8 @@ class _Guided:
         site = self._site
         current = site.passes.current()
         is_second = getattr(self._local, "is_second", False)
-        if is_second != self._guide.has_second_pass or not self._is_at_work(current.run):
+        is_off = is_second != self._guide.has_second_pass or is_of_prefix(site.family, current, k)
+        if is_off or not self._is_at_work(current.run):
             return site.attend(layer, q, k, v, mask, scale, ring)
         if ring is not None or layer.parallel is not None:
             raise ValueError(f"{site.name} is guided: run it in one process")
@@ -297,8 +283,12 @@ def search_heads(
         raise ValueError(f"rounds and keep must be at least 1, got {rounds} and {keep}")
     if candidates is None:
         # experts of one pipeline are alike
-        num_layers, num_heads = _layers_and_heads(next(iter(find_transformers(pipe).values())))
-        candidates = [f"{i}:{j}" for i in range(num_layers) for j in range(num_heads)]
+        shape = shape_of(next(iter(find_transformers(pipe).values())))
+        if shape.layers is None or shape.heads is None:
+            raise ValueError(
+                "the heads of this model are not the same in all layers: give candidates"
+            )
+        candidates = [f"{i}:{j}" for i in range(shape.layers) for j in range(shape.heads)]
     todo = list(candidates)
     if not todo:
         raise ValueError("there are no candidates to search")

@@ -77,8 +77,8 @@ class Guide:
         """What a caller may set, by name."""
         return {field.name: field for field in dataclasses.fields(cls)}
 
-    def check(self, num_layers: int, num_heads: int) -> None:
-        """Refuse a model that the options are not for.
+    def check(self, num_layers: int, num_heads: int | None) -> None:
+        """Refuse a model that the options are not for; ``num_heads`` is None where layers differ.
 
         Raises:
             ValueError: a layer or head that it has not.

@@ -13,6 +13,12 @@ from vidattn.pipelines.guiding import search_heads
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 # alone, text behind, text in front, keys without queries
 FAMILIES = [WAN, "HunyuanVideoTransformer3DModel", COGVIDEOX, "Cosmos3OmniTransformer"]
+# text that attends alone, heads that are not told, one batch per sample
+UNLIKE = [
+    "QwenImage21Transformer2DModel",
+    "Krea2Transformer2DModel",
+    "Kandinsky6Transformer3DModel",
+]
 families = pytest.mark.parametrize("key", FAMILIES)
 
 
@@ -133,6 +139,14 @@ def test_later_layers_go_to_an_earlier_one():
 
 
 @torch.no_grad()
+def test_an_anchor_that_runs_too_late_is_refused():
+    model = build("WanVACETransformer3DModel")
+    with vidattn.guide(model, "broadway", consistency=0.5, anchor=0, steps=(0, 1)):
+        with pytest.raises(ValueError, match="runs before layer 0: give another anchor"):
+            TINY["WanVACETransformer3DModel"].call(model)
+
+
+@torch.no_grad()
 def test_a_patch_stays_sparse():
     model, case = build(WAN), TINY[WAN]
     plan = vidattn.plan("neighborhood", vidattn.Grid(*case.size), window=(3, 3, 5))
@@ -220,7 +234,7 @@ def test_two_experts_and_two_prompts():
     assert torch.equal(tiny_pipes.run_wan(pipe), plain)
 
 
-@pytest.mark.parametrize("key", FAMILIES[:2])
+@pytest.mark.parametrize("key", [WAN, *UNLIKE])
 @pytest.mark.parametrize("name", list_guides())
 @torch.no_grad()
 def test_every_guide_comes_off(name, key):
@@ -228,7 +242,10 @@ def test_every_guide_comes_off(name, key):
     with vidattn.patch(model, "neighborhood", window=3, dense_layers=0):
         plain = call(model)
         with vidattn.guide(model, name, steps=(0, 1)):
-            assert torch.isfinite(out := call(model)).all() and (out - plain).abs().max() > 1e-4
+            out = call(model)
+        # a picture has no motion
+        acts = name == "softpag" or TINY[key].size[0] > 1
+        assert out.isfinite().all() and ((out - plain).abs().max() > 1e-4) == acts
         assert torch.equal(call(model), plain)
 
 

@@ -52,7 +52,7 @@ class BroadWay(Guide):
                 f"and consistency={self.consistency!r}"
             )
 
-    def check(self, num_layers: int, num_heads: int) -> None:
+    def check(self, num_layers: int, num_heads: int | None) -> None:
         """Refuse an anchor that is no layer with others behind it.
 
         Raises:
@@ -74,6 +74,11 @@ class BroadWay(Guide):
         if call.layer == anchor:
             call.memory["anchor"] = call.q, call.k
             return out
+        if "anchor" not in call.memory:
+            raise ValueError(
+                f"layer {call.layer} runs before layer {anchor}: give another anchor, or "
+                "consistency=0"
+            )
         q, k = cast(tuple[Tensor, Tensor], call.memory["anchor"])
         if q.shape != call.q.shape or k.shape != call.k.shape:
             raise ValueError(

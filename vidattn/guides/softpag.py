@@ -49,7 +49,7 @@ class SoftPAG(Guide):
             for text in self.heads:
                 _read(text)
 
-    def check(self, num_layers: int, num_heads: int) -> None:
+    def check(self, num_layers: int, num_heads: int | None) -> None:
         """Refuse heads that the model has not.
 
         Raises:
@@ -57,10 +57,10 @@ class SoftPAG(Guide):
         """
         for text in self.heads or ():
             layer, head = _read(text)
-            if layer >= num_layers or head is not None and head >= num_heads:
+            if layer >= num_layers or _is_beyond(head, num_heads):
                 raise ValueError(
-                    f"heads has {text!r}, and the model has layers 0 to {num_layers - 1} of "
-                    f"{num_heads} heads"
+                    f"heads has {text!r}, and the model has layers 0 to {num_layers - 1}"
+                    + ("" if num_heads is None else f" of {num_heads} heads")
                 )
 
     def combine(self, first: Tensor, second: Tensor) -> Tensor:
@@ -85,6 +85,8 @@ class SoftPAG(Guide):
         if self.heads is None:
             return everything if call.layer == call.num_layers // 2 else []
         found = [head for layer, head in map(_read, self.heads) if layer == call.layer]
+        if any(_is_beyond(head, call.num_heads) for head in found):
+            raise ValueError(f"layer {call.layer} has {call.num_heads} heads, got {self.heads}")
         return everything if None in found else sorted({x for x in found if x is not None})
 
 
@@ -98,3 +100,8 @@ def _read(text: str) -> tuple[int, int | None]:
     if not layer.isdecimal() or colon and not head.isdecimal():
         raise ValueError(f"heads must be LAYER:HEAD or LAYER each, as 2:0, got {text!r}")
     return int(layer), int(head) if colon else None
+
+
+def _is_beyond(head: int | None, num_heads: int | None) -> bool:
+    """Whether there is no such head; None for all of them, and for a number that is not known."""
+    return head is not None and num_heads is not None and head >= num_heads

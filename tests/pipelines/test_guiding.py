@@ -13,7 +13,7 @@ from vidattn.pipelines.guiding import search_heads
 WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
 # alone, text behind, text in front, keys without queries
 FAMILIES = [WAN, "HunyuanVideoTransformer3DModel", COGVIDEOX, "Cosmos3OmniTransformer"]
-# text that attends alone, heads that are not told, one batch per sample
+# text that attends alone; heads that are not told, of a picture and of a video
 UNLIKE = [
     "QwenImage21Transformer2DModel",
     "Krea2Transformer2DModel",

@@ -172,6 +172,10 @@ class Sparse:
         if handle is not None:
             self._patched[model] = schedule, handle
 
+    def handle_of(self, model: nn.Module) -> Handle | None:
+        """The handle of a transformer while its attention is sparse."""
+        return self._patched.get(model, (None, None))[1]
+
     def remove(self) -> None:
         """Leave every transformer as it was."""
         for model in list(self._patched):

@@ -1,4 +1,4 @@
-"""Norms and convolutions of Wan's autoencoder, computed faster on a CPU from the same parameters.
+"""Wan on a CPU, computed faster from the same parameters: here the layers of its autoencoder.
 
 Diffusers computes its norms in float32 copies, in several passes over strided channels: here the
 squares are summed in float32 without a copy. The convolutions keep the channels of a pixel side by
@@ -9,9 +9,11 @@ bfloat16, and its frames stay as close to those in float32.
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import Tensor, nn
+
+from vidattn.pipelines.quick_blocks import quicken_blocks
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -37,12 +39,15 @@ class QuickNorm:
 
 
 def quicken(pipe: object) -> None:
-    """Let the autoencoder of Wan in a pipeline, if it has one, run so on a CPU.
+    """Let the autoencoder and the transformers of Wan in a pipeline, if it has some, run so.
 
     What needs gradients, and other devices and dtypes, keep the code they have. Parameters stay
     where they are; those of convolutions change their order in memory. Results differ by the
     rounding of the dtype.
     """
+    for part in getattr(pipe, "components", {}).values():
+        if isinstance(part, WanTransformer3DModel):
+            quicken_blocks(part)
     vae = getattr(pipe, "vae", None)
     if not isinstance(vae, AutoencoderKLWan):
         return

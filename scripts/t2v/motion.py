@@ -11,6 +11,9 @@ from t2v.scenes import FLYING, STEPS, Actor, Scene
 from torch import Tensor
 
 ITEM_PX = 48
+# What one place of the latents holds. Things start at whole ones, and motions that repeat start at
+# whole frames of them: a small model then meets each of their looks often enough to know it.
+CELL_PX, CELL_FRAMES = 8, 4
 # Pixels a frame on a straight way; whole latent cells for four frames.
 SPEED_PX = {False: 2.0, True: 1.0}
 BOUNCE_PX = 30
@@ -22,9 +25,18 @@ WOBBLE = 0.12
 
 
 def _place(low: float, high: float, rng: np.random.Generator) -> float:
-    """A random place between two bounds, or their middle where they cross."""
+    """A random place between two bounds, or their middle where they cross, at a whole cell."""
     share = rng.random()
-    return low + (high - low) * share if low < high else (low + high) / 2
+    return _whole(low + (high - low) * share if low < high else (low + high) / 2)
+
+
+def _whole(place: float) -> float:
+    return CELL_PX * round(place / CELL_PX)
+
+
+def _phase(period: int, rng: np.random.Generator) -> float:
+    """A random share of a period of so many frames, in whole latent frames."""
+    return int(rng.random() * (period / CELL_FRAMES)) * CELL_FRAMES / period
 
 
 def path_of(
@@ -41,23 +53,22 @@ def path_of(
         middle = [
             _place(a + half + CIRCLE_PX, b - half - CIRCLE_PX, rng) for a, b in zip(lows, highs)
         ]
-        angle = 2 * math.pi * (times / CIRCLE_FRAMES[actor.slow] + rng.random())
+        period = CIRCLE_FRAMES[actor.slow]
+        angle = 2 * math.pi * (times / period + _phase(period, rng))
         return torch.tensor(middle) + CIRCLE_PX * torch.stack([angle.sin(), angle.cos()], 1)
     if actor.motion == "bouncing":
         floor = _place(lows[0] + half + BOUNCE_PX, highs[0] - half, rng)
-        share = (times / BOUNCE_FRAMES[actor.slow] + rng.random()) % 1
+        period = BOUNCE_FRAMES[actor.slow]
+        share = (times / period + _phase(period, rng)) % 1
         y = floor - BOUNCE_PX * 4 * share * (1 - share)
         return torch.stack([y, torch.full_like(y, _place(lows[1] + half, highs[1] - half, rng))], 1)
     columns = []
     for low, high, sign in zip(lows, highs, STEPS[actor.motion], strict=True):
-        way = SPEED_PX[actor.slow] * sign * (times - (num_frames - 1) / 2)
-        room = abs(high - low - ITEM_PX - SPEED_PX[actor.slow] * abs(sign) * (num_frames - 1))
-        start = (low + high) / 2 + room * (rng.random() - 0.5) - low + half
-        columns.append(
-            (start + way) % (high - low + ITEM_PX) + low - half
-            if sign
-            else start + low - half + way
-        )
+        way = SPEED_PX[actor.slow] * sign * (num_frames - 1)
+        room = abs(high - low - ITEM_PX - abs(way))
+        start = _whole((low + high - way) / 2 + room * (rng.random() - 0.5))
+        place = start + SPEED_PX[actor.slow] * sign * times
+        columns.append((place - low + half) % (high - low + ITEM_PX) + low - half)
     return torch.stack(columns, 1)
 
 
@@ -72,7 +83,7 @@ def boxes_of(scene: Scene, height: int, width: int) -> list[tuple[float, float, 
 
 def turns_of(actor: Actor, num_frames: int, rng: np.random.Generator) -> Tensor:
     """The angle (T,) by which its picture is turned clockwise, in radians."""
-    times = torch.arange(num_frames) / WOBBLE_FRAMES + rng.random()
+    times = torch.arange(num_frames) / WOBBLE_FRAMES + _phase(WOBBLE_FRAMES, rng)
     turn = WOBBLE * (2 * math.pi * times).sin()
     if actor.thing in FLYING and actor.motion in STEPS:
         turn = turn + math.pi / 4 + math.atan2(*STEPS[actor.motion])

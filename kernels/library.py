@@ -46,6 +46,7 @@ class Operator:
     """
 
     def __init__(self, name: str, forward: Forward, backward: Backward):
+        self._run = forward
         self._plain_forward = lambda *inputs: forward(*gather(inputs))
         self._plain_backward = lambda *inputs: backward(*inputs[:2], *gather(inputs[2:], 4))
         self._forward = torch.library.custom_op(
@@ -77,14 +78,17 @@ class Operator:
         key_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output (B, H, S, D) and log-sum-exp (B, H, S)."""
-        inputs = (q, k, v, *flatten(lists), float(scale), key_mask, key_bias)
+        rest = float(scale), key_mask, key_bias
         if torch.compiler.is_compiling():
-            return self._forward(*inputs)
+            return self._forward(q, k, v, *flatten(lists), *rest)
         refuse_transforms()
         needs = (q, k, v) if key_bias is None else (q, k, v, key_bias)
         if may_be_pulled(needs):
-            return _Eager.apply(self, *inputs)
-        return self.forward(*inputs)
+            return _Eager.apply(self, q, k, v, *flatten(lists), *rest)
+        if _is_watched((q, k, v)):
+            return self._forward(q, k, v, *flatten(lists), *rest)
+        lists.check(q.shape[2], k.shape[2])
+        return self._run(q, k, v, lists, *rest)
 
     def forward(self, *inputs) -> tuple[Tensor, Tensor]:
         """What ``__call__`` gives for flat inputs, without a gradient."""
@@ -139,8 +143,12 @@ def _is_watched(tensors: tuple[Tensor, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
-        or any(x.is_meta or type(x) not in (Tensor, Parameter) for x in tensors)
+        or not all(map(_is_plain, tensors))
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, Parameter) and not x.is_meta
 
 
 def _laid_out(outputs: tuple[Tensor, ...], like: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

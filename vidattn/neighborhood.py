@@ -159,16 +159,9 @@ def _check_tensors(q, k, v, extra_k, extra_v) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (heads first)"
-    if 0 in (*q.shape, *k.shape):
-        raise ValueError(f"q, k and v must hold at least one sample, head and token, got {shapes}")
-    if q.dim() not in (4, 5, 6) or k.shape != v.shape:
-        raise ValueError(f"q, k and v must be (B, H, *size, D) with 1 to 3 axes, got {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            "q, k and v must agree in batch, size and head dim, and the heads of q must be a "
-            f"multiple of the heads of k, got {shapes}"
-        )
+    if wrong := _wrong_shapes(q.shape, k.shape, v.shape):
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} (heads first)"
+        raise ValueError(f"q, k and v must {wrong}, got {shapes}")
     if (extra_k is None) != (extra_v is None):
         raise ValueError("extra_k and extra_v go together, got only one of them")
     wanted = (*k.shape[:2], k.shape[-1])
@@ -188,6 +181,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Ten
         raise ValueError(f"q, k, v and extra tokens must share dtype and device, got {kinds}")
 
 
+def _wrong_shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> str | None:
+    """What shapes must do that these do not."""
+    if 0 in q or 0 in k:
+        return "hold at least one sample, head and token"
+    if len(q) not in (4, 5, 6) or k != v:
+        return "be (B, H, *size, D) with 1 to 3 axes"
+    if q[0] != k[0] or q[2:] != k[2:] or q[1] % k[1]:
+        return (
+            "agree in batch, size and head dim, and the heads of q must be a multiple of the heads "
+            "of k"
+        )
+    return None
+
+
 def _options(num_axes: int, *values) -> tuple[Size, Size, Size, Flags]:
     """Window, stride, dilation and causal of three axes; those that are not there come first."""
     names, kinds = ("window", "stride", "dilation", "causal"), (int, int, int, bool)
@@ -201,6 +208,13 @@ def _options(num_axes: int, *values) -> tuple[Size, Size, Size, Flags]:
             )
         found.append((kind(kind is int),) * (3 - num_axes) + each)
     window, stride, dilation, causal = found
+    if torch.compiler.is_compiling():
+        return _checked.__wrapped__(window, stride, dilation, causal)
+    return _checked(window, stride, dilation, causal)
+
+
+@lru_cache(maxsize=64)
+def _checked(window: Size, stride: Size, dilation: Size, causal: Flags) -> tuple:
     # the method checks the values
     Neighborhood(window=window, stride=stride, dilation=dilation, causal=causal)
     return window, stride, dilation, causal

@@ -34,40 +34,43 @@ def _whole(place: float) -> float:
     return CELL_PX * round(place / CELL_PX)
 
 
-def _phase(period: int, rng: np.random.Generator) -> float:
-    """A random share of a period of so many frames, in whole latent frames."""
-    return int(rng.random() * (period / CELL_FRAMES)) * CELL_FRAMES / period
+def cycle_of(actor: Actor, num_frames: int, rng: np.random.Generator) -> Tensor:
+    """Where an actor is in what it repeats, in every frame: (T,) in periods, from a random start.
+
+    A thing that bounces or circles turns in step with that.
+    """
+    frames = {"circling": CIRCLE_FRAMES, "bouncing": BOUNCE_FRAMES}.get(actor.motion)
+    period = frames[actor.slow] if frames else WOBBLE_FRAMES
+    start = CELL_FRAMES * rng.integers(period // CELL_FRAMES).item()
+    return (torch.arange(num_frames, dtype=torch.float32) + start) / period
 
 
 def path_of(
-    actor: Actor, num_frames: int, box: tuple[float, float, float, float], rng: np.random.Generator
+    actor: Actor, cycle: Tensor, box: tuple[float, float, float, float], rng: np.random.Generator
 ) -> Tensor:
-    """Centre of an actor in every frame as (T, 2) rows y, x in pixels.
+    """Centre of an actor in every frame of its cycle (T,) as (T, 2) rows y, x in pixels.
 
     A straight way that leaves the box (top, left, bottom, right) goes on at its other side;
     whatever its length, some part of the thing is to be seen in every frame.
     """
     lows, highs = np.array(box[:2]), np.array(box[2:])
-    times, half = torch.arange(num_frames, dtype=torch.float32), ITEM_PX / 2
+    num_frames, half = len(cycle), ITEM_PX / 2
     if actor.motion == "circling":
         middle = [
             _place(a + half + CIRCLE_PX, b - half - CIRCLE_PX, rng) for a, b in zip(lows, highs)
         ]
-        period = CIRCLE_FRAMES[actor.slow]
-        angle = 2 * math.pi * (times / period + _phase(period, rng))
+        angle = 2 * math.pi * cycle
         return torch.tensor(middle) + CIRCLE_PX * torch.stack([angle.sin(), angle.cos()], 1)
     if actor.motion == "bouncing":
         floor = _place(lows[0] + half + BOUNCE_PX, highs[0] - half, rng)
-        period = BOUNCE_FRAMES[actor.slow]
-        share = (times / period + _phase(period, rng)) % 1
-        y = floor - BOUNCE_PX * 4 * share * (1 - share)
+        y = floor - BOUNCE_PX * 4 * (cycle % 1) * (1 - cycle % 1)
         return torch.stack([y, torch.full_like(y, _place(lows[1] + half, highs[1] - half, rng))], 1)
     columns = []
     for low, high, sign in zip(lows, highs, STEPS[actor.motion], strict=True):
         way = SPEED_PX[actor.slow] * sign * (num_frames - 1)
         room = abs(high - low - ITEM_PX - abs(way))
         start = _whole((low + high - way) / 2 + room * (rng.random() - 0.5))
-        place = start + SPEED_PX[actor.slow] * sign * times
+        place = start + SPEED_PX[actor.slow] * sign * torch.arange(num_frames)
         columns.append((place - low + half) % (high - low + ITEM_PX) + low - half)
     return torch.stack(columns, 1)
 
@@ -81,10 +84,9 @@ def boxes_of(scene: Scene, height: int, width: int) -> list[tuple[float, float, 
     return [(0, 0, height, width / 2), (0, width / 2, height, width)]
 
 
-def turns_of(actor: Actor, num_frames: int, rng: np.random.Generator) -> Tensor:
-    """The angle (T,) by which its picture is turned clockwise, in radians."""
-    times = torch.arange(num_frames) / WOBBLE_FRAMES + _phase(WOBBLE_FRAMES, rng)
-    turn = WOBBLE * (2 * math.pi * times).sin()
+def turns_of(actor: Actor, cycle: Tensor) -> Tensor:
+    """The angle (T,) by which its picture is turned clockwise, in radians, over its cycle (T,)."""
+    turn = WOBBLE * (2 * math.pi * cycle).sin()
     if actor.thing in FLYING and actor.motion in STEPS:
         turn = turn + math.pi / 4 + math.atan2(*STEPS[actor.motion])
     return turn

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fetching.packages import FLUENT_EMOJI, unpack
 from PIL import Image
 from t2v.backgrounds import paint_background
-from t2v.motion import ITEM_PX, boxes_of, path_of, turns_of
+from t2v.motion import ITEM_PX, boxes_of, cycle_of, path_of, turns_of
 from t2v.scenes import (
     FLYING,
     LOOKING_LEFT,
@@ -119,8 +119,9 @@ class Clips:
             sprite = self.sprites[actor.thing]
             if actor.thing in LOOKING_LEFT and actor.motion == "right":
                 sprite = sprite.flip(2)
-            centre = path_of(actor, num_frames, box, rng)
-            drawn = draw_actor(sprite, centre, turns_of(actor, num_frames, rng), height, width)
+            cycle = cycle_of(actor, num_frames, rng)
+            centre, turns = path_of(actor, cycle, box, rng), turns_of(actor, cycle)
+            drawn = draw_actor(sprite, centre, turns, height, width)
             frames = drawn[:, :3] + (1 - drawn[:, 3:]) * frames
         return (frames * 2 - 1).transpose(0, 1).contiguous()
 

@@ -35,12 +35,29 @@ def test_clip_repeats(clips):
     assert -1 <= first.min() and first.max() <= 1 + 1e-5
 
 
+def way(actor, num_frames, box, seed):
+    rng = np.random.default_rng(seed)
+    return motion.path_of(actor, motion.cycle_of(actor, num_frames, rng), box, rng)
+
+
+@pytest.mark.parametrize("move", scenes.MOTIONS)
+@pytest.mark.parametrize("slow", [False, True])
+def test_things_look_alike_from_cell_to_cell(move, slow):
+    """Ways start at whole cells, and what repeats at whole latent frames: few looks of a thing."""
+    looks, actor = set(), Actor("car", move, slow)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        cycle = motion.cycle_of(actor, 33, rng)
+        places = motion.path_of(actor, cycle, (0, 0, 128, 128), rng)[4] % motion.CELL_PX
+        turn = motion.turns_of(actor, cycle)[4]
+        looks.add(tuple(round(x, 2) for x in [*places.tolist(), turn.item()]))
+    assert len(looks) <= 24
+
+
 @pytest.mark.parametrize("move", scenes.STEPS)
 @pytest.mark.parametrize("slow", [False, True])
 def test_straight_way_goes_on_at_the_other_side(move, slow):
-    path = motion.path_of(
-        Actor("car", move, slow), 300, (0, 0, 96, 112), np.random.default_rng(1)
-    ).numpy()
+    path = way(Actor("car", move, slow), 300, (0, 0, 96, 112), 1).numpy()
     axis = 0 if move in ("up", "down") else 1
     extent = (96, 112)[axis]
     steps = np.diff(path, axis=0)
@@ -58,7 +75,7 @@ def test_straight_way_goes_on_at_the_other_side(move, slow):
 @pytest.mark.parametrize("move", scenes.MOTIONS)
 def test_thing_stays_in_view_where_there_is_room(move):
     for seed in range(20):
-        path = motion.path_of(Actor("car", move), 33, (0, 0, 128, 128), np.random.default_rng(seed))
+        path = way(Actor("car", move), 33, (0, 0, 128, 128), seed)
         assert path.min() >= motion.ITEM_PX / 2 - 1e-3
         assert path.max() <= 128 - motion.ITEM_PX / 2 + 1e-3
 
@@ -66,15 +83,13 @@ def test_thing_stays_in_view_where_there_is_room(move):
 def test_bouncing_and_circling_repeat():
     for move, frames in (("bouncing", motion.BOUNCE_FRAMES), ("circling", motion.CIRCLE_FRAMES)):
         for slow, period in frames.items():
-            path = motion.path_of(
-                Actor("car", move, slow), 3 * period, (0, 0, 128, 128), np.random.default_rng(0)
-            )
+            path = way(Actor("car", move, slow), 3 * period, (0, 0, 128, 128), 0)
             torch.testing.assert_close(path[period:], path[:-period], rtol=0, atol=1e-3)
             assert (path.amax(0) - path.amin(0)).max() > 25
 
 
 def test_circling_is_clockwise():
-    path = motion.path_of(Actor("car", "circling"), 48, (0, 0, 128, 128), np.random.default_rng(0))
+    path = way(Actor("car", "circling"), 48, (0, 0, 128, 128), 0)
     y, x = (path - path.mean(0)).T.double()
     turned = torch.atan2(y.roll(-1), x.roll(-1)) - torch.atan2(y, x)
     # Rows grow downwards, so that a growing angle turns clockwise.
@@ -89,10 +104,7 @@ def test_two_things_keep_apart(clips):
             continue
         pairs += 1
         boxes = motion.boxes_of(scene, 128, 128)
-        paths = [
-            motion.path_of(actor, 65, box, np.random.default_rng(index))
-            for actor, box in zip(scene.actors, boxes)
-        ]
+        paths = [way(actor, 65, box, index) for actor, box in zip(scene.actors, boxes)]
         apart = (paths[0] - paths[1]).abs().amax(1)
         assert apart.min() >= motion.ITEM_PX
         assert scene.actors[0].thing != scene.actors[1].thing and " and " in scene.caption
@@ -103,12 +115,11 @@ def test_two_things_keep_apart(clips):
 @pytest.mark.parametrize("move", scenes.STEPS)
 def test_a_rocket_flies_nose_first(clips, move):
     """The stand-in is white up and right, where the rocket has its nose."""
-    rng = np.random.default_rng(0)
     actor = Actor("rocket", move)
     drawn = world.draw_actor(
         clips.sprites["rocket"],
         torch.tensor([[40.0, 40.0]]),
-        motion.turns_of(actor, 1, rng),
+        motion.turns_of(actor, torch.zeros(1)),
         80,
         80,
     )[0]

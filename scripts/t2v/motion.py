@@ -41,7 +41,7 @@ def cycle_of(actor: Actor, num_frames: int, rng: np.random.Generator) -> Tensor:
     """
     frames = {"circling": CIRCLE_FRAMES, "bouncing": BOUNCE_FRAMES}.get(actor.motion)
     period = frames[actor.slow] if frames else WOBBLE_FRAMES
-    start = CELL_FRAMES * rng.integers(period // CELL_FRAMES).item()
+    start = CELL_FRAMES * int(rng.random() * (period / CELL_FRAMES))
     return (torch.arange(num_frames, dtype=torch.float32) + start) / period
 
 

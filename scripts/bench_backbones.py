@@ -2,8 +2,9 @@
 
 In turns: the models, forward and forward with backward, beside the families of timm that
 ``accelerate`` takes, as timm computes them in each of its settings and accelerated. Where NATTEN is
-installed, DiNAT on it too, which has no position biases there. Writes backbones_cpu.json and
-backbones_cpu.md.
+installed, DiNAT on it too, which has no position biases there. Writes backbones_SET.json and
+backbones_SET.md, SET being the instruction set that bfloat16 runs on here, so that the tables of
+other processors stay.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+from benchmarks.instruction_sets import sets_in_use
 from benchmarks.resident_memory import extra_mib
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from vidattn.backbones import accelerate
 from vidattn.backbones.layers.neighborhood_attention import NeighborhoodAttention2d
+from vidattn.kernels.cpp.processor import instruction_set
 from vidattn.runs.hardware import hardware
 
 
@@ -101,15 +104,16 @@ def main() -> None:
     if args.quick:
         sizes, batch, rounds = [64], 1, 1
     packages = {name: version(name) for name in ("torch", "timm", "natten") if find_spec(name)}
-    report = {"hardware": hardware() | packages}
+    report = {"hardware": hardware() | packages, "sets": sets_in_use()}
     report |= {"rounds": rounds, "rows": [], "ratios": []}
+    name = f"backbones_{'quick' if args.quick else instruction_set(torch.bfloat16)}"
     for size in sizes:
         # about as many pixels at any size
         count = max(1, batch * sizes[0] ** 2 // size**2)
         rows, ratios = measure(labels(size), size, count, rounds)
         report["rows"] += rows
         report["ratios"] += ratios
-        write(report, args.out / ("backbones_quick" if args.quick else "backbones_cpu"))
+        write(report, args.out / name)
 
 
 def write(report: dict, path: Path) -> None:
@@ -239,8 +243,8 @@ def to_markdown(report: dict) -> str:
     threads = machine["num_threads"]
     head = (
         f"# Vision backbones on {threads} thread{'s' * (threads > 1)} of {machine['cpu']}\n\n"
-        f"{machine['num_cores']} cores, {machine['system']}, torch {machine['torch']}, timm "
-        f"{machine['timm']}{peer}. `python scripts/bench_backbones.py`\n"
+        f"{machine['num_cores']} cores, {machine['system']}, {report['sets']}, torch "
+        f"{machine['torch']}, timm {machine['timm']}{peer}. `python scripts/bench_backbones.py`\n"
     )
     notes = NOTES.format(clock=clock_name(), rounds=report["rounds"])
     parts = [head, table(COLUMNS, report["rows"]), table(RATIOS, report["ratios"], "x"), notes]

@@ -1,8 +1,9 @@
 """Time neighborhood attention beside NATTEN on a CPU: python scripts/bench_natten.py.
 
 Needs ``pip install --no-build-isolation natten==0.21.7``, which there is no wheel of. Forward, as
-NATTEN has no backward on a CPU; on one thread, by CPU time. Writes natten_cpu.json and
-natten_cpu.md.
+NATTEN has no backward on a CPU; on one thread, by CPU time. Writes natten_SET.json and
+natten_SET.md, SET being the instruction set that bfloat16 runs on here, so that the tables of other
+processors stay.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmarks.instruction_sets import sets_in_use
 from benchmarks.resident_memory import extra_mib
 from torch import Tensor
 
+from vidattn.kernels.cpp.processor import instruction_set
 from vidattn.neighborhood import neighborhood_attention
 from vidattn.runs.hardware import hardware
 
@@ -50,13 +53,14 @@ def main() -> None:
     torch.manual_seed(0)
     report = measure(natten.na3d, SIZE, WINDOW, args.rounds)
     report = {"hardware": hardware(), "torch": torch.__version__} | report
-    report["natten"] = natten.__version__
+    report |= {"natten": natten.__version__, "sets": sets_in_use()}
     text = to_markdown(report)
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "natten_cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "natten_cpu.md").write_text(text)
-    print(f"wrote {args.out / 'natten_cpu'}.json and .md")
+    name = f"natten_{instruction_set(torch.bfloat16)}"
+    (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / f"{name}.md").write_text(text)
+    print(f"wrote {args.out / name}.json and .md")
 
 
 def measure(na3d: Callable, size: Sequence[int], window: Sequence[int], rounds: int) -> dict:
@@ -107,7 +111,8 @@ def to_markdown(report: dict) -> str:
     head = (
         f"# Neighborhood attention beside NATTEN on one thread of {machine['cpu']}\n\n"
         f"{size} = {math.prod(report['size']):,} tokens, window {window}; {machine['system']}, "
-        f"torch {report['torch']}, NATTEN {report['natten']}. `python scripts/bench_natten.py`\n"
+        f"{report['sets']}, torch {report['torch']}, NATTEN {report['natten']}. "
+        "`python scripts/bench_natten.py`\n"
     )
     lines = ["| | CPU ms | x NATTEN | extra MiB |", "| --- | ---: | ---: | ---: |"]
     for name, row in report["rows"].items():

@@ -16,6 +16,14 @@ def add_set_argument(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def sets_in_use() -> str:
+    """The set of each dtype, in words."""
+    return ", ".join(
+        f"{processor.instruction_set(getattr(torch, name))} for {name}"
+        for name in ("float32", "bfloat16")
+    )
+
+
 def limit_to(name: str) -> dict[str, str]:
     """Let the engine use no better set than one; the set of each dtype."""
     all_sets = processor.instruction_sets()

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import bench_natten as bench
 import pytest
+import torch
 
+from vidattn.kernels.cpp.processor import instruction_set
 from vidattn.neighborhood import neighborhood_attention
 
 ROOT = Path(__file__).parents[2]
@@ -35,14 +37,15 @@ def test_it_writes_both_files(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "1", "--out", str(tmp_path)])
     bench.main()
-    report = json.loads((tmp_path / "natten_cpu.json").read_text())
+    name = f"natten_{instruction_set(torch.bfloat16)}"
+    report = json.loads((tmp_path / f"{name}.json").read_text())
     assert 0 < report["error"] < 1e-6
     peer_ms = report["rows"][bench.NATTEN]["cpu_ms"]
     for row in report["rows"].values():
         assert row["cpu_ms"] > 0 and row["times_natten"] == pytest.approx(peer_ms / row["cpu_ms"])
-    text = (tmp_path / "natten_cpu.md").read_text()
+    text = (tmp_path / f"{name}.md").read_text()
     assert "3x7x5 = 105 tokens, window 2x3x3" in text
-    assert all(f"| {name} |" in text for name in report["rows"])
+    assert all(f"| {label} |" in text for label in report["rows"])
 
 
 def test_another_window_is_another_output():

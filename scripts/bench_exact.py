@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from bench_attention import train
+from benchmarks.instruction_sets import sets_in_use
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,8 +66,7 @@ def main() -> None:
     cases = [(x, D, shape) for x in DTYPES for D in HEAD_DIMS for shape in shapes]
     rows = [measure(*case, args.rounds) for case in tqdm(cases)]
     models = [measure_model(x, y, args.rounds) for x in args.models for y in DTYPES]
-    sets = ", ".join(f"{instruction_set(getattr(torch, x))} for {x}" for x in DTYPES)
-    facts = hardware() | {"torch": torch.__version__, "sets": sets, "rounds": args.rounds}
+    facts = hardware() | {"torch": torch.__version__, "sets": sets_in_use(), "rounds": args.rounds}
     text = to_markdown(rows, models, facts)
     name = f"exact_{instruction_set(torch.bfloat16)}"
     write_json(folder / f"{name}.json", {"facts": facts, "rows": rows, "models": models})

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from benchmarks.instruction_sets import sets_in_use
 from diffusers import AutoencoderKLWan
 from t2v.flow import FlowModel, TrainingAttention, flow_loss
 from t2v.flow_stages import Batches, build_flow_model, flow_optimizers
@@ -26,7 +27,6 @@ from tqdm import tqdm
 
 import vidattn
 from vidattn.choice import Choice, parse_choice
-from vidattn.kernels.cpp.processor import instruction_set
 from vidattn.kernels.timing import interleaved_ms
 from vidattn.methods import create_method
 from vidattn.runs.hardware import hardware
@@ -43,7 +43,7 @@ TEXT = """\
 # Video models trained from scratch, dense and sparse
 
 `python scripts/bench_from_scratch.py` on {cpu}, {num_cores} cores, {num_threads} in use, torch
-{torch}, the processor's {sets}. Transformers of {layers} layers of {width} channels, {steps} steps
+{torch}; {sets}. Transformers of {layers} layers of {width} channels, {steps} steps
 of {batch} clips of {tokens:,} tokens each, the same for all methods; flow matching, captions as the
 bundled model has them. The loss is that of {held_out} clips which training does not have, with
 noise that is the same for all, and each model reads them as it was trained: mean, and from the
@@ -150,7 +150,9 @@ def main() -> None:
     settings |= {"held_out": args.held_out, "layers": args.layers, "heads": args.heads}
     kept = work / "from_scratch.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    runs = found.get("runs", []) if found.get("settings") == settings else []
+    if found.get("settings", settings) != settings:
+        raise SystemExit(f"{kept} holds runs of other settings: choose another --work")
+    runs = found.get("runs", [])
     for seed, (text, choice) in itertools.product(range(args.seeds), choices.items()):
         if any((run["method"], run["seed"]) == (text, seed) for run in runs):
             continue
@@ -166,8 +168,7 @@ def main() -> None:
     ms = interleaved_ms(
         {text: lambda run=run: run.step(0, clips, 1.0, frames) for text, run in timed.items()}
     )
-    sets = f"{instruction_set(torch.float32)} and {instruction_set(torch.bfloat16)}"
-    facts = hardware() | {"torch": torch.__version__, "sets": sets, "seeds": args.seeds}
+    facts = hardware() | {"torch": torch.__version__, "sets": sets_in_use(), "seeds": args.seeds}
     facts |= settings | {"width": 64 * args.heads, "tokens": pool.latents[0, 0].numel()}
     rows = [row_of(text, runs, ms[text], args.seeds) for text in choices]
     text = to_markdown(rows, facts)

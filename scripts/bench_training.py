@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from benchmarks.instruction_sets import sets_in_use
 from benchmarks.resident_memory import extra_mib
 from torch.profiler import profile
 from tqdm import tqdm
@@ -43,8 +44,8 @@ CLIPS = ((65, 128, 128), (65, 256, 256))
 INTRODUCTION = """\
 # Steps of training on {cpu}
 
-`python scripts/bench_training.py` on {num_cores} cores, {num_threads} in use, torch {torch}; the
-processor's {sets}. One step of `train_video.py` tunes `{model}` by low-rank updates of rank {rank}
+`python scripts/bench_training.py` on {num_cores} cores, {num_threads} in use, torch {torch};
+{sets}. One step of `train_video.py` tunes `{model}` by low-rank updates of rank {rank}
 on one clip: forward, backward and AdamW, no activations computed again, no layer and no noise level
 dense. Seconds are medians of {rounds} in turns, "x" is how many times as fast as dense a step is,
 and memory the most that a step takes beyond the weights. Density is the share of the pairs of
@@ -90,14 +91,15 @@ def main() -> None:
         parser.error(str(error))
     folder = writable_folder(args.out)
     cases = [Case(*case) for case in itertools.product(args.clips, args.precisions)]
-    tables = [measure(case, choices, args) for case in tqdm(cases, desc="sizes and types")]
     facts = hardware() | {"torch": torch.__version__, "model": Path(args.model).name}
-    facts |= {"rank": args.rank, "rounds": args.rounds, "sets": machine()}
-    text = INTRODUCTION.format(**facts) + "".join(map(to_markdown, tables))
-    name = f"training_{machine()}"
-    write_json(folder / f"{name}.json", {"facts": facts, "tables": tables})
-    with write_atomically(folder / f"{name}.md") as path:
-        path.write_text(text, encoding="utf-8")
+    facts |= {"rank": args.rank, "rounds": args.rounds, "sets": sets_in_use()}
+    name, tables, text = f"training_{machine()}", [], ""
+    for case in tqdm(cases, desc="sizes and types"):
+        tables.append(measure(case, choices, args))
+        text = INTRODUCTION.format(**facts) + "".join(map(to_markdown, tables))
+        write_json(folder / f"{name}.json", {"facts": facts, "tables": tables})
+        with write_atomically(folder / f"{name}.md") as path:
+            path.write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from benchmarks.instruction_sets import sets_in_use
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
@@ -45,7 +46,8 @@ INTRODUCTION = """\
 Clips of {frames} frames of {size}x{size} in {steps} steps; seconds of the whole run, of the
 transformer, of self-attention in it, and of the autoencoder, medians of {rounds} in turns after a
 step that warms up. Quick layers are those of the command line: norms and convolutions of the
-autoencoder, computed faster from the same parameters (`pipelines/quick_layers.py`). The engines are
+autoencoder, and norms, rotary embeddings, gates and GELU of the transformer, computed faster from
+the same parameters (`pipelines/quick_layers.py`, `pipelines/quick_blocks.py`). The engines are
 those of sparse and of dense calls. Likeness is that to the first row; the sparse rows have one
 dense layer and a tenth of the steps dense.
 
@@ -67,10 +69,7 @@ def main() -> None:
     folder = writable_folder(args.out)
     rows = measure(args)
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    sets = ", ".join(
-        f"{instruction_set(getattr(torch, x))} for {x}" for x in ("float32", "bfloat16")
-    )
-    facts = hardware() | {"torch": torch.__version__, "sets": sets} | settings
+    facts = hardware() | {"torch": torch.__version__, "sets": sets_in_use()} | settings
     name = f"types_{instruction_set(torch.bfloat16)}"
     write_json(folder / f"{name}.json", {"facts": facts, "rows": rows})
     with write_atomically(folder / f"{name}.md") as path:
